@@ -1,0 +1,1 @@
+"""Training of leap heads: self-distillation and head warm-up."""
