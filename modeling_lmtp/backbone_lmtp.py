@@ -1,0 +1,85 @@
+"""The few things asked of a backbone: that it is a causal model, and its last hidden states.
+
+Shapes: `B` batch, `L` length, `H` hidden size.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+
+def check_backbone(backbone: PreTrainedModel) -> None:
+    """Raise a ValueError unless `backbone` is a causal language model that heads can stand on."""
+    name = type(backbone).__name__
+    if backbone.config.is_encoder_decoder:
+        raise ValueError(
+            f"{name} is an encoder-decoder model. Leap heads need a causal language model, as "
+            "AutoModelForCausalLM loads it."
+        )
+    if backbone.get_output_embeddings() is None:
+        raise ValueError(
+            f"{name} has no language-modeling head. Load the backbone with AutoModelForCausalLM, not "
+            "AutoModel."
+        )
+
+
+def unembedding_size(backbone: PreTrainedModel) -> tuple[int, int]:
+    """Return `(V, H)` of the backbone's unembedding; `H` is the width of the states that heads read."""
+    weight = backbone.get_output_embeddings().weight
+    return weight.shape[0], weight.shape[1]
+
+
+def copy_unembedding(backbone: PreTrainedModel) -> nn.Linear:
+    """Return a new linear layer with the backbone's unembedding weights, bias included if it has one."""
+    source = backbone.get_output_embeddings()
+    vocab_size, hidden_size = unembedding_size(backbone)
+    has_bias = getattr(source, "bias", None) is not None
+    weight = source.weight
+    copy = nn.Linear(
+        hidden_size, vocab_size, bias=has_bias, device=weight.device, dtype=weight.dtype
+    )
+    with torch.no_grad():
+        copy.weight.copy_(weight)
+        if has_bias:
+            copy.bias.copy_(source.bias)
+    return copy
+
+
+@contextmanager
+def unembedding_inputs(
+    backbone: PreTrainedModel, num_logits: int | None = None
+) -> Iterator[list[torch.Tensor]]:
+    """Collect what the unembedding reads, `(B, L, H)`, in each forward pass inside the block.
+
+    These are the last hidden states `h_s` that leap heads read. (Neither the base model's output nor
+    the last of `output_hidden_states` will do: some architectures normalise, project or scale in
+    between.)
+
+    Args:
+        backbone: the model.
+        num_logits: let the unembedding compute the logits of that many leading tokens only, where
+            the states are all that is wanted.
+
+    Raises:
+        RuntimeError: on leaving the block, if the forward pass never called the unembedding.
+    """
+    states: list[torch.Tensor] = []
+
+    def collect(module: nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+        states.append(args[0])
+        return (args[0][..., :num_logits, :], *args[1:])
+
+    handle = backbone.get_output_embeddings().register_forward_pre_hook(collect)
+    try:
+        yield states
+    finally:
+        handle.remove()
+    if not states:
+        raise RuntimeError(
+            f"{type(backbone).__name__} computes its logits without calling the module that its "
+            "get_output_embeddings() returns, so leap heads have no states to read."
+        )

@@ -1,0 +1,94 @@
+"""Configuration of a causal language model with leap heads."""
+
+from typing import Any
+
+from huggingface_hub.dataclasses import strict
+from transformers import AutoConfig, PreTrainedConfig
+
+from .leaps_lmtp import check_offsets
+
+
+@strict
+class LMTPConfig(PreTrainedConfig):
+    """Configuration of `LMTPForCausalLM`: a backbone and its leap heads (arXiv 2505.17505).
+
+    What only decoding needs (`use_lmtp`, `draft_tree`, `draft_length`) lives in `generation_config`.
+
+    Args:
+        backbone_config: configuration, or its dict, of any causal language model.
+        leap_offsets: increasing integers ≥ 2; leap head `i` predicts `x_{s + leap_offsets[i]}` from
+            the hidden state at `s`. The paper's default, leap 2 with 3 heads, is `(3, 5, 7)`.
+            Empty: no leap heads, plain next-token prediction.
+        num_head_layers: residual blocks per leap head.
+        share_lm_head: leap heads reuse the backbone's unembedding; `False` gives each head a matrix
+            of its own, as in the paper, starting as a copy of the backbone's.
+        leap_loss_weight: β, the weight of the heads' losses beside the backbone's own (stage 2).
+        train_backbone: `False`, stage 1: the backbone is frozen and only the heads have a loss.
+        base_model_name_or_path: where the backbone came from.
+        base_model_revision: its commit, if known.
+    """
+
+    model_type = "lmtp"
+    sub_configs = {"backbone_config": AutoConfig}  # noqa: RUF012 (read by Transformers as it is)
+    _auto_class = "AutoConfig"
+
+    backbone_config: dict[str, Any] | PreTrainedConfig | None = None
+    leap_offsets: list[int] | tuple[int, ...] = (3, 5, 7)
+    num_head_layers: int = 1
+    share_lm_head: bool = True
+    leap_loss_weight: float | int = 0.1
+    train_backbone: bool = False
+    base_model_name_or_path: str | None = None
+    base_model_revision: str | None = None
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        """Build the backbone's configuration from its dict and settle types."""
+        if isinstance(self.backbone_config, dict):
+            if "model_type" not in self.backbone_config:
+                raise ValueError(
+                    "backbone_config has no 'model_type', so its architecture is unknown. Pass the "
+                    "backbone's own configuration, e.g. AutoConfig.from_pretrained(backbone)."
+                )
+            self.backbone_config = AutoConfig.for_model(**self.backbone_config)
+        self.leap_offsets = tuple(self.leap_offsets)
+        # Transformers hands its own, unset, down to sub-configurations: keep what a loaded backbone
+        # runs with
+        attention = getattr(self.backbone_config, "_attn_implementation", None)
+        experts = getattr(self.backbone_config, "_experts_implementation", None)
+        super().__post_init__(**kwargs)
+        if self.backbone_config is not None and self._attn_implementation is None:
+            self.backbone_config._attn_implementation = attention
+            self.backbone_config._experts_implementation = experts
+
+    def validate_leap_offsets(self) -> None:
+        """Offsets are increasing integers of at least 2."""
+        check_offsets(self.leap_offsets)
+
+    def validate_num_head_layers(self) -> None:
+        """A leap head has at least one block."""
+        if self.num_head_layers < 1:
+            raise ValueError(f"num_head_layers must be 1 or more, got {self.num_head_layers}.")
+
+    def validate_leap_loss_weight(self) -> None:
+        """β is not negative."""
+        if not self.leap_loss_weight >= 0:
+            raise ValueError(f"leap_loss_weight must be 0 or more, got {self.leap_loss_weight}.")
+
+    def validate_backbone_config(self) -> None:
+        """The backbone is a decoder-only model."""
+        if self.backbone_config is not None and self.backbone_config.is_encoder_decoder:
+            raise ValueError(
+                f"The backbone is an encoder-decoder model ({self.backbone_config.model_type!r}). "
+                "Leap heads need a causal language model, as AutoModelForCausalLM loads it."
+            )
+
+    def get_text_config(self, *args: Any, **kwargs: Any) -> PreTrainedConfig:
+        """Return the backbone's text configuration: it answers for vocabulary, layers and cache."""
+        if self.backbone_config is None:
+            return self
+        return self.backbone_config.get_text_config(*args, **kwargs)
+
+    @property
+    def num_leap_heads(self) -> int:
+        """The number of leap heads, the language-modeling head not counted."""
+        return len(self.leap_offsets)

@@ -1,0 +1,3 @@
+"""stub"""
+from transformers import GenerationMixin
+class LMTPGenerationMixin(GenerationMixin): ...

@@ -1,0 +1,96 @@
+"""Offsets of leap heads, and which head serves which position of a draft.
+
+Notation (arXiv 2505.17505): `x_1 … x_t` have been seen by the backbone, `h_s` is its last hidden
+state at position `s`, `x_{t+1}` has just been emitted. A leap head of offset `d` predicts `x_{s+d}`
+from `h_s`; the language-modeling head is the offset `d = 1`.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+
+class Draft(NamedTuple):
+    """Which leap head and which earlier state predict `x_{t+1+distance}`.
+
+    `(t - look_back) + offsets[head] = t + 1 + distance`.
+    """
+
+    distance: int
+    head: int
+    look_back: int
+
+
+def evenly_spaced_offsets(num_leap_heads: int, leap_stride: int) -> tuple[int, ...]:
+    """Return the paper's offsets `1 + k·i`, `i = 1 … m` (`leap_stride=1`: 2, 3, 4, as in Medusa).
+
+    Raises:
+        ValueError: `num_leap_heads` is negative or `leap_stride` is below 1.
+    """
+    if num_leap_heads < 0:
+        raise ValueError(
+            f"num_leap_heads must be 0 (plain next-token prediction) or more, got {num_leap_heads}."
+        )
+    if leap_stride < 1:
+        raise ValueError(
+            f"leap_stride must be 1 (multi-token prediction) or more, got {leap_stride}."
+        )
+    return tuple(1 + leap_stride * (i + 1) for i in range(num_leap_heads))
+
+
+def check_offsets(offsets: Sequence[int]) -> None:
+    """Raise a ValueError unless `offsets` are increasing integers of at least 2."""
+    if any(isinstance(offset, bool) or not isinstance(offset, int) for offset in offsets):
+        raise ValueError(f"leap_offsets must be integers, got {tuple(offsets)}.")
+    if any(offset < 2 for offset in offsets):
+        raise ValueError(
+            f"leap_offsets must be 2 or more, got {tuple(offsets)}: offset 1 is the language-modeling "
+            "head, which every backbone has."
+        )
+    if any(later <= earlier for earlier, later in zip(offsets, offsets[1:], strict=False)):
+        raise ValueError(
+            f"leap_offsets must be increasing, got {tuple(offsets)}. Sort them and drop duplicates."
+        )
+
+
+def drafts(offsets: Sequence[int]) -> tuple[Draft, ...]:
+    """List, for each draftable distance `a = 1, 2, …`, the head and the look-back that serve it.
+
+    The nearest head at or beyond the target is taken: offset `d ≥ 1 + a`, look-back `j = d - 1 - a`,
+    because `(t - j) + d = t + 1 + a`. For the evenly spaced offsets of leap `k` this is
+    `i = ceil(a / k)` (counting heads from 1), `j = k·i - a`.
+
+    differs: the rule printed in arXiv 2505.17505 agrees for `k ≤ 2` only; this one holds for any
+    increasing offsets.
+
+    Args:
+        offsets: increasing integers ≥ 2, one per leap head; may be empty.
+
+    Returns:
+        One `Draft` per distance `1 … max(offsets) - 1`, in order.
+    """
+    check_offsets(offsets)
+    horizon = offsets[-1] - 1 if offsets else 0
+    schedule = []
+    for distance in range(1, horizon + 1):
+        head = next(i for i, offset in enumerate(offsets) if offset >= 1 + distance)
+        schedule.append(Draft(distance, head, look_back=offsets[head] - 1 - distance))
+    return tuple(schedule)
+
+
+def num_draft_states(schedule: Sequence[Draft]) -> int:
+    """Return how many of the last hidden states the schedule reads: the largest look-back plus one."""
+    return max((draft.look_back + 1 for draft in schedule), default=0)
+
+
+def draftable(schedule: Sequence[Draft], num_states: int) -> tuple[Draft, ...]:
+    """Return the leading drafts whose state exists when only `num_states` states are known.
+
+    Right after a very short prompt `h_{t-j}` may not exist. A draft behind a missing one is of no
+    use, because verification walks the positions in order.
+    """
+    available = []
+    for draft in schedule:
+        if draft.look_back >= num_states:
+            break
+        available.append(draft)
+    return tuple(available)

@@ -1,0 +1,353 @@
+"""A causal language model with leap heads: any backbone, untouched, and the heads beside it.
+
+Shapes: `B` batch, `L` length, `H` hidden size, `V` vocabulary size, `m` leap heads.
+"""
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import initialization as init
+from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.utils import can_return_tuple
+
+from .backbone_lmtp import (
+    check_backbone,
+    copy_unembedding,
+    unembedding_inputs,
+    unembedding_size,
+)
+from .checkpoints_lmtp import AUTO_MAP, check_loaded
+from .configuration_lmtp import LMTPConfig
+from .generation_lmtp import LMTPGenerationMixin
+from .heads_lmtp import LeapHead, ZeroLinear
+from .leaps_lmtp import evenly_spaced_offsets
+from .losses_lmtp import IGNORE_INDEX, chunked_cross_entropy, leap_targets
+
+
+@dataclass
+class LMTPCausalLMOutput(CausalLMOutputWithPast):
+    """The backbone's causal-LM output (every field of it) and what the leap heads add.
+
+    Args:
+        leap_logits: with `output_leap_logits=True`, one `(B, L, V)` tensor per leap head:
+            `leap_logits[i][:, s]` predicts the token at `s + leap_offsets[i]`.
+        leap_losses: with `labels`, `(m,)`, each head's mean cross-entropy, detached.
+    """
+
+    leap_logits: tuple[torch.Tensor, ...] | None = None
+    leap_losses: torch.Tensor | None = None
+
+
+class LMTPPreTrainedModel(PreTrainedModel):
+    """What Transformers needs to know about models with leap heads."""
+
+    config_class = LMTPConfig
+    base_model_prefix = "backbone"
+    supports_gradient_checkpointing = True
+    # Answered by the backbone itself when it is built; the wrapper has no attention of its own
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        if isinstance(module, ZeroLinear):
+            init.zeros_(module.weight)
+            init.zeros_(module.bias)
+        else:
+            super()._init_weights(module)
+
+
+class LMTPForCausalLM(LMTPPreTrainedModel, LMTPGenerationMixin):
+    """A causal language model with leap heads (arXiv 2505.17505).
+
+    Args:
+        config: the configuration.
+        backbone: a model to use as it is; by default one is built from `config.backbone_config`.
+
+    Raises:
+        ValueError: there is no backbone, or it is not a causal language model.
+    """
+
+    _auto_class = "AutoModelForCausalLM"
+
+    def __init__(self, config: LMTPConfig, backbone: PreTrainedModel | None = None) -> None:
+        super().__init__(config)
+        if backbone is None:
+            if config.backbone_config is None:
+                raise ValueError(
+                    "config.backbone_config is not set. Use LMTPForCausalLM.from_backbone(model), or "
+                    "pass LMTPConfig(backbone_config=AutoConfig.from_pretrained(backbone))."
+                )
+            backbone = AutoModelForCausalLM.from_config(config.backbone_config)
+        check_backbone(backbone)
+        self.backbone = backbone
+        self.config.backbone_config = backbone.config
+        self.leap_heads = nn.ModuleList(self._new_head() for _ in config.leap_offsets)
+        self.post_init()
+        if not config.share_lm_head:
+            self._copy_unembedding_to_heads()
+
+    def _new_head(self) -> LeapHead:
+        vocab_size, hidden_size = unembedding_size(self.backbone)
+        lm_head = None if self.config.share_lm_head else copy_unembedding(self.backbone)
+        head = LeapHead(hidden_size, self.config.num_head_layers, lm_head)
+        device = self.backbone.get_output_embeddings().weight.device
+        return head.to(device=device, dtype=self.backbone.dtype)
+
+    @classmethod
+    def from_backbone(
+        cls,
+        backbone: PreTrainedModel | str,
+        num_leap_heads: int | None = None,
+        leap_stride: int | None = None,
+        *,
+        leap_offsets: Sequence[int] | None = None,
+        num_head_layers: int = 1,
+        share_lm_head: bool = True,
+        leap_loss_weight: float = 0.1,
+        train_backbone: bool = False,
+        **backbone_kwargs: Any,
+    ) -> "LMTPForCausalLM":
+        """Give a causal language model leap heads, which start as the identity.
+
+        Args:
+            backbone: a loaded model, used as it is, or an id or folder for AutoModelForCausalLM.
+            num_leap_heads: `m`, 3 by default; 0 is plain next-token prediction.
+            leap_stride: `k`, 2 by default; the offsets are `1 + k, 1 + 2k, …`; 1 is multi-token
+                prediction.
+            leap_offsets: the offsets themselves, instead of the two above.
+            num_head_layers, share_lm_head, leap_loss_weight, train_backbone: see `LMTPConfig`.
+            backbone_kwargs: for `AutoModelForCausalLM.from_pretrained`, if `backbone` is an id.
+
+        Raises:
+            ValueError: offsets given twice or invalid, or the backbone is not a causal model.
+        """
+        offsets = _resolve_offsets(num_leap_heads, leap_stride, leap_offsets)
+        if isinstance(backbone, str):
+            revision = backbone_kwargs.get("revision")
+            backbone = AutoModelForCausalLM.from_pretrained(backbone, **backbone_kwargs)
+        elif backbone_kwargs:
+            raise ValueError(
+                f"{sorted(backbone_kwargs)} are arguments for loading a backbone, but a loaded "
+                "model was passed. Drop them, or pass the backbone's id."
+            )
+        else:
+            revision = None
+        check_backbone(backbone)
+        config = LMTPConfig(
+            backbone_config=backbone.config,
+            leap_offsets=offsets,
+            num_head_layers=num_head_layers,
+            share_lm_head=share_lm_head,
+            leap_loss_weight=leap_loss_weight,
+            train_backbone=train_backbone,
+            base_model_name_or_path=backbone.config.name_or_path or None,
+            base_model_revision=getattr(backbone.config, "_commit_hash", None) or revision,
+            dtype=backbone.dtype,
+        )
+        model = cls(config, backbone=backbone)
+        model.generation_config = copy.deepcopy(backbone.generation_config)
+        return model.train(backbone.training)
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.LongTensor | None = None,
+        output_leap_logits: bool = False,
+        num_items_in_batch: torch.Tensor | int | None = None,
+        **backbone_kwargs: Any,
+    ) -> LMTPCausalLMOutput:
+        """Run the backbone and, where asked for, the leap heads.
+
+        With `labels`, the loss is `Σ heads` while the backbone is frozen (`train_backbone=False`:
+        no logits are computed and no gradient reaches it), else `NTP + β · Σ heads`.
+
+        Args:
+            input_ids: `(B, L)`, or `inputs_embeds`: `(B, L, H)`.
+            attention_mask: `(B, L)`, 0 at padding.
+            position_ids: `(B, L)`.
+            labels: `(B, L)`, not shifted, -100 where a token is not a target. If all are, the loss is 0.
+            output_leap_logits: also return `(B, L, V)` logits of each leap head.
+            num_items_in_batch: what sums of token losses are divided by; by default, for each loss,
+                the number of its targets.
+            backbone_kwargs: anything else that the backbone's `forward` takes.
+        """
+        inputs = {
+            "input_ids": input_ids,
+            "attention_mask": attention_mask,
+            "position_ids": position_ids,
+            "inputs_embeds": inputs_embeds,
+            **backbone_kwargs,
+        }
+        inputs = {name: value for name, value in inputs.items() if value is not None}
+        if labels is None:
+            outputs, hidden_states = self._run_backbone(inputs)
+        elif self.config.train_backbone or not self.leap_heads:
+            outputs, hidden_states = self._run_backbone_with_loss(
+                inputs, labels, num_items_in_batch
+            )
+        else:
+            outputs, hidden_states = self._run_frozen_backbone(inputs)
+
+        result = LMTPCausalLMOutput()
+        for name, value in outputs.items():
+            result[name] = value
+        if labels is not None and self.leap_heads:
+            loss, result["leap_losses"] = self.leap_loss(hidden_states, labels, num_items_in_batch)
+            if "loss" in result:
+                loss = result["loss"] + self.config.leap_loss_weight * loss
+            result["loss"] = loss
+        if output_leap_logits:
+            result["leap_logits"] = self.leap_logits(hidden_states)
+        return result
+
+    def _run_backbone(self, inputs: dict[str, Any]) -> tuple[dict[str, Any], torch.Tensor]:
+        with unembedding_inputs(self.backbone) as states:
+            outputs = self.backbone(**inputs, return_dict=True)
+        return outputs, states[-1]
+
+    def _run_backbone_with_loss(
+        self,
+        inputs: dict[str, Any],
+        labels: torch.LongTensor,
+        num_items_in_batch: torch.Tensor | int | None,
+    ) -> tuple[dict[str, Any], torch.Tensor]:
+        if num_items_in_batch is None:
+            num_items_in_batch = (labels[:, 1:] != IGNORE_INDEX).sum()
+        # The mean over no targets is 0 / 0 in Transformers' loss; over at least 1 it is 0
+        num_items_in_batch = torch.as_tensor(num_items_in_batch, device=labels.device).clamp(min=1)
+        return self._run_backbone(
+            {**inputs, "labels": labels, "num_items_in_batch": num_items_in_batch}
+        )
+
+    def _run_frozen_backbone(self, inputs: dict[str, Any]) -> tuple[dict[str, Any], torch.Tensor]:
+        with torch.no_grad(), unembedding_inputs(self.backbone, num_logits=1) as states:
+            outputs = self.backbone(**{"use_cache": False, **inputs}, return_dict=True)
+        return {name: outputs[name] for name in outputs if name != "logits"}, states[-1]
+
+    def leap_loss(
+        self,
+        hidden_states: torch.Tensor,
+        labels: torch.LongTensor,
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the sum of the heads' losses and each head's mean cross-entropy, detached.
+
+        Args:
+            hidden_states: `(B, L, H)`, the backbone's last hidden states.
+            labels: `(B, L)`, not shifted.
+            num_items_in_batch: see `forward`.
+
+        Returns:
+            A scalar, and `(m,)`.
+        """
+        losses, means = [], []
+        for head, offset in zip(self.leap_heads, self.config.leap_offsets, strict=True):
+            states, targets = leap_targets(hidden_states, labels, offset)
+            total = chunked_cross_entropy(partial(self.head_logits, head), states, targets)
+            num_targets = max(targets.numel(), 1)
+            losses.append(total / (num_targets if num_items_in_batch is None else num_items_in_batch))
+            means.append(total.detach() / num_targets)
+        return torch.stack(losses).sum(), torch.stack(means)
+
+    def head_logits(self, head: LeapHead, hidden_states: torch.Tensor) -> torch.Tensor:
+        """Map states `(…, H)` to one head's logits `(…, V)`."""
+        unembedding = head.lm_head if head.lm_head is not None else self.get_output_embeddings()
+        return unembedding(head(hidden_states))
+
+    def leap_logits(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Map the backbone's last hidden states `(B, L, H)` to one `(B, L, V)` tensor per head."""
+        return tuple(self.head_logits(head, hidden_states) for head in self.leap_heads)
+
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str | Path, *args: Any, **kwargs: Any
+    ) -> "LMTPForCausalLM":
+        """Load a checkpoint as Transformers does, and refuse one that is incomplete.
+
+        Raises:
+            ValueError: tensors of the checkpoint are missing, or tensors of its leap heads are
+                extra or of the wrong shape; the message names them.
+        """
+        with_info = kwargs.pop("output_loading_info", False)
+        model, info = super().from_pretrained(
+            pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs
+        )
+        check_loaded(info, pretrained_model_name_or_path)
+        return (model, info) if with_info else model
+
+    def save_pretrained(self, save_directory: str | Path, *args: Any, **kwargs: Any) -> None:
+        """Save weights, configuration, generation settings and the code that loads them."""
+        self.config.auto_map = dict(AUTO_MAP)
+        super().save_pretrained(save_directory, *args, **kwargs)
+
+    def get_input_embeddings(self) -> nn.Module:
+        """Return the backbone's input embeddings."""
+        return self.backbone.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        """Replace the backbone's input embeddings."""
+        self.backbone.set_input_embeddings(value)
+
+    def get_output_embeddings(self) -> nn.Module:
+        """Return the backbone's unembedding, which the leap heads may share."""
+        return self.backbone.get_output_embeddings()
+
+    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
+        """Replace the backbone's unembedding."""
+        self.backbone.set_output_embeddings(new_embeddings)
+
+    def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> nn.Embedding:
+        """Resize the backbone's vocabulary, and that of heads with an unembedding of their own.
+
+        Rows that such a head did not have start as the backbone's.
+        """
+        embeddings = self.backbone.resize_token_embeddings(*args, **kwargs)
+        if not self.config.share_lm_head:
+            trained = [head.lm_head for head in self.leap_heads]
+            self._copy_unembedding_to_heads()
+            for head, old in zip(self.leap_heads, trained, strict=True):
+                keep_rows(old, head.lm_head)
+        return embeddings
+
+    def _copy_unembedding_to_heads(self) -> None:
+        for head in self.leap_heads:
+            head.lm_head = copy_unembedding(self.backbone)
+
+
+def keep_rows(old: nn.Linear, new: nn.Linear) -> None:
+    """Copy the rows that both unembeddings have, `(min(V, V'), H)`, from `old` to `new`."""
+    rows = min(old.out_features, new.out_features)
+    with torch.no_grad():
+        new.weight[:rows] = old.weight[:rows]
+        if new.bias is not None:
+            new.bias[:rows] = old.bias[:rows]
+
+
+def _resolve_offsets(
+    num_leap_heads: int | None, leap_stride: int | None, leap_offsets: Sequence[int] | None
+) -> tuple[int, ...]:
+    if leap_offsets is None:
+        return evenly_spaced_offsets(
+            3 if num_leap_heads is None else num_leap_heads,
+            2 if leap_stride is None else leap_stride,
+        )
+    if num_leap_heads is not None or leap_stride is not None:
+        raise ValueError(
+            f"Pass either leap_offsets ({tuple(leap_offsets)}) or num_leap_heads and leap_stride "
+            f"({num_leap_heads}, {leap_stride}), not both."
+        )
+    return tuple(leap_offsets)
