@@ -93,6 +93,8 @@ class LMTPForCausalLM(LMTPPreTrainedModel, LMTPGenerationMixin):
         self.config.backbone_config = backbone.config
         self.leap_heads = nn.ModuleList(self._new_head() for _ in config.leap_offsets)
         self.post_init()
+        if self.leap_heads and not config.train_backbone:
+            self.backbone.requires_grad_(False)
         if not config.share_lm_head:
             self._copy_unembedding_to_heads()
 

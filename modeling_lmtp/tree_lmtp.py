@@ -1,0 +1,161 @@
+r"""Draft trees: which candidates are verified together, and who may see whom.
+
+Node 0 is the root, the last token emitted. Nodes `1 … N` are candidates, parents first, ordered by
+depth. A node at depth `a` proposes a token for draft distance `a`; its rank says which: 0 the leap
+head's most likely token, 1 the next. The example used by docs and tests, paths
+`(0), (1), (0, 0), (0, 1), (0, 0, 0)`:
+
+    node      0 ── 1 ── 3 ── 5        parents  (0, 0, 1, 1, 3)
+               \    \── 4             ranks    (0, 1, 0, 1, 0)
+                \── 2                 depths   (0, 1, 1, 2, 2, 3)
+"""
+
+import heapq
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+
+MAX_NODES = 64  # the root included; beyond it one verification costs more than it can win
+
+
+@dataclass(frozen=True)
+class DraftTree:
+    """A tree of candidates by structure alone; the drafter fills in the tokens.
+
+    Args:
+        parents: `parents[n - 1]` is the parent of node `n`; a parent's number is the smaller one.
+        ranks: `ranks[n - 1]` is the rank of node `n` among its head's candidates.
+    """
+
+    parents: tuple[int, ...] = ()
+    ranks: tuple[int, ...] = ()
+
+    @classmethod
+    def from_paths(cls, paths: Iterable[Sequence[int]]) -> "DraftTree":
+        """Build a tree from its nodes' paths: the ranks taken from the root, one path per node.
+
+        Raises:
+            ValueError: a path is empty, repeated, has a negative rank, or its parent is missing.
+        """
+        ordered = sorted((tuple(path) for path in paths), key=lambda path: (len(path), path))
+        numbers: dict[tuple[int, ...], int] = {(): 0}
+        for path in ordered:
+            _check_path(path, numbers)
+            numbers[path] = len(numbers)
+        if len(numbers) > MAX_NODES:
+            raise ValueError(
+                f"The draft tree has {len(numbers) - 1} nodes, at most {MAX_NODES - 1} are allowed."
+            )
+        return cls(
+            parents=tuple(numbers[path[:-1]] for path in ordered),
+            ranks=tuple(path[-1] for path in ordered),
+        )
+
+    @classmethod
+    def chain(cls, length: int) -> "DraftTree":
+        """Build the top-1 chain: one candidate per distance."""
+        return cls(parents=tuple(range(length)), ranks=(0,) * length)
+
+    @cached_property
+    def paths(self) -> tuple[tuple[int, ...], ...]:
+        """The ranks from the root to each candidate: what `from_paths` takes."""
+        paths: list[tuple[int, ...]] = [()]
+        for parent, rank in zip(self.parents, self.ranks, strict=True):
+            paths.append((*paths[parent], rank))
+        return tuple(paths[1:])
+
+    @cached_property
+    def depths(self) -> tuple[int, ...]:
+        """The depth of each node, `(1 + N,)`; it is the node's position minus the root's."""
+        return (0, *(len(path) for path in self.paths))
+
+    @property
+    def num_nodes(self) -> int:
+        """The number of candidates `N`, the root not counted."""
+        return len(self.parents)
+
+    @property
+    def depth(self) -> int:
+        """The furthest draft distance."""
+        return self.depths[-1]
+
+    @cached_property
+    def is_chain(self) -> bool:
+        """Whether there is one candidate per distance."""
+        return self.parents == tuple(range(self.num_nodes))
+
+    @cached_property
+    def children(self) -> tuple[tuple[int, ...], ...]:
+        """The children of each node, `(1 + N,)`, best rank first."""
+        children: list[list[int]] = [[] for _ in range(1 + self.num_nodes)]
+        for node, parent in enumerate(self.parents, start=1):
+            children[parent].append(node)
+        return tuple(tuple(sorted(nodes, key=lambda n: self.ranks[n - 1])) for nodes in children)
+
+    def child(self, node: int, token: int, candidates: Sequence[int]) -> int | None:
+        """Return the child of `node` that proposes `token`, or None; `candidates[n - 1]` is node `n`'s."""
+        return next((n for n in self.children[node] if candidates[n - 1] == token), None)
+
+    def truncate(self, depth: int) -> "DraftTree":
+        """Return the tree without the nodes deeper than `depth`."""
+        kept = sum(1 for node_depth in self.depths[1:] if node_depth <= depth)
+        return DraftTree(self.parents[:kept], self.ranks[:kept])
+
+    def visible(self, device: torch.device | str | None = None) -> torch.Tensor:
+        """Return `(1 + N, 1 + N)` booleans: `[i, j]` says that `j` is `i` or an ancestor of `i`."""
+        mask = torch.eye(1 + self.num_nodes, dtype=torch.bool)
+        for node, parent in enumerate(self.parents, start=1):
+            mask[node] |= mask[parent]
+        return mask.to(device)
+
+
+def _check_path(path: tuple[int, ...], numbers: dict[tuple[int, ...], int]) -> None:
+    if not path or any(isinstance(r, bool) or not isinstance(r, int) or r < 0 for r in path):
+        raise ValueError(
+            f"A path of the draft tree must be a non-empty list of ranks (0 or more), got {path}."
+        )
+    if path in numbers:
+        raise ValueError(f"The draft tree has the path {path} twice.")
+    if path[:-1] not in numbers:
+        raise ValueError(
+            f"The draft tree's node {path} has no parent: add the path {path[:-1]}, or drop the node."
+        )
+
+
+def grow_tree(
+    accuracies: Sequence[Sequence[float]], num_nodes: int, max_children: int = 10
+) -> DraftTree:
+    """Grow the tree of `num_nodes` candidates that is expected to be accepted furthest.
+
+    A node is worth the product of its path's accuracies, taken as independent; the tree is the
+    `num_nodes` most valuable nodes, which always form a tree (greedy, as in Medusa).
+
+    Args:
+        accuracies: `accuracies[a - 1][r]`, how often the rank-`r` candidate for distance `a` is
+            right, as measured on held-out text.
+        num_nodes: candidates wanted; fewer come back if the accuracies offer no more.
+        max_children: at most so many children per node.
+    """
+    if not 0 <= num_nodes < MAX_NODES:
+        raise ValueError(f"num_nodes must be from 0 to {MAX_NODES - 1}, got {num_nodes}.")
+    paths: list[tuple[int, ...]] = []
+    frontier: list[tuple[float, tuple[int, ...]]] = []
+
+    def offer(value: float, parent: tuple[int, ...], rank: int) -> None:
+        distance = len(parent)
+        if distance < len(accuracies) and rank < min(max_children, len(accuracies[distance])):
+            heapq.heappush(frontier, (-value * accuracies[distance][rank], (*parent, rank)))
+
+    values = {(): 1.0}
+    offer(1.0, (), 0)
+    while frontier and len(paths) < num_nodes:
+        negative_value, path = heapq.heappop(frontier)
+        if negative_value == 0:
+            break
+        paths.append(path)
+        values[path] = -negative_value
+        offer(values[path], path, 0)
+        offer(values[path[:-1]], path[:-1], path[-1] + 1)
+    return DraftTree.from_paths(paths)
