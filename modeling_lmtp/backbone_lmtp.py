@@ -5,7 +5,6 @@ Shapes: `B` batch, `L` length, `H` hidden size.
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from torch import nn

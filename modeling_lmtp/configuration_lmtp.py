@@ -32,7 +32,7 @@ class LMTPConfig(PreTrainedConfig):
     sub_configs = {"backbone_config": AutoConfig}  # noqa: RUF012 (read by Transformers as it is)
     _auto_class = "AutoConfig"
 
-    backbone_config: dict[str, Any] | PreTrainedConfig | None = None
+    backbone_config: Any = None  # PreTrainedConfig; a dict is turned into one
     leap_offsets: list[int] | tuple[int, ...] = (3, 5, 7)
     num_head_layers: int = 1
     share_lm_head: bool = True

@@ -103,7 +103,7 @@ class TokenChooser:
             for token in criterion.eos_token_id.tolist()
         )
 
-    def choose(self, input_ids: torch.LongTensor, logits: torch.Tensor) -> torch.LongTensor:
+    def choose(self, input_ids: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
         """Return the token `(1,)` that follows `input_ids` `(1, L)`, given raw logits `(1, V)`."""
         logits = logits.to(copy=True, dtype=torch.float32, device=input_ids.device)
         scores = self.logits_processor(input_ids, logits)
@@ -115,7 +115,7 @@ class TokenChooser:
             return torch.multinomial(scores.softmax(dim=-1), num_samples=1).squeeze(1)
         return scores.argmax(dim=-1)
 
-    def stops(self, input_ids: torch.LongTensor) -> bool:
+    def stops(self, input_ids: torch.Tensor) -> bool:
         """Whether generation ends with the last of `input_ids` `(1, L)`."""
         scores = None if self.scores is None else tuple(self.scores)
         return bool(self.stopping_criteria(input_ids, scores).all())
@@ -123,7 +123,7 @@ class TokenChooser:
 
 def decode(
     backbone: PreTrainedModel,
-    input_ids: torch.LongTensor,
+    input_ids: torch.Tensor,
     drafter: Drafter,
     chooser: TokenChooser,
     generation_config: GenerationConfig,
@@ -176,7 +176,7 @@ def decode(
 
 def _prefill(
     backbone: PreTrainedModel,
-    input_ids: torch.LongTensor,
+    input_ids: torch.Tensor,
     drafter: Drafter,
     generation_config: GenerationConfig,
     model_kwargs: dict[str, Any],
@@ -196,9 +196,9 @@ def _prefill(
 
 def walk_stepwise(
     tree: DraftTree,
-    candidate_ids: torch.LongTensor,
+    candidate_ids: torch.Tensor,
     logits: torch.Tensor,
-    input_ids: torch.LongTensor,
+    input_ids: torch.Tensor,
     chooser: TokenChooser,
 ) -> Walk:
     """Walk down the tree, choosing and judging token by token as plain decoding does.
@@ -225,9 +225,9 @@ def walk_stepwise(
 
 def walk_greedily(
     tree: DraftTree,
-    candidate_ids: torch.LongTensor,
+    candidate_ids: torch.Tensor,
     logits: torch.Tensor,
-    input_ids: torch.LongTensor,
+    input_ids: torch.Tensor,
     chooser: TokenChooser,
 ) -> Walk:
     """Do what `walk_stepwise` does for bare argmaxes, with one transfer to the host in all."""
@@ -249,8 +249,8 @@ def walk_greedily(
 
 
 def _emit(
-    input_ids: torch.LongTensor, tokens: list[int], streamer: BaseStreamer | None
-) -> torch.LongTensor:
+    input_ids: torch.Tensor, tokens: list[int], streamer: BaseStreamer | None
+) -> torch.Tensor:
     emitted = torch.tensor([tokens], dtype=input_ids.dtype)
     if streamer is not None:
         for token in emitted[0].split(1):

@@ -26,8 +26,8 @@ class Drafter(ABC):
 
     @abstractmethod
     def draft(
-        self, input_ids: torch.LongTensor, hidden_states: torch.Tensor, max_depth: int
-    ) -> tuple[DraftTree, torch.LongTensor]:
+        self, input_ids: torch.Tensor, hidden_states: torch.Tensor, max_depth: int
+    ) -> tuple[DraftTree, torch.Tensor]:
         """Propose a tree of candidates.
 
         Args:
@@ -78,8 +78,8 @@ class LeapHeadDrafter(Drafter):
         self._plans: dict[int, _Plan] = {}
 
     def draft(
-        self, input_ids: torch.LongTensor, hidden_states: torch.Tensor, max_depth: int
-    ) -> tuple[DraftTree, torch.LongTensor]:
+        self, input_ids: torch.Tensor, hidden_states: torch.Tensor, max_depth: int
+    ) -> tuple[DraftTree, torch.Tensor]:
         """Fill the tree, cut to the positions that have a state and may be emitted."""
         schedule = draftable(self.schedule, hidden_states.shape[1])[: max(max_depth, 0)]
         plan = self._plans.get(len(schedule))
@@ -116,5 +116,6 @@ class LeapHeadDrafter(Drafter):
         features = [head(hidden_states[:, index]) for head, index in used]
         if used[0][0].lm_head is None:
             return self.unembedding(torch.cat(features, dim=1))
-        logits = [head.lm_head(x) for (head, _), x in zip(used, features, strict=True)]
+        unembeddings = [head.lm_head or self.unembedding for head, _ in used]
+        logits = [u(x) for u, x in zip(unembeddings, features, strict=True)]
         return torch.cat(logits, dim=1)

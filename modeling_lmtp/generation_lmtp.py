@@ -114,7 +114,7 @@ class LMTPGenerationMixin(GenerationMixin):
         *args: Any,
         drafter: Drafter | None = None,
         **kwargs: Any,
-    ) -> ModelOutput | torch.LongTensor:
+    ) -> ModelOutput | torch.Tensor:
         """Generate as Transformers does; with `use_lmtp=True`, the same text in fewer passes.
 
         Args:
@@ -151,12 +151,12 @@ class LMTPGenerationMixin(GenerationMixin):
 
         def lmtp_decoding(
             backbone: Any,
-            input_ids: torch.LongTensor,
+            input_ids: torch.Tensor,
             logits_processor: LogitsProcessorList,
             stopping_criteria: StoppingCriteriaList,
             generation_config: GenerationConfig,
             **model_kwargs: Any,
-        ) -> ModelOutput | torch.LongTensor:
+        ) -> ModelOutput | torch.Tensor:
             _refuse_unsupported(input_ids, generation_config, model_kwargs)
             returns_dict = generation_config.return_dict_in_generate
             chooser = TokenChooser(
@@ -237,7 +237,7 @@ def _with_stop_strings(
 
 
 def _refuse_unsupported(
-    input_ids: torch.LongTensor, generation_config: GenerationConfig, model_kwargs: dict[str, Any]
+    input_ids: torch.Tensor, generation_config: GenerationConfig, model_kwargs: dict[str, Any]
 ) -> None:
     """Refuse what is prepared but not supported, before the first forward pass."""
     mode = generation_config.get_generation_mode()

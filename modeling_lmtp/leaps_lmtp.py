@@ -6,6 +6,7 @@ from `h_s`; the language-modeling head is the offset `d = 1`.
 """
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import NamedTuple
 
 
@@ -46,7 +47,7 @@ def check_offsets(offsets: Sequence[int]) -> None:
             f"leap_offsets must be 2 or more, got {tuple(offsets)}: offset 1 is the language-modeling "
             "head, which every backbone has."
         )
-    if any(later <= earlier for earlier, later in zip(offsets, offsets[1:], strict=False)):
+    if any(later <= earlier for earlier, later in pairwise(offsets)):
         raise ValueError(
             f"leap_offsets must be increasing, got {tuple(offsets)}. Sort them and drop duplicates."
         )

@@ -99,7 +99,7 @@ class LMTPForCausalLM(LMTPPreTrainedModel, LMTPGenerationMixin):
             self._copy_unembedding_to_heads()
 
     def _new_head(self) -> LeapHead:
-        vocab_size, hidden_size = unembedding_size(self.backbone)
+        _, hidden_size = unembedding_size(self.backbone)
         lm_head = None if self.config.share_lm_head else copy_unembedding(self.backbone)
         head = LeapHead(hidden_size, self.config.num_head_layers, lm_head)
         device = self.backbone.get_output_embeddings().weight.device
@@ -163,11 +163,11 @@ class LMTPForCausalLM(LMTPPreTrainedModel, LMTPGenerationMixin):
     @can_return_tuple
     def forward(
         self,
-        input_ids: torch.LongTensor | None = None,
+        input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
-        position_ids: torch.LongTensor | None = None,
+        position_ids: torch.Tensor | None = None,
         inputs_embeds: torch.Tensor | None = None,
-        labels: torch.LongTensor | None = None,
+        labels: torch.Tensor | None = None,
         output_leap_logits: bool = False,
         num_items_in_batch: torch.Tensor | int | None = None,
         **backbone_kwargs: Any,
@@ -224,7 +224,7 @@ class LMTPForCausalLM(LMTPPreTrainedModel, LMTPGenerationMixin):
     def _run_backbone_with_loss(
         self,
         inputs: dict[str, Any],
-        labels: torch.LongTensor,
+        labels: torch.Tensor,
         num_items_in_batch: torch.Tensor | int | None,
     ) -> tuple[dict[str, Any], torch.Tensor]:
         if num_items_in_batch is None:
@@ -243,7 +243,7 @@ class LMTPForCausalLM(LMTPPreTrainedModel, LMTPGenerationMixin):
     def leap_loss(
         self,
         hidden_states: torch.Tensor,
-        labels: torch.LongTensor,
+        labels: torch.Tensor,
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the sum of the heads' losses and each head's mean cross-entropy, detached.
@@ -261,11 +261,11 @@ class LMTPForCausalLM(LMTPPreTrainedModel, LMTPGenerationMixin):
             states, targets = leap_targets(hidden_states, labels, offset)
             total = chunked_cross_entropy(partial(self.head_logits, head), states, targets)
             num_targets = max(targets.numel(), 1)
-            losses.append(total / (num_targets if num_items_in_batch is None else num_items_in_batch))
+            losses.append(total / (num_items_in_batch or num_targets))
             means.append(total.detach() / num_targets)
         return torch.stack(losses).sum(), torch.stack(means)
 
-    def head_logits(self, head: LeapHead, hidden_states: torch.Tensor) -> torch.Tensor:
+    def head_logits(self, head: nn.Module, hidden_states: torch.Tensor) -> torch.Tensor:
         """Map states `(…, H)` to one head's logits `(…, V)`."""
         unembedding = head.lm_head if head.lm_head is not None else self.get_output_embeddings()
         return unembedding(head(hidden_states))
@@ -285,6 +285,7 @@ class LMTPForCausalLM(LMTPPreTrainedModel, LMTPGenerationMixin):
                 extra or of the wrong shape; the message names them.
         """
         with_info = kwargs.pop("output_loading_info", False)
+        model: Any
         model, info = super().from_pretrained(
             pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs
         )
@@ -319,10 +320,9 @@ class LMTPForCausalLM(LMTPPreTrainedModel, LMTPGenerationMixin):
         """
         embeddings = self.backbone.resize_token_embeddings(*args, **kwargs)
         if not self.config.share_lm_head:
-            trained = [head.lm_head for head in self.leap_heads]
-            self._copy_unembedding_to_heads()
-            for head, old in zip(self.leap_heads, trained, strict=True):
-                keep_rows(old, head.lm_head)
+            for head in self.leap_heads:
+                trained, head.lm_head = head.lm_head, copy_unembedding(self.backbone)
+                keep_rows(trained, head.lm_head)
         return embeddings
 
     def _copy_unembedding_to_heads(self) -> None:
@@ -330,8 +330,8 @@ class LMTPForCausalLM(LMTPPreTrainedModel, LMTPGenerationMixin):
             head.lm_head = copy_unembedding(self.backbone)
 
 
-def keep_rows(old: nn.Linear, new: nn.Linear) -> None:
-    """Copy the rows that both unembeddings have, `(min(V, V'), H)`, from `old` to `new`."""
+def keep_rows(old: Any, new: Any) -> None:
+    """Copy the rows that both linear layers have, `(min(V, V'), H)`, from `old` to `new`."""
     rows = min(old.out_features, new.out_features)
     with torch.no_grad():
         new.weight[:rows] = old.weight[:rows]

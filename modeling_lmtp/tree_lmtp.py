@@ -148,7 +148,7 @@ def grow_tree(
         if distance < len(accuracies) and rank < min(max_children, len(accuracies[distance])):
             heapq.heappush(frontier, (-value * accuracies[distance][rank], (*parent, rank)))
 
-    values = {(): 1.0}
+    values: dict[tuple[int, ...], float] = {(): 1.0}
     offer(1.0, (), 0)
     while frontier and len(paths) < num_nodes:
         negative_value, path = heapq.heappop(frontier)

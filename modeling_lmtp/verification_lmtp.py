@@ -15,9 +15,9 @@ from .tree_lmtp import DraftTree
 
 def verify(
     backbone: PreTrainedModel,
-    input_ids: torch.LongTensor,
+    input_ids: torch.Tensor,
     tree: DraftTree,
-    candidate_ids: torch.LongTensor,
+    candidate_ids: torch.Tensor,
     model_kwargs: dict[str, Any],
 ) -> ModelOutput:
     """Run the backbone on the root and the candidates, appending `1 + N` slots to the cache.
@@ -59,7 +59,7 @@ def verify(
 def tree_attention_mask(
     backbone: PreTrainedModel,
     visible: torch.Tensor,
-    position_ids: torch.LongTensor,
+    position_ids: torch.Tensor,
     cache: Cache,
     attention_mask: torch.Tensor | None,
 ) -> Any:

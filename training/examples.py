@@ -1,0 +1,123 @@
+"""Distilled answers as training examples: token ids, and labels where the answer is.
+
+Shapes: `B` batch, `L` length.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch.utils.data import Dataset
+from transformers import PreTrainedTokenizerBase
+
+from modeling_lmtp.losses_lmtp import IGNORE_INDEX
+from modeling_lmtp.training.prompts import read_json_lines, render_prompt
+
+FIELDS = {"prompt": str, "response": str}
+
+
+@dataclass(frozen=True)
+class Example:
+    """One prompt and its answer as token ids; the answer starts at `answer_start`."""
+
+    input_ids: list[int]
+    answer_start: int
+
+
+def read_examples(
+    path: Path | str,
+    tokenizer: PreTrainedTokenizerBase,
+    end_id: int | None,
+    max_length: int = 1024,
+) -> list[Example]:
+    """Read answers (`.jsonl`, `.jsonl.gz`) and turn them into examples.
+
+    Args:
+        path: rows with `prompt` and `response`; `finished: false` says that an answer was cut.
+        tokenizer: the backbone's.
+        end_id: the token that ends a finished answer, if any.
+        max_length: longer examples are cut; one whose prompt fills it has nothing to learn and is
+            left out.
+
+    Raises:
+        ValueError: a row lacks a field (the message gives file and line), or nothing is left.
+    """
+    examples = []
+    for number, row in read_json_lines(path):
+        for name, kind in FIELDS.items():
+            if not isinstance(row.get(name), kind):
+                raise ValueError(
+                    f"{path}:{number}: expected text in the field {name!r}, got {row.get(name)!r}; "
+                    f"fields found: {sorted(row)}. Make the file with `lmtp distill`."
+                )
+        prompt_ids = render_prompt(tokenizer, row["prompt"])
+        answer_ids = tokenizer(row["response"], add_special_tokens=False)["input_ids"]
+        if row.get("finished", True) and end_id is not None:
+            answer_ids = [*answer_ids, end_id]
+        if answer_ids and len(prompt_ids) < max_length:
+            examples.append(Example((prompt_ids + answer_ids)[:max_length], len(prompt_ids)))
+    if not examples:
+        raise ValueError(
+            f"{path} holds no answer that fits in {max_length} tokens with its prompt."
+        )
+    return examples
+
+
+def split_examples(
+    examples: Sequence[Example], held_out: int
+) -> tuple[list[Example], list[Example]]:
+    """Take `held_out` examples, evenly spread over the file, out of training.
+
+    Raises:
+        ValueError: fewer than `held_out + 1` examples.
+    """
+    if not 0 <= held_out < len(examples):
+        raise ValueError(
+            f"held_out must leave something to train on: got {held_out} of {len(examples)} examples."
+        )
+    chosen = {i * len(examples) // held_out for i in range(held_out)}
+    return (
+        [example for i, example in enumerate(examples) if i not in chosen],
+        [examples[i] for i in sorted(chosen)],
+    )
+
+
+class AnswerDataset(Dataset[dict[str, list[int]]]):
+    """Examples as a Trainer takes them: `input_ids` and unshifted `labels`.
+
+    Args:
+        examples: the examples.
+        train_on_prompts: also learn to predict the prompts' tokens.
+    """
+
+    def __init__(self, examples: Sequence[Example], *, train_on_prompts: bool = False) -> None:
+        self.examples = examples
+        self.train_on_prompts = train_on_prompts
+
+    def __len__(self) -> int:
+        """Return the number of examples."""
+        return len(self.examples)
+
+    def __getitem__(self, index: int) -> dict[str, list[int]]:
+        """Return one example's token ids and labels."""
+        example = self.examples[index]
+        masked = 0 if self.train_on_prompts else example.answer_start
+        labels = [IGNORE_INDEX] * masked + example.input_ids[masked:]
+        return {"input_ids": example.input_ids, "labels": labels}
+
+
+def collate(rows: Sequence[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
+    """Pad rows on the right: `input_ids`, `attention_mask` and `labels`, each `(B, L)`."""
+    length = max(len(row["input_ids"]) for row in rows)
+
+    def padded(name: str, value: int) -> torch.Tensor:
+        return torch.tensor([row[name] + [value] * (length - len(row[name])) for row in rows])
+
+    ones = [{"mask": [1] * len(row["input_ids"])} for row in rows]
+    mask = torch.tensor([row["mask"] + [0] * (length - len(row["mask"])) for row in ones])
+    return {
+        "input_ids": padded("input_ids", 0),  # hidden by the mask, so any id will do
+        "attention_mask": mask,
+        "labels": padded("labels", IGNORE_INDEX),
+    }

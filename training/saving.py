@@ -1,0 +1,81 @@
+"""Saving a trained checkpoint: whole or not at all, with a record of how it was made."""
+
+import hashlib
+import json
+import platform
+import shutil
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from modeling_lmtp.modeling_lmtp import LMTPForCausalLM
+
+PROVENANCE = "provenance.json"
+RECORDED_PACKAGES = ("modeling-lmtp", "torch", "transformers", "peft", "accelerate", "safetensors")
+
+
+def check_output_folder(output: Path) -> None:
+    """Raise a ValueError if `output` exists and holds anything: nothing is overwritten."""
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise ValueError(
+            f"{output} already holds something. Choose another output, or empty it first."
+        )
+
+
+def file_sha256(path: Path) -> str:
+    """Return the SHA-256 of a file, in hexadecimal."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of Python and of the packages that a result depends on."""
+    found = {"python": platform.python_version()}
+    for package in RECORDED_PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = "not installed"
+    return found
+
+
+def save_checkpoint(
+    model: LMTPForCausalLM,
+    tokenizer: PreTrainedTokenizerBase,
+    output: Path,
+    record: dict[str, Any],
+) -> None:
+    """Save model, tokenizer, code and `provenance.json` as the folder `output`.
+
+    All is written beside it first and moved into place at the end, so that a full disk or a kill
+    leaves no half-made checkpoint under that name.
+
+    Args:
+        model, tokenizer: what to save.
+        output: a folder that does not exist yet, or is empty.
+        record: how it was made; the versions and the backbone are added.
+
+    Raises:
+        ValueError: `output` holds something.
+    """
+    check_output_folder(output)
+    unfinished = output.with_name(f".{output.name}.unfinished")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    try:
+        unfinished.mkdir(parents=True)
+        model.save_pretrained(unfinished)
+        tokenizer.save_pretrained(unfinished)
+        record = {
+            **record,
+            "base_model": model.config.base_model_name_or_path,
+            "base_model_revision": model.config.base_model_revision,
+            "versions": versions(),
+        }
+        (unfinished / PROVENANCE).write_text(json.dumps(record, indent=2) + "\n")
+        if output.exists():
+            output.rmdir()
+        unfinished.rename(output)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
