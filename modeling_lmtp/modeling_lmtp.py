@@ -267,7 +267,7 @@ class LMTPForCausalLM(LMTPPreTrainedModel, LMTPGenerationMixin):
 
     def head_logits(self, head: nn.Module, hidden_states: torch.Tensor) -> torch.Tensor:
         """Map states `(…, H)` to one head's logits `(…, V)`."""
-        unembedding = head.lm_head if head.lm_head is not None else self.get_output_embeddings()
+        unembedding: Any = head.lm_head or self.get_output_embeddings()
         return unembedding(head(hidden_states))
 
     def leap_logits(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -277,7 +277,7 @@ class LMTPForCausalLM(LMTPPreTrainedModel, LMTPGenerationMixin):
     @classmethod
     def from_pretrained(
         cls, pretrained_model_name_or_path: str | Path, *args: Any, **kwargs: Any
-    ) -> "LMTPForCausalLM":
+    ) -> Any:
         """Load a checkpoint as Transformers does, and refuse one that is incomplete.
 
         Raises:
@@ -285,7 +285,6 @@ class LMTPForCausalLM(LMTPPreTrainedModel, LMTPGenerationMixin):
                 extra or of the wrong shape; the message names them.
         """
         with_info = kwargs.pop("output_loading_info", False)
-        model: Any
         model, info = super().from_pretrained(
             pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs
         )

@@ -1,0 +1,194 @@
+"""Plain and L-MTP generation side by side: is the text the same, and how much sooner is it there?
+
+The figures, in one vocabulary: *tokens per step* τ is tokens emitted by a backbone pass after the
+prefill, the bonus token included (plain decoding: 1). *Step cost* is the time of a
+drafting-and-verifying step over that of a plain step. *Speed-up* is τ / step cost.
+"""
+
+import statistics
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from tqdm.auto import tqdm
+from transformers.generation.streamers import BaseStreamer
+
+from modeling_lmtp.modeling_lmtp import LMTPForCausalLM
+
+
+class TokenClock(BaseStreamer):
+    """A streamer that notes when each token came."""
+
+    def __init__(self) -> None:
+        self.times: list[float] = []
+
+    def put(self, value: torch.Tensor) -> None:
+        """Note the time; the first call brings the prompt."""
+        self.times.append(time.perf_counter())
+
+    def end(self) -> None:
+        """Do nothing: the last token has been noted."""
+
+    @property
+    def decoding_seconds(self) -> float:
+        """Seconds from the first new token, which the prefill gives, to the last."""
+        return self.times[-1] - self.times[1]
+
+
+@dataclass(frozen=True)
+class Pair:
+    """One prompt, generated both ways.
+
+    Args:
+        plain_ids, lmtp_ids: the new tokens.
+        plain_seconds, lmtp_seconds: decoding time, the prefill left out.
+        steps: L-MTP's backbone passes after the prefill.
+        top_two_gap: where the texts part, the plain model's best logit minus its second best; None
+            if they are equal.
+    """
+
+    plain_ids: list[int]
+    lmtp_ids: list[int]
+    plain_seconds: float
+    lmtp_seconds: float
+    steps: int
+    top_two_gap: float | None
+
+    @property
+    def is_equal(self) -> bool:
+        """Whether both ways gave the same tokens."""
+        return self.plain_ids == self.lmtp_ids
+
+    @property
+    def first_difference(self) -> int:
+        """How many tokens agree before the first that differs."""
+        agree = [a == b for a, b in zip(self.plain_ids, self.lmtp_ids, strict=False)]
+        return agree.index(False) if False in agree else len(agree)
+
+    @property
+    def tokens_per_step(self) -> float:
+        """Tokens emitted per backbone pass after the prefill, τ."""
+        return (len(self.lmtp_ids) - 1) / max(1, self.steps)
+
+    @property
+    def step_cost(self) -> float:
+        """The time of an L-MTP step over that of a plain step."""
+        plain_step = self.plain_seconds / max(1, len(self.plain_ids) - 1)
+        return self.lmtp_seconds / max(1, self.steps) / plain_step if plain_step else float("nan")
+
+    @property
+    def speed_up(self) -> float:
+        """Tokens per second over plain decoding's, τ / step cost."""
+        return self.tokens_per_step / self.step_cost
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Pairs over several prompts, and their medians."""
+
+    pairs: list[Pair]
+
+    @property
+    def num_equal(self) -> int:
+        """How many prompts gave the same tokens both ways."""
+        return sum(pair.is_equal for pair in self.pairs)
+
+    def median(self, name: str) -> float:
+        """Return the median over prompts of a property of `Pair`."""
+        return statistics.median(getattr(pair, name) for pair in self.pairs)
+
+    def summary(self) -> dict[str, Any]:
+        """Return the comparison as JSON-serialisable figures."""
+        figures = ("tokens_per_step", "step_cost", "speed_up")
+        differing = [pair for pair in self.pairs if not pair.is_equal]
+        return {
+            "prompts": len(self.pairs),
+            "new_tokens": sum(len(pair.plain_ids) for pair in self.pairs),
+            "equal": self.num_equal,
+            "differences": [
+                {"after_tokens": pair.first_difference, "top_two_gap": pair.top_two_gap}
+                for pair in differing
+            ],
+            **{
+                name: {
+                    "median": round(self.median(name), 3),
+                    "min": round(min(getattr(pair, name) for pair in self.pairs), 3),
+                    "max": round(max(getattr(pair, name) for pair in self.pairs), 3),
+                }
+                for name in figures
+            },
+        }
+
+
+def compare(
+    model: LMTPForCausalLM,
+    prompts: Sequence[torch.Tensor],
+    *,
+    seed: int | None = None,
+    progress: bool = True,
+    lmtp_options: dict[str, Any] | None = None,
+    **options: Any,
+) -> Comparison:
+    """Generate from each prompt plainly and with `use_lmtp=True`, in turn, one after the other.
+
+    Args:
+        model: the model, in evaluation mode.
+        prompts: token ids, each `(1, L)`.
+        seed: set before each generation, for sampling.
+        lmtp_options: `draft_tree` or `draft_length`, if not the checkpoint's own.
+        options: for both ways, such as `max_new_tokens` and `do_sample`.
+    """
+    lmtp_options = {"use_lmtp": True, **(lmtp_options or {})}
+    bar = tqdm(prompts, desc="compare", unit="prompt", disable=not progress)
+    return Comparison([_compare_one(model, ids, seed, lmtp_options, options) for ids in bar])
+
+
+def _compare_one(
+    model: LMTPForCausalLM,
+    input_ids: torch.Tensor,
+    seed: int | None,
+    lmtp_options: dict[str, Any],
+    options: dict[str, Any],
+) -> Pair:
+    plain, plain_clock = _generate(model, input_ids, seed, {**options, "use_lmtp": False})
+    lmtp, lmtp_clock = _generate(model, input_ids, seed, {**options, **lmtp_options})
+    length = input_ids.shape[1]
+    pair = Pair(
+        plain_ids=plain.sequences[0, length:].tolist(),
+        lmtp_ids=lmtp.sequences[0, length:].tolist(),
+        plain_seconds=plain_clock.decoding_seconds,
+        lmtp_seconds=lmtp_clock.decoding_seconds,
+        steps=len(lmtp.acceptance_lengths),
+        top_two_gap=None,
+    )
+    if pair.is_equal:
+        return pair
+    return Pair(**{**vars(pair), "top_two_gap": _top_two_gap(model, plain.sequences, length, pair)})
+
+
+def _generate(
+    model: LMTPForCausalLM, input_ids: torch.Tensor, seed: int | None, options: dict[str, Any]
+) -> tuple[Any, TokenClock]:
+    if seed is not None:
+        torch.manual_seed(seed)
+    clock = TokenClock()
+    output = model.generate(
+        input_ids,
+        attention_mask=torch.ones_like(input_ids),
+        streamer=clock,
+        return_dict_in_generate=True,
+        **options,
+    )
+    return output, clock
+
+
+@torch.no_grad()
+def _top_two_gap(
+    model: LMTPForCausalLM, sequences: torch.Tensor, prompt_length: int, pair: Pair
+) -> float:
+    known = sequences[:, : prompt_length + pair.first_difference]
+    logits = model(input_ids=known).logits[0, -1].float()
+    best, second = logits.topk(2).values.tolist()
+    return float(best - second)

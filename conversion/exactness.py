@@ -1,0 +1,76 @@
+"""`lmtp verify`: does a checkpoint decode the same text with and without `use_lmtp=True`?"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from modeling_lmtp.conversion.comparison import Comparison, compare
+from modeling_lmtp.leaps_lmtp import drafts
+from modeling_lmtp.modeling_lmtp import LMTPForCausalLM
+from modeling_lmtp.support_lmtp import Tier, decoding_tier
+from modeling_lmtp.tree_lmtp import DraftTree, grow_tree
+
+SAMPLING = {"do_sample": True, "temperature": 0.8, "top_p": 0.95, "top_k": 50}
+# A tree with branches at every depth, for checkpoints whose generation_config names none
+ASSUMED_ACCURACY = 0.5
+NUM_NODES = 12
+
+
+def ways_to_decode(model: LMTPForCausalLM) -> dict[str, tuple[dict[str, Any], dict[str, Any]]]:
+    """Return, by name, the options for both ways and those of L-MTP alone that `verify` tries."""
+    horizon = len(drafts(model.config.leap_offsets))
+    chain = {"draft_length": horizon}
+    tree = {"draft_tree": [list(path) for path in _tree(model, horizon).paths]}
+    greedy = {"do_sample": False}
+    if decoding_tier(model.backbone) is Tier.TREE:
+        return {
+            "greedy, chain": (greedy, chain),
+            "greedy, tree": (greedy, tree),
+            "sampling, chain": (SAMPLING, chain),
+            "sampling, tree": (SAMPLING, tree),
+        }
+    return {"greedy, chain": (greedy, chain), "sampling, chain": (SAMPLING, chain)}
+
+
+def _tree(model: LMTPForCausalLM, horizon: int) -> DraftTree:
+    saved = getattr(model.generation_config, "draft_tree", None)
+    if saved is not None:
+        return DraftTree.from_paths(saved)
+    falling = [ASSUMED_ACCURACY**rank for rank in range(1, 5)]
+    return grow_tree([falling] * horizon, NUM_NODES)
+
+
+def verify_exactness(
+    model: LMTPForCausalLM,
+    prompts: Sequence[torch.Tensor],
+    max_new_tokens: int,
+    *,
+    seed: int = 0,
+    progress: bool = True,
+) -> dict[str, Comparison]:
+    """Decode each prompt both ways, greedily and sampling, with a chain and with a tree.
+
+    Args:
+        model: the checkpoint, in evaluation mode; float32 is where equality is promised.
+        prompts: token ids, each `(1, L)`.
+        max_new_tokens: tokens per prompt; all are generated, past any end of text.
+        seed: set before each generation.
+        progress: show progress bars.
+
+    Raises:
+        ValueError: the backbone cannot take candidates back, so L-MTP refuses it.
+    """
+    return {
+        name: compare(
+            model,
+            prompts,
+            seed=seed,
+            progress=progress,
+            lmtp_options=lmtp_options,
+            max_new_tokens=max_new_tokens,
+            eos_token_id=None,
+            **options,
+        )
+        for name, (options, lmtp_options) in ways_to_decode(model).items()
+    }

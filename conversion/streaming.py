@@ -1,0 +1,59 @@
+"""`lmtp generate`: stream one answer to the terminal."""
+
+from typing import Any
+
+import torch
+from transformers import TextStreamer
+
+from modeling_lmtp.conversion.comparison import TokenClock
+from modeling_lmtp.conversion.loading import load_lmtp, load_tokenizer, prompt_tensors
+
+
+class ClockedTextStreamer(TextStreamer):
+    """Prints text as it comes, and notes when."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.clock = TokenClock()
+
+    def put(self, value: torch.Tensor) -> None:
+        """Print what the token completes."""
+        self.clock.put(value)
+        super().put(value)
+
+
+def stream_answer(
+    checkpoint: str,
+    prompt: str,
+    *,
+    dtype: str,
+    seed: int,
+    use_lmtp: bool,
+    max_new_tokens: int,
+    temperature: float,
+) -> str:
+    """Print the answer to `prompt` as it comes; return a line of figures."""
+    tokenizer = load_tokenizer(checkpoint)
+    [input_ids] = prompt_tensors(tokenizer, [prompt], torch.device("cpu"))
+    model = load_lmtp(checkpoint, dtype)
+    streamer = ClockedTextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+    sampling = {"do_sample": True, "temperature": temperature} if temperature else {}
+    torch.manual_seed(seed)
+    output = model.generate(
+        input_ids.to(model.device),
+        attention_mask=torch.ones_like(input_ids, device=model.device),
+        streamer=streamer,
+        use_lmtp=use_lmtp,
+        max_new_tokens=max_new_tokens,
+        return_dict_in_generate=True,
+        **(sampling or {"do_sample": False}),
+    )
+    new_tokens = output.sequences.shape[1] - input_ids.shape[1]
+    seconds = streamer.clock.decoding_seconds
+    figures = f"{new_tokens} tokens"
+    if seconds:
+        figures += f", {(new_tokens - 1) / seconds:.1f} tokens/s after the first"
+    if use_lmtp and output.acceptance_lengths:
+        steps = output.acceptance_lengths
+        figures += f", {sum(steps) / len(steps):.2f} tokens per step"
+    return figures

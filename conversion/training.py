@@ -1,0 +1,77 @@
+"""`lmtp train`: from a backbone, or a checkpoint, and answers to a checkpoint with trained heads."""
+
+import shutil
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from transformers import AutoConfig
+
+from modeling_lmtp.conversion.loading import load_backbone, load_lmtp, load_tokenizer
+from modeling_lmtp.modeling_lmtp import LMTPForCausalLM
+from modeling_lmtp.training.examples import read_examples, split_examples
+from modeling_lmtp.training.prompts import end_ids
+from modeling_lmtp.training.saving import check_output_folder, file_sha256, save_checkpoint
+from modeling_lmtp.training.warmup import WarmupReport, WarmupSettings, warm_up
+
+
+@dataclass(frozen=True)
+class HeadShape:
+    """The heads to add to a backbone, as `LMTPForCausalLM.from_backbone` takes them."""
+
+    num_leap_heads: int | None = None
+    leap_stride: int | None = None
+    leap_offsets: tuple[int, ...] | None = None
+    num_head_layers: int = 1
+    share_lm_head: bool = True
+
+
+def train_heads(
+    source: str,
+    answers: Path,
+    output: Path,
+    shape: HeadShape,
+    settings: WarmupSettings,
+    *,
+    max_length: int,
+    held_out: int,
+    dtype: str,
+) -> WarmupReport:
+    """Warm up heads and save the checkpoint in `output`.
+
+    Checkpoints of the run itself are kept in `<output>.training` until then; called again after a
+    stop, it goes on from the last.
+
+    Raises:
+        ValueError: `output` holds something, heads are described for a checkpoint that has some, or
+            the answers are unusable.
+    """
+    check_output_folder(output)
+    model = _load(source, shape, dtype)
+    tokenizer = load_tokenizer(source)
+    end_id = next(iter(end_ids(model.backbone, tokenizer)), None)
+    examples = read_examples(answers, tokenizer, end_id, max_length)
+    training, evaluation = split_examples(examples, held_out)
+    run_folder = output.with_name(f"{output.name}.training")
+    report = warm_up(model, training, evaluation, run_folder, settings)
+    record = {
+        "command": "lmtp train",
+        "answers_sha256": file_sha256(answers),
+        "examples": len(training),
+        "settings": asdict(settings),
+        "held_out": report.held_out.as_dict() if report.held_out else None,
+        "log": report.log,
+    }
+    save_checkpoint(model, tokenizer, output, record)
+    shutil.rmtree(run_folder)
+    return report
+
+
+def _load(source: str, shape: HeadShape, dtype: str) -> LMTPForCausalLM:
+    if AutoConfig.from_pretrained(source).model_type != "lmtp":
+        return LMTPForCausalLM.from_backbone(load_backbone(source, dtype), **asdict(shape))
+    if shape != HeadShape():
+        raise ValueError(
+            f"{source!r} has leap heads already, so their offsets and layers are settled. Leave those "
+            "options out to train them on, or start from the plain backbone."
+        )
+    return load_lmtp(source, dtype, train_backbone=False)
