@@ -6,7 +6,6 @@ Shapes: `B` batch, `L` length, `H` hidden size, `V` vocabulary size, `m` leap he
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -259,20 +258,18 @@ class LMTPForCausalLM(LMTPPreTrainedModel, LMTPGenerationMixin):
         losses, means = [], []
         for head, offset in zip(self.leap_heads, self.config.leap_offsets, strict=True):
             states, targets = leap_targets(hidden_states, labels, offset)
-            total = chunked_cross_entropy(partial(self.head_logits, head), states, targets)
+            total = chunked_cross_entropy(self._unembedding(head), head(states), targets)
             num_targets = max(targets.numel(), 1)
             losses.append(total / (num_items_in_batch or num_targets))
             means.append(total.detach() / num_targets)
         return torch.stack(losses).sum(), torch.stack(means)
 
-    def head_logits(self, head: nn.Module, hidden_states: torch.Tensor) -> torch.Tensor:
-        """Map states `(…, H)` to one head's logits `(…, V)`."""
-        unembedding: Any = head.lm_head or self.get_output_embeddings()
-        return unembedding(head(hidden_states))
+    def _unembedding(self, head: Any) -> nn.Module:
+        return head.lm_head or self.get_output_embeddings()
 
     def leap_logits(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """Map the backbone's last hidden states `(B, L, H)` to one `(B, L, V)` tensor per head."""
-        return tuple(self.head_logits(head, hidden_states) for head in self.leap_heads)
+        return tuple(self._unembedding(head)(head(hidden_states)) for head in self.leap_heads)
 
     @classmethod
     def from_pretrained(

@@ -1,0 +1,105 @@
+"""Drafters that know the answer, and say it as often as a test wants."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+
+import torch
+
+from modeling_lmtp.drafting_lmtp import Drafter
+from modeling_lmtp.tree_lmtp import DraftTree
+
+CHAIN = DraftTree.chain(4)
+# The right path, (1), (1, 2), (1, 2, 0), (1, 2, 0, 1), never goes by a first child alone
+TREE = DraftTree.from_paths(
+    [
+        *[(0,), (1,), (2,)],
+        *[(0, 0), (0, 1), (1, 0), (1, 2)],
+        *[(0, 0, 0), (1, 0, 0), (1, 2, 0), (1, 2, 1)],
+        *[(1, 2, 0, 0), (1, 2, 0, 1)],
+    ]
+)
+RIGHT_PATH = (1, 2, 0, 1)
+
+# Whether the candidate for the token at an index, counted from 0 at the prompt's start, is right
+Rule = Callable[[int], bool]
+
+
+def always(_index: int) -> bool:
+    return True
+
+
+def never(_index: int) -> bool:
+    return False
+
+
+def sometimes(index: int) -> bool:
+    """Right for two tokens in three, without a random generator."""
+    return hashlib.sha256(str(index).encode()).digest()[0] % 3 != 0
+
+
+RULES: dict[str, Rule] = {"always right": always, "never right": never, "sometimes": sometimes}
+
+
+class Oracle(Drafter):
+    """Knows all tokens, and proposes them along one path of a tree, by a rule; the rest is wrong.
+
+    Args:
+        tokens: prompt and continuation, `(1, L)`.
+        tree: a chain, or `TREE`.
+        right: whether the candidate for a token is right.
+        right_depth: candidates deeper than this are wrong.
+    """
+
+    num_states = 2
+
+    def __init__(
+        self,
+        tokens: torch.Tensor,
+        tree: DraftTree = CHAIN,
+        right: Rule = always,
+        right_depth: int = 1_000,
+    ) -> None:
+        self.tokens = tokens[0].tolist()
+        self.tree = tree
+        self.right = right
+        self.right_depth = right_depth
+        self.known_lengths: list[int] = []
+
+    def draft(
+        self, input_ids: torch.Tensor, hidden_states: torch.Tensor, max_depth: int
+    ) -> tuple[DraftTree, torch.Tensor]:
+        known = input_ids.shape[1]
+        assert 1 <= hidden_states.shape[1] <= self.num_states
+        assert input_ids[0].tolist() == self.tokens[:known], "the text went astray"
+        self.known_lengths.append(known)
+        tree = self.tree.truncate(max_depth)
+        right_path = RIGHT_PATH if self.tree == TREE else (0,) * self.tree.depth
+        candidates = []
+        for node, path in enumerate(tree.paths, start=1):
+            depth = len(path)
+            answer = self.tokens[min(known + depth - 1, len(self.tokens) - 1)]
+            is_right = (
+                path == right_path[:depth]
+                and depth <= self.right_depth
+                and self.right(known + depth - 1)
+            )
+            candidates.append(answer if is_right else (answer + node) % 96)
+        return tree, torch.tensor([candidates], dtype=torch.long)
+
+
+def acceptance_lengths(
+    prompt_length: int, total: int, depth: int, right: Rule = always, right_depth: int = 1_000
+) -> list[int]:
+    """What an `Oracle` gets accepted by each pass, bonus token included."""
+    lengths = []
+    known = prompt_length + 1  # the prefill gives one token
+    while known < total:
+        room = min(depth, right_depth, total - known - 1)
+        accepted = 0
+        while accepted < room and right(known + accepted):
+            accepted += 1
+        lengths.append(accepted + 1)
+        known += accepted + 1
+    return lengths

@@ -1,0 +1,137 @@
+"""What `use_lmtp=True` does not support is refused before the backbone is called."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+import torch
+from tiny import tiny_causal_lm
+from transformers import QuantizedCache, StaticCache
+
+from modeling_lmtp import LMTPForCausalLM
+
+PROMPT = torch.tensor([[3, 17, 5, 9, 44]])
+
+
+@pytest.fixture(scope="module")
+def model() -> LMTPForCausalLM:
+    model = LMTPForCausalLM.from_backbone(tiny_causal_lm("llama"), leap_offsets=(2, 3, 5))
+    model.generate(PROMPT, use_lmtp=True, max_new_tokens=2)  # finds out once what fits the backbone
+    return model
+
+
+REFUSED = {
+    "batch": (
+        {"inputs": PROMPT.repeat(2, 1)},
+        "use_lmtp=True supports one sequence at a time, got 2 (batch size times num_return",
+    ),
+    "several returned": (
+        {"num_return_sequences": 3, "do_sample": True},
+        "use_lmtp=True supports one sequence at a time, got 3",
+    ),
+    "beams": ({"num_beams": 2}, "supports greedy search and sampling, not 'beam_search'"),
+    "beam sampling": (
+        {"num_beams": 2, "do_sample": True},
+        "supports greedy search and sampling, not 'beam_sample'",
+    ),
+    "assistant": ({"assistant_model": object()}, "cannot be combined with ['assistant_model']"),
+    "prompt look-up": (
+        {"prompt_lookup_num_tokens": 3},
+        "cannot be combined with ['prompt_lookup_num_tokens']",
+    ),
+    "custom generate": (
+        {"custom_generate": "owner/repository"},
+        "cannot be combined with ['custom_generate']",
+    ),
+    "static cache": (
+        {"cache_implementation": "static"},
+        "use_lmtp=True does not support static caches",
+    ),
+    "no cache": ({"use_cache": False}, "use_lmtp=True needs a key-value cache that can be rolled"),
+    "embeddings": (
+        {"inputs": None, "inputs_embeds": torch.zeros(1, 5, 32)},
+        "use_lmtp=True needs input_ids, got inputs_embeds.",
+    ),
+    "attentions": (
+        {"output_attentions": True, "return_dict_in_generate": True},
+        "use_lmtp=True does not return ['output_attentions']",
+    ),
+    "hidden states": (
+        {"output_hidden_states": True, "return_dict_in_generate": True},
+        "use_lmtp=True does not return ['output_hidden_states']",
+    ),
+    "empty prompt": (
+        {"inputs": PROMPT[:, :0]},
+        "The prompt is empty: input_ids has the shape (1, 0). Pass at least one token",
+    ),
+    "deep tree": (
+        {"draft_tree": [(0,) * depth for depth in range(1, 6)]},
+        "The draft is 5 tokens deep, but these leap heads can draft 4",
+    ),
+    "long chain": ({"draft_length": 5}, "The draft is 5 tokens deep, but these leap heads can"),
+    "orphan": ({"draft_tree": [(0,), (1, 0)]}, "node (1, 0) has no parent: add the path (1,)"),
+    "negative length": ({"draft_length": -1}, "draft_length must be 0 or more, got -1."),
+    "length of another type": ({"draft_length": 2.0}, "draft_length must be an integer, got 2.0"),
+    "tree and length": (
+        {"draft_tree": [(0,)], "draft_length": 1},
+        "Pass either draft_tree or draft_length, not both, got [(0,)] and 1.",
+    ),
+}
+
+
+@pytest.mark.parametrize(("options", "message"), REFUSED.values(), ids=REFUSED.keys())
+def test_what_is_not_supported_is_refused_before_any_work(model, options, message):
+    calls = []
+    handle = model.backbone.register_forward_pre_hook(lambda *_: calls.append(None))
+    try:
+        with pytest.raises(ValueError, match=re.escape(message)):
+            model.generate(**{"inputs": PROMPT, **options}, max_new_tokens=4, use_lmtp=True)
+    finally:
+        handle.remove()
+    assert not calls
+
+
+def test_a_static_cache_passed_in_is_refused(model):
+    cache = StaticCache(config=model.backbone.config, max_cache_len=32)
+    with pytest.raises(ValueError, match="does not support static caches: they cannot be rolled"):
+        model.generate(PROMPT, past_key_values=cache, max_new_tokens=4, use_lmtp=True)
+
+
+class QuantizedLayerLike:
+    """Stands for a quantized layer, whose packages are not needed here."""
+
+    is_compileable = False
+    is_sliding = False
+
+    def _quantize(self) -> None:
+        raise AssertionError
+
+    def get_seq_length(self) -> int:
+        return 0
+
+
+def test_a_quantized_cache_is_refused(model):
+    cache = QuantizedCache.__new__(QuantizedCache)
+    cache.layers = [QuantizedLayerLike(), QuantizedLayerLike()]
+    cache.layer_class_to_replicate = None
+    with pytest.raises(ValueError, match="does not support quantized caches: cropping one leaves"):
+        model.generate(PROMPT, past_key_values=cache, max_new_tokens=4, use_lmtp=True)
+
+
+def test_a_model_whose_cache_cannot_roll_back_is_refused():
+    model = LMTPForCausalLM.from_backbone(tiny_causal_lm("mamba"))
+    message = "use_lmtp=True is not possible with MambaForCausalLM: rejected candidates cannot"
+    with pytest.raises(ValueError, match=re.escape(message)):
+        model.generate(PROMPT, max_new_tokens=4, use_lmtp=True)
+
+
+def test_a_model_that_verifies_chains_only_drafts_a_chain_and_says_so(caplog):
+    model = LMTPForCausalLM.from_backbone(tiny_causal_lm("bloom"), leap_offsets=(2, 3, 4))
+    plain = model.generate(PROMPT, max_new_tokens=9, do_sample=False)
+    paths = [(0,), (1,), (0, 0)]
+    ours = model.generate(
+        PROMPT, max_new_tokens=9, do_sample=False, use_lmtp=True, draft_tree=paths
+    )
+    assert ours.tolist() == plain.tolist()
+    assert "cannot verify a draft tree exactly; a chain of 2 candidates is drafted" in caplog.text
