@@ -128,6 +128,7 @@ def compare(
     *,
     seed: int | None = None,
     progress: bool = True,
+    description: str = "generate both ways",
     lmtp_options: dict[str, Any] | None = None,
     **options: Any,
 ) -> Comparison:
@@ -137,11 +138,12 @@ def compare(
         model: the model, in evaluation mode.
         prompts: token ids, each `(1, L)`.
         seed: set before each generation, for sampling.
+        progress, description: a progress bar and its label.
         lmtp_options: `draft_tree` or `draft_length`, if not the checkpoint's own.
         options: for both ways, such as `max_new_tokens` and `do_sample`.
     """
     lmtp_options = {"use_lmtp": True, **(lmtp_options or {})}
-    bar = tqdm(prompts, desc="compare", unit="prompt", disable=not progress)
+    bar = tqdm(prompts, desc=description, unit="prompt", disable=not progress)
     return Comparison([_compare_one(model, ids, seed, lmtp_options, options) for ids in bar])
 
 

@@ -67,6 +67,7 @@ def verify_exactness(
             prompts,
             seed=seed,
             progress=progress,
+            description=name,
             lmtp_options=lmtp_options,
             max_new_tokens=max_new_tokens,
             eos_token_id=None,

@@ -13,7 +13,7 @@ import torch
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 path, prompt_ids, max_new_tokens = sys.argv[1], json.loads(sys.argv[2]), int(sys.argv[3])
 assert AutoConfig.from_pretrained(path, trust_remote_code=True).model_type == "lmtp"
-model = AutoModelForCausalLM.from_pretrained(path, trust_remote_code=True)
+model = AutoModelForCausalLM.from_pretrained(path, trust_remote_code=True, dtype=torch.float32)
 assert type(model).__module__.startswith("transformers_modules")
 input_ids = torch.tensor([prompt_ids])
 options = dict(attention_mask=torch.ones_like(input_ids), max_new_tokens=max_new_tokens)
@@ -32,6 +32,8 @@ def generate_as_remote_code(
     checkpoint: Path, prompt_ids: list[int], max_new_tokens: int
 ) -> dict[str, Any]:
     """Generate greedily, plainly and with L-MTP, from a checkpoint's own code in a fresh process.
+
+    In float32, where both must be equal.
 
     Returns:
         `plain_ids`, `lmtp_ids` (the new tokens) and `acceptance_lengths`.

@@ -12,6 +12,7 @@ from transformers import (
     PreTrainedModel,
     StoppingCriteria,
     StoppingCriteriaList,
+    WatermarkingConfig,
 )
 from transformers.generation.streamers import BaseStreamer
 
@@ -83,7 +84,7 @@ PROCESSORS = {
     "banned tokens": {"suppress_tokens": list(range(48))},
     "bias": {"sequence_bias": [[[12], 9.0], [[12, 12], -99.0]]},
     "forced end": {"forced_eos_token_id": 9},
-    "watermark": {"watermarking_config": {"bias": 2.5, "seeding_scheme": "selfhash"}},
+    "watermark": {"watermarking_config": WatermarkingConfig(seeding_scheme="selfhash")},
     "classifier-free guidance": {"guidance_scale": 1.5},
 }
 

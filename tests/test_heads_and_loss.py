@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections import Counter
 
 import pytest
@@ -184,19 +185,28 @@ def test_without_leap_heads_the_loss_is_the_backbone_s(train_backbone):
 def test_chunks_of_any_size_give_the_same_loss_and_gradients(chunk_size):
     generator = torch.Generator().manual_seed(2)
     states = torch.randn(30, 8, generator=generator, requires_grad=True)
-    weight = torch.randn(VOCAB_SIZE, 8, generator=generator, requires_grad=True)
     targets = torch.randint(VOCAB_SIZE, (30,), generator=generator)
-
-    def logits_of(h: torch.Tensor) -> torch.Tensor:
-        return h @ weight.T
-
-    actual = chunked_cross_entropy(logits_of, states, targets, chunk_size)
-    expected = -logits_of(states).log_softmax(-1)[range(30), targets].sum()
+    unembedding = torch.nn.Linear(8, VOCAB_SIZE)
+    inputs = [states, unembedding.weight, unembedding.bias]
+    actual = chunked_cross_entropy(unembedding, states, targets, chunk_size)
+    expected = -unembedding(states).log_softmax(-1)[range(30), targets].sum()
     torch.testing.assert_close(actual, expected)
     torch.testing.assert_close(
-        torch.autograd.grad(actual, [states, weight]),
-        torch.autograd.grad(expected, [states, weight]),
+        torch.autograd.grad(3 * actual, inputs), torch.autograd.grad(3 * expected, inputs)
     )
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("share_lm_head", [True, False], ids=["shared", "own"])
+@pytest.mark.parametrize("train_backbone", [False, True], ids=["stage 1", "stage 2"])
+def test_the_loss_can_be_evaluated_without_gradients(train_backbone, share_lm_head, mode):
+    model = wrapped(share_lm_head=share_lm_head, train_backbone=train_backbone)
+    input_ids, labels = batch()
+    expected = model(input_ids, labels=labels).loss
+    with mode():
+        actual = model(input_ids, labels=labels).loss
+    assert not actual.requires_grad
+    torch.testing.assert_close(actual, expected.detach())
 
 
 def test_targets_are_the_labels_at_the_offset_that_count():
@@ -231,33 +241,43 @@ def test_stage_2_trains_the_backbone():
     assert all(parameter.requires_grad for parameter in model.parameters())
 
 
-def saved_for_backward(model: LMTPForCausalLM, length: int) -> list[torch.Size]:
-    """The shapes of all tensors that the loss of a sequence keeps for its gradient."""
+class Kept:
+    """Stands for a tensor that autograd keeps, for as long as it does."""
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self.tensor = tensor
+
+
+def logits_kept_for_backward(model: LMTPForCausalLM, length: int) -> int:
+    """How many tensors of the size of logits a loss holds when the forward pass is over."""
     input_ids = torch.arange(length)[None] % VOCAB_SIZE
-    shapes = []
+    kept: weakref.WeakSet[Kept] = weakref.WeakSet()
 
-    def record(tensor: torch.Tensor) -> torch.Tensor:
-        shapes.append(tensor.shape)
-        return tensor
+    def pack(tensor: torch.Tensor) -> Kept:
+        holder = Kept(tensor)
+        kept.add(holder)
+        return holder
 
-    with torch.autograd.graph.saved_tensors_hooks(record, lambda tensor: tensor):
-        model(input_ids, labels=input_ids, use_cache=False)
-    return shapes
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda holder: holder.tensor):
+        loss = model(input_ids, labels=input_ids, use_cache=False).loss
+    assert len(kept) > 0
+    num_logits = sum(holder.tensor.numel() >= CHUNK_SIZE * VOCAB_SIZE for holder in kept)
+    del loss
+    return num_logits
 
 
 @pytest.mark.parametrize("share_lm_head", [True, False], ids=["shared", "own"])
 def test_stage_1_keeps_no_logits_for_backward(share_lm_head):
-    shapes = saved_for_backward(wrapped(share_lm_head=share_lm_head), CHUNK_SIZE + 50)
-    assert shapes  # the heads' inputs and weights
-    assert not [shape for shape in shapes if shape[-1:] == (VOCAB_SIZE,)]
+    model = wrapped((3, 5), share_lm_head=share_lm_head)
+    length = CHUNK_SIZE + 50  # too short for any other tensor of that size
+    assert 32 * length < CHUNK_SIZE * VOCAB_SIZE
+    assert logits_kept_for_backward(model, length) == 0
 
 
 def test_stage_2_keeps_no_more_logits_for_backward_than_plain_training():
-    def count_logits(offsets: tuple[int, ...]) -> int:
-        shapes = saved_for_backward(wrapped(offsets, train_backbone=True), CHUNK_SIZE + 50)
-        return len([shape for shape in shapes if shape[-1:] == (VOCAB_SIZE,)])
-
-    assert count_logits((3, 5, 7)) == count_logits(()) > 0
+    leaping, plain = wrapped((3, 5, 7), train_backbone=True), wrapped((), train_backbone=True)
+    length = CHUNK_SIZE + 50
+    assert logits_kept_for_backward(leaping, length) == logits_kept_for_backward(plain, length) > 0
 
 
 def test_stage_1_computes_one_chunk_of_logits_at_a_time():
@@ -269,6 +289,6 @@ def test_stage_1_computes_one_chunk_of_logits_at_a_time():
     input_ids = torch.arange(2 * CHUNK_SIZE + 50)[None] % VOCAB_SIZE
     model(input_ids, labels=input_ids).loss.backward()
     assert max(num_logits) == CHUNK_SIZE
-    # One for the backbone, whose own are not wanted; then 3 heads × 3 chunks, and again in backward
-    assert num_logits[0] == 1
-    assert len(num_logits) == 1 + 2 * 3 * 3
+    # One for the backbone, whose own are not wanted; then those of 3 heads, each once
+    targets = sum(input_ids.shape[1] - offset for offset in (3, 5, 7))
+    assert sum(num_logits) == 1 + targets

@@ -1,0 +1,144 @@
+"""The commands, as a user types them, on a tiny model in a folder."""
+
+import json
+import re
+
+import pytest
+from tiny import tiny_llama, tiny_tokenizer
+from transformers import AutoModelForCausalLM
+from typer.testing import CliRunner
+
+from modeling_lmtp import LMTPForCausalLM
+from modeling_lmtp.conversion.cli import app
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*pin_memory.*:UserWarning")
+TRAINING = ["--leap-offsets", "2,3,5", "--held-out", "2", "--batch-size", "2", "--epochs", "1"]
+
+
+def lmtp(*arguments):
+    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    return result
+
+
+def error_of(*arguments):
+    result = lmtp(*arguments)
+    assert result.exit_code == 1
+    return re.sub(r"\s+", " ", result.output)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("cli")
+    tiny_llama().save_pretrained(folder / "backbone")
+    tiny_tokenizer().save_pretrained(folder / "backbone")
+    prompts = ["What is the sea?", "Write a poem.", "A spider asks", "Paris", "The wind", "France?"]
+    (folder / "prompts.jsonl").write_text(
+        "".join(json.dumps({"prompt": prompt}) + "\n" for prompt in prompts)
+    )
+    return folder
+
+
+@pytest.fixture(scope="module")
+def answers(folder):
+    output = folder / "answers.jsonl"
+    arguments = ["--prompts", folder / "prompts.jsonl", "--max-new-tokens", 12]
+    assert lmtp("distill", folder / "backbone", output, *arguments).exit_code == 0
+    return output
+
+
+@pytest.fixture(scope="module")
+def checkpoint(folder, answers):
+    output = folder / "checkpoint"
+    result = lmtp("train", folder / "backbone", answers, output, *TRAINING)
+    assert result.exit_code == 0
+    assert "simulated tokens per step" in result.output
+    return output
+
+
+def test_distill_again_answers_nothing_twice(folder, answers):
+    before = answers.read_bytes()
+    arguments = ["--prompts", folder / "prompts.jsonl", "--max-new-tokens", 12]
+    result = lmtp("distill", folder / "backbone", answers, *arguments)
+    assert "0 of them new" in re.sub(r"\s+", " ", result.output)
+    assert answers.read_bytes() == before
+
+
+def test_train_saves_a_checkpoint_with_its_record_and_nothing_else_beside_it(folder, checkpoint):
+    model = LMTPForCausalLM.from_pretrained(checkpoint)
+    assert model.config.leap_offsets == (2, 3, 5)
+    record = json.loads((checkpoint / "provenance.json").read_text())
+    assert record["command"] == "lmtp train"
+    assert record["examples"] == 4
+    assert len(record["held_out"]["accuracies"]) == 4
+    assert not (folder / "checkpoint.training").exists()
+
+
+def test_generate_streams_the_plain_text(checkpoint):
+    plain = lmtp("generate", checkpoint, "The sea", "--max-new-tokens", 20, "--plain")
+    fast = lmtp("generate", checkpoint, "The sea", "--max-new-tokens", 20)
+    assert fast.stdout == plain.stdout
+    assert "tokens per step" in fast.stderr
+
+
+def test_verify_finds_equal_texts_and_writes_the_figures(folder, checkpoint, tmp_path):
+    figures = tmp_path / "figures.json"
+    arguments = ["--prompts", folder / "prompts.jsonl", "--num-prompts", 3, "--max-new-tokens", 16]
+    result = lmtp("verify", checkpoint, *arguments, "--output", figures)
+    assert result.exit_code == 0, result.output
+    results = json.loads(figures.read_text())["results"]
+    assert set(results) == {"greedy, chain", "greedy, tree", "sampling, chain", "sampling, tree"}
+    assert all(result["equal"] == result["prompts"] == 3 for result in results.values())
+
+
+def test_verify_fails_where_texts_differ(folder, checkpoint, monkeypatch):
+    monkeypatch.setattr(
+        "modeling_lmtp.decoding_lmtp.TokenChooser.is_plain_greedy", property(lambda self: False)
+    )
+    choose = "modeling_lmtp.decoding_lmtp.TokenChooser.choose"
+    monkeypatch.setattr(choose, lambda self, input_ids, logits: logits.argmin(dim=-1))
+    arguments = ["--prompts", folder / "prompts.jsonl", "--num-prompts", 1, "--max-new-tokens", 4]
+    result = lmtp("verify", checkpoint, *arguments)
+    assert result.exit_code == 1
+    assert "0 of 1" in result.output
+
+
+def test_wrap_adds_heads_that_train_can_take_on(folder, answers, tmp_path):
+    assert lmtp("wrap", folder / "backbone", tmp_path / "new", "--num-leap-heads", 2).exit_code == 0
+    assert LMTPForCausalLM.from_pretrained(tmp_path / "new").config.leap_offsets == (3, 5)
+    trained = lmtp("train", tmp_path / "new", answers, tmp_path / "out", "--held-out", 0)
+    assert trained.exit_code == 0, trained.output
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "out").config.leap_offsets == (3, 5)
+
+
+@pytest.mark.parametrize("command", ["train", "wrap"])
+def test_a_full_output_folder_is_refused_and_kept(folder, answers, tmp_path, command):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "mine.txt").write_text("mine")
+    middle = [answers] if command == "train" else []
+    message = error_of(command, folder / "backbone", *middle, tmp_path / "out")
+    assert "already holds something" in message
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["mine.txt"]
+
+
+def test_errors_are_one_line_that_says_what_to_do(folder, answers, checkpoint, tmp_path):
+    backbone = folder / "backbone"
+    assert "There is nothing to answer" in error_of("distill", backbone, tmp_path / "a.jsonl")
+    assert "has no leap heads" in error_of("generate", backbone, "hello")
+    assert "The prompt is empty" in error_of("generate", checkpoint, " ")
+    assert "dtype must be one of" in error_of("generate", checkpoint, "x", "--dtype", "int8")
+    assert "such as 2,3,5" in error_of("wrap", backbone, tmp_path / "w", "--leap-offsets", "2;3")
+    assert "increasing" in error_of("wrap", backbone, tmp_path / "w", "--leap-offsets", "3,2")
+    again = error_of("train", checkpoint, answers, tmp_path / "t", "--leap-offsets", "2,3")
+    assert "has leap heads already" in again
+    few = error_of("verify", checkpoint, "--prompts", folder / "prompts.jsonl")
+    assert "holds 6 prompts, but 20 were asked for" in few
+    assert not any(tmp_path.iterdir())
+
+
+def test_a_prompt_row_without_the_field_is_named_by_file_and_line(folder, tmp_path):
+    prompts = tmp_path / "p.jsonl"
+    prompts.write_text('{"prompt": "x"}\n{"question": "y"}\n')
+    message = error_of("distill", folder / "backbone", tmp_path / "a.jsonl", "--prompts", prompts)
+    assert re.search(r"p\.jsonl:2: .*question", message)
