@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from huggingface_hub.errors import StrictDataclassError
 from rich.console import Console
 from rich.table import Table
 
@@ -31,8 +32,11 @@ def reports_errors(command: Callable[..., None]) -> Callable[..., None]:
     def wrapped(*args: Any, **kwargs: Any) -> None:
         try:
             command(*args, **kwargs)
-        except (ValueError, OSError, RuntimeError) as error:
-            Console(stderr=True).print(f"[red]error:[/] {error}", highlight=False, soft_wrap=True)
+        except (ValueError, OSError, RuntimeError, StrictDataclassError) as error:
+            # A configuration's own error is wrapped in the name of its validator
+            shown = error.__cause__ if isinstance(error, StrictDataclassError) else error
+            message = f"error: {shown}"
+            Console(stderr=True).print(message, style="red", markup=False, soft_wrap=True)
             raise typer.Exit(1) from error
 
     return wrapped

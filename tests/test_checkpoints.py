@@ -94,7 +94,7 @@ def consume(folders: list[Path], scratch: Path) -> dict[str, dict]:
 
 def wrapped(name: str) -> LMTPForCausalLM:
     architecture, settings, dtype, _ = SAVED[name]
-    model = LMTPForCausalLM.from_backbone(tiny_causal_lm(architecture).to(dtype), **settings)
+    model = LMTPForCausalLM.from_backbone(tiny_causal_lm(architecture, dtype=dtype), **settings)
     generator = torch.Generator().manual_seed(8)
     for parameter in model.leap_heads.parameters():
         parameter.data += (torch.randn(parameter.shape, generator=generator) * 0.2).to(dtype)

@@ -66,13 +66,13 @@ def test_a_stopped_run_goes_on_to_the_same_weights(tmp_path, monkeypatch):
     whole = new_model()
     warm_up(whole, examples(), [], tmp_path / "whole", settings(), progress=False)
 
-    class Killed(Exception):
+    class KilledError(Exception):
         pass
 
     class Kill(TrainerCallback):
         def on_step_end(self, args, state, control, **kwargs):
             if state.global_step == 8:  # after the checkpoint of step 6
-                raise Killed
+                raise KilledError
 
     stopped = new_model()
     original = LeapTrainer.__init__
@@ -82,7 +82,7 @@ def test_a_stopped_run_goes_on_to_the_same_weights(tmp_path, monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr(LeapTrainer, "__init__", with_kill)
-        with pytest.raises(Killed):
+        with pytest.raises(KilledError):
             warm_up(stopped, examples(), [], tmp_path / "stopped", settings(), progress=False)
     resumed = new_model()
     warm_up(resumed, examples(), [], tmp_path / "stopped", settings(), progress=False)
