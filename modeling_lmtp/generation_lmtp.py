@@ -142,8 +142,7 @@ class LMTPGenerationMixin(GenerationMixin):
 
         _refuse_other_strategies(kwargs)
         _refuse_bad_inputs(inputs, kwargs)
-        if drafter is None:
-            drafter = self._leap_head_drafter(settings)
+        tree = settings.tree(horizon=len(drafts(self.config.leap_offsets)))
         stopping_criteria = _with_stop_strings(
             stopping_criteria, kwargs, generation_config, self.generation_config
         )
@@ -158,6 +157,7 @@ class LMTPGenerationMixin(GenerationMixin):
             **model_kwargs: Any,
         ) -> ModelOutput | torch.Tensor:
             _refuse_unsupported(input_ids, generation_config, model_kwargs)
+            own_drafter = drafter or self._leap_head_drafter(tree)
             returns_dict = generation_config.return_dict_in_generate
             chooser = TokenChooser(
                 logits_processor,
@@ -167,7 +167,7 @@ class LMTPGenerationMixin(GenerationMixin):
                 logits=[] if returns_dict and generation_config.output_logits else None,
             )
             output = decode(
-                backbone, input_ids, drafter, chooser, generation_config, streamer, model_kwargs
+                backbone, input_ids, own_drafter, chooser, generation_config, streamer, model_kwargs
             )
             return output if returns_dict else output.sequences
 
@@ -181,9 +181,7 @@ class LMTPGenerationMixin(GenerationMixin):
             **kwargs,
         )
 
-    def _leap_head_drafter(self, settings: LMTPSettings) -> LeapHeadDrafter:
-        offsets = self.config.leap_offsets
-        tree = settings.tree(horizon=len(drafts(offsets)))
+    def _leap_head_drafter(self, tree: DraftTree) -> LeapHeadDrafter:
         tier = decoding_tier(self.backbone)
         if tier is Tier.REFUSED:
             raise ValueError(
@@ -197,7 +195,9 @@ class LMTPGenerationMixin(GenerationMixin):
                 f"tree exactly; a chain of {tree.depth} candidates is drafted instead."
             )
             tree = DraftTree.chain(tree.depth)
-        return LeapHeadDrafter(self.leap_heads, offsets, self.get_output_embeddings(), tree)
+        return LeapHeadDrafter(
+            self.leap_heads, self.config.leap_offsets, self.get_output_embeddings(), tree
+        )
 
 
 def _refuse_other_strategies(kwargs: dict[str, Any]) -> None:

@@ -47,7 +47,11 @@ def chunked_cross_entropy(
     Returns:
         The float32 sum, a scalar.
     """
-    trained = [parameter for parameter in unembedding.parameters() if parameter.requires_grad]
+    trained = [
+        parameter
+        for parameter in unembedding.parameters()
+        if parameter.requires_grad and torch.is_grad_enabled()
+    ]
     return _ChunkedCrossEntropy.apply(unembedding, targets, chunk_size, hidden_states, *trained)
 
 

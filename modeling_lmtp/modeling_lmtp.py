@@ -26,7 +26,7 @@ from .checkpoints_lmtp import AUTO_MAP, check_loaded
 from .configuration_lmtp import LMTPConfig
 from .generation_lmtp import LMTPGenerationMixin
 from .heads_lmtp import LeapHead, ZeroLinear
-from .leaps_lmtp import evenly_spaced_offsets
+from .leaps_lmtp import check_offsets, evenly_spaced_offsets
 from .losses_lmtp import IGNORE_INDEX, chunked_cross_entropy, leap_targets
 
 
@@ -92,10 +92,14 @@ class LMTPForCausalLM(LMTPPreTrainedModel, LMTPGenerationMixin):
         self.config.backbone_config = backbone.config
         self.leap_heads = nn.ModuleList(self._new_head() for _ in config.leap_offsets)
         self.post_init()
-        if self.leap_heads and not config.train_backbone:
-            self.backbone.requires_grad_(False)
+        self._freeze_backbone()
         if not config.share_lm_head:
             self._copy_unembedding_to_heads()
+
+    def _freeze_backbone(self) -> None:
+        """Keep optimizers away from the backbone in stage 1."""
+        if self.leap_heads and not self.config.train_backbone:
+            self.backbone.requires_grad_(False)
 
     def _new_head(self) -> LeapHead:
         _, hidden_size = unembedding_size(self.backbone)
@@ -107,7 +111,7 @@ class LMTPForCausalLM(LMTPPreTrainedModel, LMTPGenerationMixin):
     @classmethod
     def from_backbone(
         cls,
-        backbone: PreTrainedModel | str,
+        backbone: PreTrainedModel | str | Path,
         num_leap_heads: int | None = None,
         leap_stride: int | None = None,
         *,
@@ -131,9 +135,10 @@ class LMTPForCausalLM(LMTPPreTrainedModel, LMTPGenerationMixin):
 
         Raises:
             ValueError: offsets given twice or invalid, or the backbone is not a causal model.
+            StrictDataclassError: another value of the configuration is invalid.
         """
         offsets = _resolve_offsets(num_leap_heads, leap_stride, leap_offsets)
-        if isinstance(backbone, str):
+        if isinstance(backbone, str | Path):
             revision = backbone_kwargs.get("revision")
             backbone = AutoModelForCausalLM.from_pretrained(backbone, **backbone_kwargs)
         elif backbone_kwargs:
@@ -157,6 +162,8 @@ class LMTPForCausalLM(LMTPPreTrainedModel, LMTPGenerationMixin):
         )
         model = cls(config, backbone=backbone)
         model.generation_config = copy.deepcopy(backbone.generation_config)
+        # Otherwise Transformers drops settings that it does not know, ours, on reload
+        model.generation_config._from_model_config = False
         return model.train(backbone.training)
 
     @can_return_tuple
@@ -282,10 +289,12 @@ class LMTPForCausalLM(LMTPPreTrainedModel, LMTPGenerationMixin):
                 extra or of the wrong shape; the message names them.
         """
         with_info = kwargs.pop("output_loading_info", False)
+        kwargs["ignore_mismatched_sizes"] = True  # reported below, with all else that is wrong
         model, info = super().from_pretrained(
             pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs
         )
         check_loaded(info, pretrained_model_name_or_path)
+        model._freeze_backbone()  # loading has made new parameters
         return (model, info) if with_info else model
 
     def save_pretrained(self, save_directory: str | Path, *args: Any, **kwargs: Any) -> None:
@@ -348,4 +357,5 @@ def _resolve_offsets(
             f"Pass either leap_offsets ({tuple(leap_offsets)}) or num_leap_heads and leap_stride "
             f"({num_leap_heads}, {leap_stride}), not both."
         )
+    check_offsets(leap_offsets)
     return tuple(leap_offsets)

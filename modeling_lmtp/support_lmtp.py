@@ -13,10 +13,13 @@ from typing import Any
 import torch
 from transformers import Cache, DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
+from transformers.utils import logging
 
 from .cache_lmtp import keep_path, start_rollback
 from .tree_lmtp import DraftTree
-from .verification_lmtp import verify
+from .verification_lmtp import Verifier
+
+logger = logging.get_logger(__name__)
 
 MAX_PROBE_LENGTH = 1024
 # Of the largest logit. Rejected candidates must leave no trace at all: the passes compared have the
@@ -53,11 +56,20 @@ def _try_tiers(backbone: PreTrainedModel) -> Tier:
     if "past_key_values" not in _forward_parameters(backbone):
         return Tier.REFUSED
     tree = DraftTree.from_paths([(0,), (1,), (1, 0)])
-    if _may_take_trees(backbone) and _is_exact(backbone, tree, path=(0, 2, 3)):
+    if _may_take_trees(backbone) and _works(backbone, tree, path=(0, 2, 3)):
         return Tier.TREE
-    if _is_exact(backbone, DraftTree.chain(3), path=(0, 1)):
+    if _works(backbone, DraftTree.chain(3), path=(0, 1)):
         return Tier.CHAIN
     return Tier.REFUSED
+
+
+def _works(backbone: PreTrainedModel, tree: DraftTree, path: tuple[int, ...]) -> bool:
+    """Whether the model takes such a draft at all, and exactly."""
+    try:
+        return _is_exact(backbone, tree, path)
+    except Exception as error:  # whatever it is that this model or its cache cannot do
+        logger.info(f"{type(backbone).__name__} cannot verify {tree.paths}: {error!r}")
+        return False
 
 
 def _may_take_trees(backbone: PreTrainedModel) -> bool:
@@ -132,11 +144,11 @@ def _verified_logits(
     backbone(input_ids=prompt, past_key_values=cache, use_cache=True)
     start_rollback(cache)
     known = torch.cat([prompt, node_ids[:, :1]], dim=-1)
-    on_path = verify(backbone, known, tree, node_ids[:, 1:], _model_kwargs(backbone, cache, known))
+    verifier = Verifier(backbone)
+    on_path = verifier.verify(known, tree, node_ids[:, 1:], _model_kwargs(backbone, cache, known))
     keep_path(cache, path, 1 + tree.num_nodes)
-    after = verify(
-        backbone, tokens, DraftTree(), tokens[:, :0], _model_kwargs(backbone, cache, tokens)
-    )
+    after_kwargs = _model_kwargs(backbone, cache, tokens)
+    after = verifier.verify(tokens, DraftTree(), tokens[:, :0], after_kwargs)
     return torch.cat([on_path.logits[:, list(path)], after.logits], dim=1)
 
 

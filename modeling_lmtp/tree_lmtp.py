@@ -136,26 +136,22 @@ def grow_tree(
         accuracies: `accuracies[a - 1][r]`, how often the rank-`r` candidate for distance `a` is
             right, as measured on held-out text.
         num_nodes: candidates wanted; fewer come back if the accuracies offer no more.
-        max_children: at most so many children per node.
+        max_children: candidates per node that are looked at, the lowest ranks.
     """
     if not 0 <= num_nodes < MAX_NODES:
         raise ValueError(f"num_nodes must be from 0 to {MAX_NODES - 1}, got {num_nodes}.")
     paths: list[tuple[int, ...]] = []
     frontier: list[tuple[float, tuple[int, ...]]] = []
 
-    def offer(value: float, parent: tuple[int, ...], rank: int) -> None:
-        distance = len(parent)
-        if distance < len(accuracies) and rank < min(max_children, len(accuracies[distance])):
-            heapq.heappush(frontier, (-value * accuracies[distance][rank], (*parent, rank)))
+    def offer_children(value: float, path: tuple[int, ...]) -> None:
+        at_next_distance = accuracies[len(path)] if len(path) < len(accuracies) else ()
+        for rank, accuracy in enumerate(at_next_distance[:max_children]):
+            if accuracy > 0:
+                heapq.heappush(frontier, (-value * accuracy, (*path, rank)))
 
-    values: dict[tuple[int, ...], float] = {(): 1.0}
-    offer(1.0, (), 0)
+    offer_children(1.0, ())
     while frontier and len(paths) < num_nodes:
         negative_value, path = heapq.heappop(frontier)
-        if negative_value == 0:
-            break
         paths.append(path)
-        values[path] = -negative_value
-        offer(values[path], path, 0)
-        offer(values[path[:-1]], path[:-1], path[-1] + 1)
+        offer_children(-negative_value, path)
     return DraftTree.from_paths(paths)

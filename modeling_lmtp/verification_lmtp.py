@@ -3,9 +3,11 @@
 Shapes: `B` batch, `L` known tokens, root included, `N` candidates, `V` vocabulary size.
 """
 
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 import torch
+from torch.nn.functional import pad
 from transformers import Cache, PreTrainedModel
 from transformers.masking_utils import create_masks_for_generate
 from transformers.utils import ModelOutput
@@ -13,67 +15,119 @@ from transformers.utils import ModelOutput
 from .tree_lmtp import DraftTree
 
 
-def verify(
-    backbone: PreTrainedModel,
-    input_ids: torch.Tensor,
-    tree: DraftTree,
-    candidate_ids: torch.Tensor,
-    model_kwargs: dict[str, Any],
-) -> ModelOutput:
-    """Run the backbone on the root and the candidates, appending `1 + N` slots to the cache.
+class _TreeInputs(NamedTuple):
+    """What depends on the tree alone: the depths `(1 + N,)` and the masks among its own nodes."""
 
-    A chain is an ordinary continuation. In a tree each node sees the cached tokens and its own
-    ancestors, and has the position of its depth.
+    depths: torch.Tensor
+    masks: Any  # a tensor or a dict of them; None if the form of mask cannot be kept
+
+
+@dataclass
+class Verifier:
+    """Verifies drafts with one backbone; keeps what a tree needs from one step to the next.
 
     Args:
-        backbone: the model; its cache, in `model_kwargs`, holds all known tokens but the root.
-        input_ids: `(B, L)`.
-        tree: the tree's structure.
-        candidate_ids: `(B, N)`.
-        model_kwargs: as `generate` keeps them, covering the `L` known tokens.
-
-    Returns:
-        The backbone's output; `logits[:, n]` follows node `n`: `(B, 1 + N, V)`.
+        backbone: the model.
     """
-    model_kwargs = backbone._update_model_kwargs_for_generation(
-        ModelOutput(), dict(model_kwargs), num_new_tokens=tree.num_nodes
-    )
-    inputs = backbone.prepare_inputs_for_generation(
-        torch.cat([input_ids, candidate_ids], dim=-1),
-        next_sequence_length=1 + tree.num_nodes,
-        **model_kwargs,
-    )
-    if not tree.is_chain:
-        depths = torch.tensor(tree.depths, device=input_ids.device)
-        inputs["position_ids"] = inputs["position_ids"][..., :1] + depths
-        inputs["attention_mask"] = tree_attention_mask(
-            backbone,
-            tree.visible(input_ids.device),
-            inputs["position_ids"],
-            model_kwargs["past_key_values"],
-            model_kwargs.get("attention_mask"),
+
+    backbone: PreTrainedModel
+    _trees: dict[DraftTree, _TreeInputs] = field(default_factory=dict)
+
+    def verify(
+        self,
+        input_ids: torch.Tensor,
+        tree: DraftTree,
+        candidate_ids: torch.Tensor,
+        model_kwargs: dict[str, Any],
+    ) -> ModelOutput:
+        """Run the backbone on the root and the candidates, appending `1 + N` slots to the cache.
+
+        A chain is an ordinary continuation. In a tree each node sees the cached tokens and its own
+        ancestors, and has the position of its depth.
+
+        Args:
+            input_ids: `(B, L)`; the cache, in `model_kwargs`, holds all of them but the root.
+            tree: the tree's structure.
+            candidate_ids: `(B, N)`.
+            model_kwargs: as `generate` keeps them, covering the `L` known tokens.
+
+        Returns:
+            The backbone's output; `logits[:, n]` follows node `n`: `(B, 1 + N, V)`.
+        """
+        model_kwargs = self.backbone._update_model_kwargs_for_generation(
+            ModelOutput(), dict(model_kwargs), num_new_tokens=tree.num_nodes
         )
-    return backbone(**inputs, return_dict=True)
+        inputs = self.backbone.prepare_inputs_for_generation(
+            torch.cat([input_ids, candidate_ids], dim=-1),
+            next_sequence_length=1 + tree.num_nodes,
+            **model_kwargs,
+        )
+        if not tree.is_chain:
+            self._arrange_as_tree(inputs, tree, model_kwargs)
+        return self.backbone(**inputs, return_dict=True)
+
+    def _arrange_as_tree(
+        self, inputs: dict[str, Any], tree: DraftTree, model_kwargs: dict[str, Any]
+    ) -> None:
+        """Give the nodes the positions of their depths, and show them their ancestors only."""
+        cache, attention_mask = model_kwargs["past_key_values"], model_kwargs.get("attention_mask")
+        if tree not in self._trees:
+            depths = torch.tensor(tree.depths, device=inputs["position_ids"].device)
+            self._trees[tree] = _TreeInputs(depths, None)
+        depths, own_masks = self._trees[tree]
+        inputs["position_ids"] = inputs["position_ids"][..., :1] + depths
+        if own_masks is not None and attention_mask is None:
+            inputs["attention_mask"] = _after_prefix(own_masks, cache.get_seq_length())
+            return
+        masks = tree_attention_mask(
+            self.backbone, tree, inputs["position_ids"], cache, attention_mask
+        )
+        inputs["attention_mask"] = masks
+        self._trees[tree] = _TreeInputs(depths, _among_nodes(masks, 1 + tree.num_nodes))
+
+
+def _among_nodes(masks: Any, num_nodes: int) -> Any:
+    """Cut masks `(…, slots + 1 + N)` to the tree's own slots; None for other forms of mask."""
+    if isinstance(masks, dict):
+        cut = {name: _among_nodes(mask, num_nodes) for name, mask in masks.items()}
+        return None if any(mask is None for mask in cut.values()) else cut
+    return masks[..., -num_nodes:] if isinstance(masks, torch.Tensor) else None
+
+
+def _after_prefix(masks: dict[str, torch.Tensor] | torch.Tensor, prefix: int) -> Any:
+    """Put `prefix` slots that every node sees before masks among the nodes.
+
+    It spares a tree that is verified again the building of its mask. `True` is visible in a boolean
+    mask, 0 in one that is added to the scores.
+    """
+    if isinstance(masks, dict):
+        return {name: _after_prefix(mask, prefix) for name, mask in masks.items()}
+    return pad(masks, (prefix, 0), value=1 if masks.dtype is torch.bool else 0)
 
 
 def tree_attention_mask(
     backbone: PreTrainedModel,
-    visible: torch.Tensor,
+    tree: DraftTree,
     position_ids: torch.Tensor,
     cache: Cache,
     attention_mask: torch.Tensor | None,
 ) -> Any:
-    """Build the mask, in whatever form the backbone's attention takes, by which nodes see ancestors.
+    """Build the mask by which nodes see ancestors, in whatever form the backbone's attention takes.
 
     Args:
         backbone: the model; its own mask-building function is used if it has one.
-        visible: `(1 + N, 1 + N)`, see `DraftTree.visible`.
+        tree: the tree's structure.
         position_ids: `(B, 1 + N)`.
         cache: what the tree is appended to.
         attention_mask: `(B, slots + 1 + N)`, 0 at padding, or None.
+
+    Returns:
+        One mask, or a dict of masks by layer type; with sdpa and eager attention each is
+        `(B, 1, 1 + N, slots + 1 + N)`.
     """
     prefix = cache.get_seq_length()
     batch_size, num_queries = position_ids.shape[-2], position_ids.shape[-1]
+    visible = tree.visible(position_ids.device)
 
     def in_prefix_or_ancestor(
         batch: torch.Tensor, head: torch.Tensor, query: torch.Tensor, key: torch.Tensor

