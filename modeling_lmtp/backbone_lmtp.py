@@ -3,8 +3,9 @@
 Shapes: `B` batch, `L` length, `H` hidden size.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import nn
@@ -32,20 +33,35 @@ def unembedding_size(backbone: PreTrainedModel) -> tuple[int, int]:
     return weight.shape[0], weight.shape[1]
 
 
-def copy_unembedding(backbone: PreTrainedModel) -> nn.Linear:
-    """Return a new linear layer with the backbone's unembedding weights, bias included if it has one."""
+def copy_unembedding(
+    backbone: PreTrainedModel, token_ids: Sequence[int] | None = None
+) -> nn.Linear:
+    """Return a new linear layer with the unembedding's weights, or those of some tokens only."""
     source = backbone.get_output_embeddings()
     vocab_size, hidden_size = unembedding_size(backbone)
+    rows = slice(None) if token_ids is None else list(token_ids)
     has_bias = getattr(source, "bias", None) is not None
-    weight = source.weight
     copy = nn.Linear(
-        hidden_size, vocab_size, bias=has_bias, device=weight.device, dtype=weight.dtype
+        hidden_size,
+        vocab_size if token_ids is None else len(token_ids),
+        bias=has_bias,
+        device=source.weight.device,
+        dtype=source.weight.dtype,
     )
     with torch.no_grad():
-        copy.weight.copy_(weight)
+        copy.weight.copy_(source.weight[rows])
         if has_bias:
-            copy.bias.copy_(source.bias)
+            copy.bias.copy_(source.bias[rows])
     return copy
+
+
+def keep_rows(old: Any, new: Any) -> None:
+    """Copy the rows that both linear layers have, `(min(V, V'), H)`, from `old` to `new`."""
+    rows = min(old.out_features, new.out_features)
+    with torch.no_grad():
+        new.weight[:rows] = old.weight[:rows]
+        if new.bias is not None:
+            new.bias[:rows] = old.bias[:rows]
 
 
 @contextmanager

@@ -1,5 +1,6 @@
 """Configuration of a causal language model with leap heads."""
 
+from itertools import pairwise
 from typing import Any
 
 from huggingface_hub.dataclasses import strict
@@ -19,9 +20,12 @@ class LMTPConfig(PreTrainedConfig):
         leap_offsets: increasing integers ≥ 2; leap head `i` predicts `x_{s + leap_offsets[i]}` from
             the hidden state at `s`. The paper's default, leap 2 with 3 heads, is `(3, 5, 7)`.
             Empty: no leap heads, plain next-token prediction.
+        head_context: how many of the tokens that follow its state, and are known already, a head may
+            see (*grounded* heads); 0 is the paper's head.
         num_head_layers: residual blocks per leap head.
         share_lm_head: leap heads reuse the backbone's unembedding; `False` gives each head a matrix
             of its own, as in the paper, starting as a copy of the backbone's.
+        draft_token_ids: the tokens that heads may propose, increasing; None is the whole vocabulary.
         leap_loss_weight: β, the weight of the heads' losses beside the backbone's own (stage 2).
         train_backbone: `False`, stage 1: the backbone is frozen and only the heads have a loss.
         base_model_name_or_path: where the backbone came from.
@@ -34,8 +38,10 @@ class LMTPConfig(PreTrainedConfig):
 
     backbone_config: Any = None  # PreTrainedConfig; a dict is turned into one
     leap_offsets: list[int] | tuple[int, ...] = (3, 5, 7)
+    head_context: int = 0
     num_head_layers: int = 1
     share_lm_head: bool = True
+    draft_token_ids: list[int] | tuple[int, ...] | None = None
     leap_loss_weight: float | int = 0.1
     train_backbone: bool = False
     base_model_name_or_path: str | None = None
@@ -51,6 +57,8 @@ class LMTPConfig(PreTrainedConfig):
                 )
             self.backbone_config = AutoConfig.for_model(**self.backbone_config)
         self.leap_offsets = tuple(self.leap_offsets)
+        if self.draft_token_ids is not None:
+            self.draft_token_ids = tuple(self.draft_token_ids)
         # Transformers hands its own, unset, down to sub-configurations: keep what a loaded backbone
         # runs with
         attention = getattr(self.backbone_config, "_attn_implementation", None)
@@ -63,6 +71,29 @@ class LMTPConfig(PreTrainedConfig):
     def validate_leap_offsets(self) -> None:
         """Offsets are increasing integers of at least 2."""
         check_offsets(self.leap_offsets)
+
+    def validate_head_context(self) -> None:
+        """A head sees no negative number of tokens."""
+        if self.head_context < 0:
+            raise ValueError(
+                f"head_context must be 0 (the paper's head) or more, got {self.head_context}."
+            )
+
+    def validate_draft_token_ids(self) -> None:
+        """The draft vocabulary is increasing, not empty, and part of the backbone's."""
+        ids = self.draft_token_ids
+        if ids is None:
+            return
+        if not ids or ids[0] < 0 or any(b <= a for a, b in pairwise(ids)):
+            raise ValueError(
+                "draft_token_ids must be increasing token ids, at least one, or None for all; got "
+                f"{len(ids)} ids that begin with {list(ids[:5])}."
+            )
+        if self.backbone_config is not None and ids[-1] >= self.get_text_config().vocab_size:
+            raise ValueError(
+                f"draft_token_ids go up to {ids[-1]}, but the backbone's vocabulary has "
+                f"{self.get_text_config().vocab_size} tokens."
+            )
 
     def validate_num_head_layers(self) -> None:
         """A leap head has at least one block."""

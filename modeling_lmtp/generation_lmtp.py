@@ -195,8 +195,15 @@ class LMTPGenerationMixin(GenerationMixin):
                 f"tree exactly; a chain of {tree.depth} candidates is drafted instead."
             )
             tree = DraftTree.chain(tree.depth)
+        token_ids = self.config.draft_token_ids
         return LeapHeadDrafter(
-            self.leap_heads, self.config.leap_offsets, self.get_output_embeddings(), tree
+            self.leap_heads,
+            self.config.leap_offsets,
+            self.context_widths,
+            self.get_input_embeddings(),
+            self.draft_unembeddings(),
+            None if token_ids is None else torch.tensor(token_ids, device=self.device),
+            tree,
         )
 
 

@@ -53,6 +53,28 @@ def check_offsets(offsets: Sequence[int]) -> None:
         )
 
 
+def resolve_offsets(
+    num_leap_heads: int | None, leap_stride: int | None, leap_offsets: Sequence[int] | None
+) -> tuple[int, ...]:
+    """Return the offsets that `from_backbone` was asked for: the paper's `3, 5, 7` by default.
+
+    Raises:
+        ValueError: the offsets are given in both ways, or are invalid.
+    """
+    if leap_offsets is None:
+        return evenly_spaced_offsets(
+            3 if num_leap_heads is None else num_leap_heads,
+            2 if leap_stride is None else leap_stride,
+        )
+    if num_leap_heads is not None or leap_stride is not None:
+        raise ValueError(
+            f"Pass either leap_offsets ({tuple(leap_offsets)}) or num_leap_heads and leap_stride "
+            f"({num_leap_heads}, {leap_stride}), not both."
+        )
+    check_offsets(leap_offsets)
+    return tuple(leap_offsets)
+
+
 def drafts(offsets: Sequence[int]) -> tuple[Draft, ...]:
     """List, for each draftable distance `a = 1, 2, …`, the head and the look-back that serve it.
 

@@ -1,6 +1,7 @@
 """Cross-entropy of the leap heads, in chunks, so that no `(length, vocabulary)` tensor is kept.
 
-Shapes: `B` batch, `L` length, `H` hidden size, `V` vocabulary size, `N` tokens that count.
+Shapes: `B` batch, `L` length, `H` hidden size, `V` vocabulary size, `N` tokens that count, `m`
+leap heads, `c` context width, `E` embedding size.
 """
 
 from typing import Any
@@ -8,30 +9,90 @@ from typing import Any
 import torch
 from torch import nn
 
+from .backbone_lmtp import unembedding_size
+from .context_lmtp import embed_context
+from .leaps_lmtp import drafts
+from .vocabulary_lmtp import DraftUnembedding, draft_labels
+
 IGNORE_INDEX = -100
 CHUNK_SIZE = 256  # larger ones are no faster, and slower where they leave the processor's cache
 
 
-def leap_targets(
-    hidden_states: torch.Tensor, labels: torch.Tensor, offset: int
+def leap_losses(
+    model: Any,
+    hidden_states: torch.Tensor,
+    input_ids: torch.Tensor | None,
+    labels: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Pair each state `h_s` with its target `labels[s + offset]`, ignored targets left out.
+    """Sum each leap head's cross-entropy at its offset.
 
     Args:
-        hidden_states: `(B, L, H)`.
+        model: the `LMTPForCausalLM`.
+        hidden_states: `(B, L, H)`, the backbone's last hidden states.
+        input_ids: `(B, L)`; None will do without grounded heads.
+        labels: `(B, L)`, not shifted.
+
+    Returns:
+        The sums `(m,)`, and how many targets each has `(m,)`, at least 1.
+    """
+    config = model.config
+    if config.draft_token_ids is not None:
+        vocab_size, _ = unembedding_size(model.backbone)
+        labels = draft_labels(labels, config.draft_token_ids, vocab_size, IGNORE_INDEX)
+    totals, counts = [], []
+    unembeddings = model.draft_unembeddings()
+    for index, offset in enumerate(config.leap_offsets):
+        rows, positions = leap_positions(labels, offset)
+        context = _training_context(model, index, input_ids, rows, positions)
+        features = model.leap_heads[index](hidden_states[rows, positions], context)
+        targets = labels[rows, positions + offset]
+        totals.append(chunked_cross_entropy(unembeddings[index], features, targets))
+        counts.append(max(targets.numel(), 1))
+    return torch.stack(totals), torch.tensor(counts, device=labels.device)
+
+
+def _training_context(
+    model: Any,
+    index: int,
+    input_ids: torch.Tensor | None,
+    rows: torch.Tensor,
+    positions: torch.Tensor,
+) -> torch.Tensor | None:
+    """Return a grounded head's context `(N, c·E)` for the states at `rows`, `positions`, each `(N,)`.
+
+    It sees as many following tokens as one of the look-backs that it serves would know. Which one is
+    drawn anew for each state while training; in evaluation it is the nearest.
+    """
+    width = model.context_widths[index]
+    if not width:
+        return None
+    if input_ids is None:
+        raise ValueError("Grounded heads (head_context > 0) need input_ids, got inputs_embeds.")
+    look_backs = sorted(d.look_back for d in drafts(model.config.leap_offsets) if d.head == index)
+    choices = len(look_backs) if model.training else 1
+    drawn = torch.randint(choices, rows.shape, device=rows.device)
+    num_known = torch.tensor(look_backs, device=rows.device)[drawn] + 1
+    steps = torch.arange(width, device=rows.device)
+    tokens = input_ids[rows[:, None], positions[:, None] + 1 + steps]
+    return embed_context(model.get_input_embeddings(), tokens, steps < num_known[:, None])
+
+
+def leap_positions(labels: torch.Tensor, offset: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Find the states `h_s` whose target `labels[s + offset]` counts.
+
+    Args:
         labels: `(B, L)`, unshifted: `labels[s]` is the token at `s`, or `IGNORE_INDEX`.
         offset: the head's offset `d`.
 
     Returns:
-        States `(N, H)` and targets `(N,)`.
+        Rows and positions of the states, each `(N,)`.
     """
-    targets = labels[:, offset:]
-    counts = targets != IGNORE_INDEX
-    return hidden_states[:, : targets.shape[1]][counts], targets[counts]
+    rows, positions = (labels[:, offset:] != IGNORE_INDEX).nonzero(as_tuple=True)
+    return rows, positions
 
 
 def chunked_cross_entropy(
-    unembedding: nn.Module,
+    unembedding: nn.Module | DraftUnembedding,
     hidden_states: torch.Tensor,
     targets: torch.Tensor,
     chunk_size: int = CHUNK_SIZE,
@@ -65,7 +126,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        unembedding: nn.Module,
+        unembedding: nn.Module | DraftUnembedding,
         targets: torch.Tensor,
         chunk_size: int,
         hidden_states: torch.Tensor,

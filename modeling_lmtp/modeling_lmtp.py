@@ -19,15 +19,18 @@ from transformers.utils import can_return_tuple
 from .backbone_lmtp import (
     check_backbone,
     copy_unembedding,
+    keep_rows,
     unembedding_inputs,
     unembedding_size,
 )
 from .checkpoints_lmtp import AUTO_MAP, check_loaded
 from .configuration_lmtp import LMTPConfig
+from .context_lmtp import context_widths, embed_context, following_tokens
 from .generation_lmtp import LMTPGenerationMixin
 from .heads_lmtp import LeapHead, ZeroLinear
-from .leaps_lmtp import check_offsets, evenly_spaced_offsets
-from .losses_lmtp import IGNORE_INDEX, chunked_cross_entropy, leap_targets
+from .leaps_lmtp import resolve_offsets
+from .losses_lmtp import IGNORE_INDEX, leap_losses
+from .vocabulary_lmtp import DraftUnembedding
 
 
 @dataclass
@@ -35,8 +38,9 @@ class LMTPCausalLMOutput(CausalLMOutputWithPast):
     """The backbone's causal-LM output (every field of it) and what the leap heads add.
 
     Args:
-        leap_logits: with `output_leap_logits=True`, one `(B, L, V)` tensor per leap head:
-            `leap_logits[i][:, s]` predicts the token at `s + leap_offsets[i]`.
+        leap_logits: with `output_leap_logits=True`, one `(B, L, V)` tensor per leap head, or
+            `(B, L, D)` with a draft vocabulary of `D` tokens: `leap_logits[i][:, s]` predicts the
+            token at `s + leap_offsets[i]` (a grounded head sees the token at `s + 1`).
         leap_losses: with `labels`, `(m,)`, each head's mean cross-entropy, detached.
     """
 
@@ -60,7 +64,8 @@ class LMTPPreTrainedModel(PreTrainedModel):
     def _init_weights(self, module: nn.Module) -> None:
         if isinstance(module, ZeroLinear):
             init.zeros_(module.weight)
-            init.zeros_(module.bias)
+            if module.bias is not None:
+                init.zeros_(module.bias)
         else:
             super()._init_weights(module)
 
@@ -90,23 +95,33 @@ class LMTPForCausalLM(LMTPPreTrainedModel, LMTPGenerationMixin):
         check_backbone(backbone)
         self.backbone = backbone
         self.config.backbone_config = backbone.config
-        self.leap_heads = nn.ModuleList(self._new_head() for _ in config.leap_offsets)
+        widths = context_widths(config.leap_offsets, config.head_context)
+        self.leap_heads = nn.ModuleList(self._new_head(width) for width in widths)
         self.post_init()
         self._freeze_backbone()
         if not config.share_lm_head:
-            self._copy_unembedding_to_heads()
+            for head in self.leap_heads:
+                head.lm_head = self._unembedding_copy()
 
     def _freeze_backbone(self) -> None:
         """Keep optimizers away from the backbone in stage 1."""
         if self.leap_heads and not self.config.train_backbone:
             self.backbone.requires_grad_(False)
 
-    def _new_head(self) -> LeapHead:
+    def _new_head(self, context_width: int) -> LeapHead:
         _, hidden_size = unembedding_size(self.backbone)
-        lm_head = None if self.config.share_lm_head else copy_unembedding(self.backbone)
-        head = LeapHead(hidden_size, self.config.num_head_layers, lm_head)
+        embedding_size = self.backbone.get_input_embeddings().weight.shape[1]
+        head = LeapHead(
+            hidden_size,
+            self.config.num_head_layers,
+            context_size=context_width * embedding_size,
+            lm_head=None if self.config.share_lm_head else self._unembedding_copy(),
+        )
         device = self.backbone.get_output_embeddings().weight.device
         return head.to(device=device, dtype=self.backbone.dtype)
+
+    def _unembedding_copy(self) -> nn.Linear:
+        return copy_unembedding(self.backbone, self.config.draft_token_ids)
 
     @classmethod
     def from_backbone(
@@ -116,8 +131,10 @@ class LMTPForCausalLM(LMTPPreTrainedModel, LMTPGenerationMixin):
         leap_stride: int | None = None,
         *,
         leap_offsets: Sequence[int] | None = None,
+        head_context: int = 0,
         num_head_layers: int = 1,
         share_lm_head: bool = True,
+        draft_token_ids: Sequence[int] | None = None,
         leap_loss_weight: float = 0.1,
         train_backbone: bool = False,
         **backbone_kwargs: Any,
@@ -130,14 +147,15 @@ class LMTPForCausalLM(LMTPPreTrainedModel, LMTPGenerationMixin):
             leap_stride: `k`, 2 by default; the offsets are `1 + k, 1 + 2k, …`; 1 is multi-token
                 prediction.
             leap_offsets: the offsets themselves, instead of the two above.
-            num_head_layers, share_lm_head, leap_loss_weight, train_backbone: see `LMTPConfig`.
+            head_context, num_head_layers, share_lm_head, draft_token_ids, leap_loss_weight,
+                train_backbone: see `LMTPConfig`.
             backbone_kwargs: for `AutoModelForCausalLM.from_pretrained`, if `backbone` is an id.
 
         Raises:
             ValueError: offsets given twice or invalid, or the backbone is not a causal model.
             StrictDataclassError: another value of the configuration is invalid.
         """
-        offsets = _resolve_offsets(num_leap_heads, leap_stride, leap_offsets)
+        offsets = resolve_offsets(num_leap_heads, leap_stride, leap_offsets)
         if isinstance(backbone, str | Path):
             revision = backbone_kwargs.get("revision")
             backbone = AutoModelForCausalLM.from_pretrained(backbone, **backbone_kwargs)
@@ -152,8 +170,10 @@ class LMTPForCausalLM(LMTPPreTrainedModel, LMTPGenerationMixin):
         config = LMTPConfig(
             backbone_config=backbone.config,
             leap_offsets=offsets,
+            head_context=head_context,
             num_head_layers=num_head_layers,
             share_lm_head=share_lm_head,
+            draft_token_ids=None if draft_token_ids is None else tuple(draft_token_ids),
             leap_loss_weight=leap_loss_weight,
             train_backbone=train_backbone,
             base_model_name_or_path=backbone.config.name_or_path or None,
@@ -214,12 +234,17 @@ class LMTPForCausalLM(LMTPPreTrainedModel, LMTPGenerationMixin):
         for name, value in outputs.items():
             result[name] = value
         if labels is not None and self.leap_heads:
-            loss, result["leap_losses"] = self.leap_loss(hidden_states, labels, num_items_in_batch)
+            loss, result["leap_losses"] = self.leap_loss(
+                hidden_states, input_ids, labels, num_items_in_batch
+            )
             if "loss" in result:
                 loss = result["loss"] + self.config.leap_loss_weight * loss
             result["loss"] = loss
         if output_leap_logits:
-            result["leap_logits"] = self.leap_logits(hidden_states)
+            result["leap_logits"] = tuple(
+                self.leap_logits(head, hidden_states, input_ids)
+                for head in range(len(self.leap_heads))
+            )
         return result
 
     def _run_backbone(self, inputs: dict[str, Any]) -> tuple[dict[str, Any], torch.Tensor]:
@@ -249,6 +274,7 @@ class LMTPForCausalLM(LMTPPreTrainedModel, LMTPGenerationMixin):
     def leap_loss(
         self,
         hidden_states: torch.Tensor,
+        input_ids: torch.Tensor | None,
         labels: torch.Tensor,
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -256,27 +282,56 @@ class LMTPForCausalLM(LMTPPreTrainedModel, LMTPGenerationMixin):
 
         Args:
             hidden_states: `(B, L, H)`, the backbone's last hidden states.
+            input_ids: `(B, L)`; None will do without grounded heads.
             labels: `(B, L)`, not shifted.
             num_items_in_batch: see `forward`.
 
         Returns:
             A scalar, and `(m,)`.
         """
-        losses, means = [], []
-        for head, offset in zip(self.leap_heads, self.config.leap_offsets, strict=True):
-            states, targets = leap_targets(hidden_states, labels, offset)
-            total = chunked_cross_entropy(self._unembedding(head), head(states), targets)
-            num_targets = max(targets.numel(), 1)
-            losses.append(total / (num_items_in_batch or num_targets))
-            means.append(total.detach() / num_targets)
-        return torch.stack(losses).sum(), torch.stack(means)
+        totals, counts = leap_losses(self, hidden_states, input_ids, labels)
+        means = totals.detach() / counts
+        return (totals / (num_items_in_batch or counts)).sum(), means
 
-    def _unembedding(self, head: Any) -> nn.Module:
-        return head.lm_head or self.get_output_embeddings()
+    @property
+    def context_widths(self) -> tuple[int, ...]:
+        """How many following tokens each head sees at most, `(m,)`."""
+        return context_widths(self.config.leap_offsets, self.config.head_context)
 
-    def leap_logits(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """Map the backbone's last hidden states `(B, L, H)` to one `(B, L, V)` tensor per head."""
-        return tuple(self._unembedding(head)(head(hidden_states)) for head in self.leap_heads)
+    def draft_unembeddings(self) -> list[Any]:
+        """Return, for each head, what maps `(…, H)` to logits of the draft vocabulary `(…, D)`."""
+        shared: Any = self.get_output_embeddings()
+        if self.config.share_lm_head and self.config.draft_token_ids is not None:
+            shared = DraftUnembedding(shared, self.config.draft_token_ids)
+        return [head.lm_head or shared for head in self.leap_heads]
+
+    def leap_logits(
+        self,
+        head: int,
+        hidden_states: torch.Tensor,
+        input_ids: torch.Tensor | None = None,
+        look_back: int = 0,
+    ) -> torch.Tensor:
+        """Return one head's logits from every state, as a draft with that look-back would see them.
+
+        Args:
+            head: the head's index.
+            hidden_states: `(B, L, H)`, the backbone's last hidden states.
+            input_ids: `(B, L)`; None will do without grounded heads.
+            look_back: a grounded head sees `look_back + 1` following tokens, or fewer.
+
+        Returns:
+            `(B, L, V)`, or `(B, L, D)` with a draft vocabulary; `[:, s]` predicts the token at
+            `s + leap_offsets[head]`.
+        """
+        width, context = self.context_widths[head], None
+        if width:
+            if input_ids is None:
+                raise ValueError("Grounded heads (head_context > 0) need input_ids.")
+            tokens, exists = following_tokens(input_ids, width)
+            visible = exists & (torch.arange(width, device=tokens.device) <= look_back)
+            context = embed_context(self.get_input_embeddings(), tokens, visible)
+        return self.draft_unembeddings()[head](self.leap_heads[head](hidden_states, context))
 
     @classmethod
     def from_pretrained(
@@ -324,38 +379,15 @@ class LMTPForCausalLM(LMTPPreTrainedModel, LMTPGenerationMixin):
         Rows that such a head did not have start as the backbone's.
         """
         embeddings = self.backbone.resize_token_embeddings(*args, **kwargs)
-        if not self.config.share_lm_head:
+        draft_ids = self.config.draft_token_ids
+        vocab_size, _ = unembedding_size(self.backbone)
+        if draft_ids is not None and draft_ids[-1] >= vocab_size:
+            raise ValueError(
+                f"draft_token_ids go up to {draft_ids[-1]}, beyond a vocabulary of {vocab_size}. Set "
+                "config.draft_token_ids to fewer before shrinking the vocabulary."
+            )
+        if not self.config.share_lm_head and draft_ids is None:
             for head in self.leap_heads:
-                trained, head.lm_head = head.lm_head, copy_unembedding(self.backbone)
+                trained, head.lm_head = head.lm_head, self._unembedding_copy()
                 keep_rows(trained, head.lm_head)
         return embeddings
-
-    def _copy_unembedding_to_heads(self) -> None:
-        for head in self.leap_heads:
-            head.lm_head = copy_unembedding(self.backbone)
-
-
-def keep_rows(old: Any, new: Any) -> None:
-    """Copy the rows that both linear layers have, `(min(V, V'), H)`, from `old` to `new`."""
-    rows = min(old.out_features, new.out_features)
-    with torch.no_grad():
-        new.weight[:rows] = old.weight[:rows]
-        if new.bias is not None:
-            new.bias[:rows] = old.bias[:rows]
-
-
-def _resolve_offsets(
-    num_leap_heads: int | None, leap_stride: int | None, leap_offsets: Sequence[int] | None
-) -> tuple[int, ...]:
-    if leap_offsets is None:
-        return evenly_spaced_offsets(
-            3 if num_leap_heads is None else num_leap_heads,
-            2 if leap_stride is None else leap_stride,
-        )
-    if num_leap_heads is not None or leap_stride is not None:
-        raise ValueError(
-            f"Pass either leap_offsets ({tuple(leap_offsets)}) or num_leap_heads and leap_stride "
-            f"({num_leap_heads}, {leap_stride}), not both."
-        )
-    check_offsets(leap_offsets)
-    return tuple(leap_offsets)

@@ -10,7 +10,7 @@ import torch
 from tiny import tiny_llama
 
 from modeling_lmtp import LMTPForCausalLM
-from modeling_lmtp.losses_lmtp import CHUNK_SIZE, chunked_cross_entropy, leap_targets
+from modeling_lmtp.losses_lmtp import CHUNK_SIZE, chunked_cross_entropy, leap_positions
 
 VOCAB_SIZE = 61  # no other axis of these models has this size
 SCHEDULES = [(3, 5, 7), (2, 3, 4), (2, 3, 5)]
@@ -210,11 +210,15 @@ def test_the_loss_can_be_evaluated_without_gradients(train_backbone, share_lm_he
 
 
 def test_targets_are_the_labels_at_the_offset_that_count():
-    states = torch.arange(10.0).reshape(2, 5, 1)
     labels = torch.tensor([[0, 1, 2, -100, 4], [5, -100, -100, 8, 9]])
-    kept, targets = leap_targets(states, labels, offset=2)
-    assert kept.squeeze(-1).tolist() == [0, 2, 6, 7]
-    assert targets.tolist() == [2, 4, 8, 9]
+    rows, positions = leap_positions(labels, offset=2)
+    assert list(zip(rows.tolist(), positions.tolist(), strict=True)) == [
+        (0, 0),
+        (0, 2),
+        (1, 1),
+        (1, 2),
+    ]
+    assert labels[rows, positions + 2].tolist() == [2, 4, 8, 9]
 
 
 def test_stage_1_freezes_the_backbone_and_runs_it_without_a_graph():

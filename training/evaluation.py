@@ -13,10 +13,13 @@ from dataclasses import asdict, dataclass
 import torch
 from tqdm.auto import tqdm
 
+from modeling_lmtp.backbone_lmtp import unembedding_inputs, unembedding_size
 from modeling_lmtp.leaps_lmtp import drafts
+from modeling_lmtp.losses_lmtp import IGNORE_INDEX
 from modeling_lmtp.modeling_lmtp import LMTPForCausalLM
 from modeling_lmtp.training.examples import Example
 from modeling_lmtp.tree_lmtp import DraftTree
+from modeling_lmtp.vocabulary_lmtp import draft_labels
 
 MAX_RANK = 10  # ranks beyond count as "not among the candidates"
 
@@ -54,22 +57,34 @@ def draft_ranks(model: LMTPForCausalLM, example: Example) -> torch.Tensor:
     length = input_ids.shape[1]
     schedule = drafts(model.config.leap_offsets)
     ranks = torch.full((len(schedule), length), MAX_RANK, device=model.device)
-    leap_logits = model(input_ids=input_ids, output_leap_logits=True).leap_logits
-    for head, offset in enumerate(model.config.leap_offsets):
+    with unembedding_inputs(model.backbone, num_logits=1) as states:
+        model.backbone(input_ids=input_ids, use_cache=False)
+    targets = _draft_targets(model, input_ids)
+    for draft in schedule:
+        offset = model.config.leap_offsets[draft.head]
         if offset >= length:
             continue
-        rank_of_target = _ranks(leap_logits[head][0, :-offset], input_ids[0, offset:])
-        for draft in schedule:
-            if draft.head == head:
-                first_root = 1 + draft.look_back  # the root whose state is the example's first
-                ranks[draft.distance - 1, first_root:][: len(rank_of_target)] = rank_of_target
+        logits = model.leap_logits(draft.head, states[0], input_ids, draft.look_back)
+        rank_of_target = _ranks(logits[0, :-offset], targets[offset:])
+        first_root = 1 + draft.look_back  # the root whose state is the example's first
+        ranks[draft.distance - 1, first_root:][: len(rank_of_target)] = rank_of_target
     return ranks
 
 
+def _draft_targets(model: LMTPForCausalLM, input_ids: torch.Tensor) -> torch.Tensor:
+    """Return each token's row in the heads' logits, `(L,)`; `IGNORE_INDEX` if it has none."""
+    token_ids = model.config.draft_token_ids
+    if token_ids is None:
+        return input_ids[0]
+    vocab_size, _ = unembedding_size(model.backbone)
+    return draft_labels(input_ids[0], token_ids, vocab_size, IGNORE_INDEX)
+
+
 def _ranks(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """Return how many tokens beat the target, at most `MAX_RANK`: `(n, V)`, `(n,)` to `(n,)`."""
-    target_logits = logits.gather(1, targets[:, None])
-    return (logits > target_logits).sum(dim=1).clamp(max=MAX_RANK)
+    """Count the tokens that beat the target, at most `MAX_RANK`: `(n, D)`, `(n,)` to `(n,)`."""
+    target_logits = logits.gather(1, targets.clamp(min=0)[:, None])
+    beaten_by = (logits > target_logits).sum(dim=1).clamp(max=MAX_RANK)
+    return torch.where(targets == IGNORE_INDEX, MAX_RANK, beaten_by)
 
 
 def simulated_steps(ranks: torch.Tensor, tree: DraftTree, start: int) -> list[int]:
