@@ -24,6 +24,10 @@ Offsets = Annotated[
     str | None, typer.Option(help="Comma-separated leap offsets, such as 2,3,5, instead of both.")
 ]
 
+HeadContext = Annotated[
+    int, typer.Option(help="Known tokens after its state that a head sees; 0 is the paper's head.")
+]
+
 
 def reports_errors(command: Callable[..., None]) -> Callable[..., None]:
     """Print errors that the user can mend as one line, without a traceback."""
@@ -87,6 +91,7 @@ def wrap(
     num_leap_heads: Annotated[int | None, typer.Option(help="3 by default.")] = None,
     leap_stride: Annotated[int | None, typer.Option(help="2 by default.")] = None,
     leap_offsets: Offsets = None,
+    head_context: HeadContext = 0,
     num_head_layers: int = 1,
     share_lm_head: bool = True,
     dtype: Dtype = "auto",
@@ -102,6 +107,7 @@ def wrap(
         num_leap_heads,
         leap_stride,
         leap_offsets=_offsets(leap_offsets),
+        head_context=head_context,
         num_head_layers=num_head_layers,
         share_lm_head=share_lm_head,
     )
@@ -161,8 +167,12 @@ def train(
     num_leap_heads: Annotated[int | None, typer.Option(help="3 by default.")] = None,
     leap_stride: Annotated[int | None, typer.Option(help="2 by default.")] = None,
     leap_offsets: Offsets = None,
+    head_context: HeadContext = 0,
     num_head_layers: int = 1,
     share_lm_head: bool = True,
+    draft_vocab_size: Annotated[
+        int | None, typer.Option(help="Draft only so many tokens, the answers' most frequent.")
+    ] = None,
     epochs: float = 1.0,
     batch_size: int = 8,
     gradient_accumulation_steps: int = 1,
@@ -186,7 +196,13 @@ def train(
         save_steps=save_steps,
     )
     shape = HeadShape(
-        num_leap_heads, leap_stride, _offsets(leap_offsets), num_head_layers, share_lm_head
+        num_leap_heads=num_leap_heads,
+        leap_stride=leap_stride,
+        leap_offsets=_offsets(leap_offsets),
+        head_context=head_context,
+        num_head_layers=num_head_layers,
+        share_lm_head=share_lm_head,
+        draft_vocab_size=draft_vocab_size,
     )
     report = train_heads(
         model,

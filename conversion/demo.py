@@ -25,6 +25,7 @@ from modeling_lmtp.conversion.loading import (
 )
 from modeling_lmtp.conversion.remote_check import generate_as_remote_code
 from modeling_lmtp.conversion.smollm2 import smollm2_path
+from modeling_lmtp.conversion.training import HeadShape, add_heads
 from modeling_lmtp.conversion.tuning import choose_tree
 from modeling_lmtp.modeling_lmtp import LMTPForCausalLM
 from modeling_lmtp.training.distill import DistillSettings, append_rows, distill
@@ -47,11 +48,13 @@ PROMPTS = (
 class Recipe:
     """What the demo does; a folder made with another recipe is not touched."""
 
-    num_prompts: int = 96
+    num_prompts: int = 144
     held_out: int = 12
     answer_tokens: int = 128
     leap_offsets: tuple[int, ...] = (2, 3, 5)
-    epochs: float = 3.0
+    head_context: int = 2
+    draft_vocab_size: int = 8192
+    epochs: float = 6.0
     batch_size: int = 4
     learning_rate: float = 1e-3
     new_tokens: int = 96  # per prompt, in the comparison
@@ -112,7 +115,12 @@ def _make_checkpoint(
     console.print("[bold]3/5[/] Heads learn the answers; the backbone stays as it is.")
     examples = read_examples(answers, tokenizer, end_id=end_ids(backbone, tokenizer)[0])
     train, held_out = split_examples(examples, recipe.held_out)
-    model = LMTPForCausalLM.from_backbone(backbone, leap_offsets=recipe.leap_offsets)
+    shape = HeadShape(
+        leap_offsets=recipe.leap_offsets,
+        head_context=recipe.head_context,
+        draft_vocab_size=recipe.draft_vocab_size,
+    )
+    model = add_heads(backbone, shape, train)
     model.config.base_model_name_or_path = BASE_MODEL
     settings = WarmupSettings(
         epochs=recipe.epochs,

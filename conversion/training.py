@@ -1,14 +1,17 @@
 """`lmtp train`: from a backbone, or a checkpoint, and answers to a checkpoint with trained heads."""
 
 import shutil
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from transformers import AutoConfig
 
+from modeling_lmtp.backbone_lmtp import unembedding_size
 from modeling_lmtp.conversion.loading import load_backbone, load_lmtp, load_tokenizer
 from modeling_lmtp.modeling_lmtp import LMTPForCausalLM
-from modeling_lmtp.training.examples import read_examples, split_examples
+from modeling_lmtp.training.examples import Example, draft_vocabulary, read_examples, split_examples
 from modeling_lmtp.training.prompts import end_ids
 from modeling_lmtp.training.saving import check_output_folder, file_sha256, save_checkpoint
 from modeling_lmtp.training.warmup import WarmupReport, WarmupSettings, warm_up
@@ -16,13 +19,15 @@ from modeling_lmtp.training.warmup import WarmupReport, WarmupSettings, warm_up
 
 @dataclass(frozen=True)
 class HeadShape:
-    """The heads to add to a backbone, as `LMTPForCausalLM.from_backbone` takes them."""
+    """The heads to add to a backbone, see `LMTPForCausalLM.from_backbone`."""
 
     num_leap_heads: int | None = None
     leap_stride: int | None = None
     leap_offsets: tuple[int, ...] | None = None
+    head_context: int = 0
     num_head_layers: int = 1
     share_lm_head: bool = True
+    draft_vocab_size: int | None = None  # the most frequent tokens of the answers; None is all
 
 
 def train_heads(
@@ -46,11 +51,19 @@ def train_heads(
             the answers are unusable.
     """
     check_output_folder(output)
-    model = _load(source, shape, dtype)
+    has_heads = AutoConfig.from_pretrained(source).model_type == "lmtp"
+    if has_heads and shape != HeadShape():
+        raise ValueError(
+            f"{source!r} has leap heads already, so their offsets and layers are settled. Leave those "
+            "options out to train them on, or start from the plain backbone."
+        )
     tokenizer = load_tokenizer(source)
-    end_id = next(iter(end_ids(model.backbone, tokenizer)), None)
+    model = load_lmtp(source, dtype, train_backbone=False) if has_heads else None
+    backbone = load_backbone(source, dtype) if model is None else model.backbone
+    end_id = next(iter(end_ids(backbone, tokenizer)), None)
     examples = read_examples(answers, tokenizer, end_id, max_length)
     training, evaluation = split_examples(examples, held_out)
+    model = model or add_heads(backbone, shape, training)
     run_folder = output.with_name(f"{output.name}.training")
     report = warm_up(model, training, evaluation, run_folder, settings)
     record = {
@@ -66,12 +79,11 @@ def train_heads(
     return report
 
 
-def _load(source: str, shape: HeadShape, dtype: str) -> LMTPForCausalLM:
-    if AutoConfig.from_pretrained(source).model_type != "lmtp":
-        return LMTPForCausalLM.from_backbone(load_backbone(source, dtype), **asdict(shape))
-    if shape != HeadShape():
-        raise ValueError(
-            f"{source!r} has leap heads already, so their offsets and layers are settled. Leave those "
-            "options out to train them on, or start from the plain backbone."
-        )
-    return load_lmtp(source, dtype, train_backbone=False)
+def add_heads(backbone: Any, shape: HeadShape, examples: Sequence[Example]) -> LMTPForCausalLM:
+    """Give a backbone the heads that `shape` describes; the draft vocabulary is that of `examples`."""
+    options = asdict(shape)
+    size = options.pop("draft_vocab_size")
+    if size is not None:
+        vocab_size, _ = unembedding_size(backbone)
+        options["draft_token_ids"] = draft_vocabulary(examples, size, vocab_size)
+    return LMTPForCausalLM.from_backbone(backbone, **options)

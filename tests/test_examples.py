@@ -7,6 +7,7 @@ from modeling_lmtp.training.examples import (
     AnswerDataset,
     Example,
     collate,
+    draft_vocabulary,
     read_examples,
     split_examples,
 )
@@ -79,3 +80,11 @@ def test_held_out_examples_are_spread_over_the_file_and_not_trained_on():
     assert split_examples(examples, 0) == (examples, [])
     with pytest.raises(ValueError, match="got 10 of 10 examples"):
         split_examples(examples, 10)
+
+
+def test_the_draft_vocabulary_is_the_answers_most_frequent_tokens_and_then_the_lowest_ids():
+    examples = [Example([9, 9, 9, 5, 5, 7, 8], answer_start=3), Example([5, 7], answer_start=0)]
+    assert draft_vocabulary(examples, 2, vocab_size=10) == (5, 7)
+    assert draft_vocabulary(examples, 5, vocab_size=10) == (0, 1, 5, 7, 8)
+    with pytest.raises(ValueError, match="must be from 1 to 10, got 11"):
+        draft_vocabulary(examples, 11, vocab_size=10)

@@ -3,8 +3,10 @@
 Shapes: `B` batch, `L` length.
 """
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -81,6 +83,33 @@ def split_examples(
         [example for i, example in enumerate(examples) if i not in chosen],
         [examples[i] for i in sorted(chosen)],
     )
+
+
+def draft_vocabulary(examples: Sequence[Example], size: int, vocab_size: int) -> tuple[int, ...]:
+    """Choose the tokens that heads may draft: the most frequent ones of the answers.
+
+    Where the answers hold fewer than `size`, the lowest ids fill up: subword vocabularies are
+    numbered roughly by frequency.
+
+    Args:
+        examples: what the heads will learn.
+        size: tokens wanted.
+        vocab_size: the backbone's vocabulary.
+
+    Returns:
+        Increasing token ids, `size` of them.
+
+    Raises:
+        ValueError: `size` is not from 1 to `vocab_size`.
+    """
+    if not 1 <= size <= vocab_size:
+        raise ValueError(f"draft_vocab_size must be from 1 to {vocab_size}, got {size}.")
+    counts = Counter(
+        token for example in examples for token in example.input_ids[example.answer_start :]
+    )
+    chosen = [token for token, _ in counts.most_common(size)]
+    unseen = (token for token in range(vocab_size) if token not in counts)
+    return tuple(sorted([*chosen, *islice(unseen, size - len(chosen))]))
 
 
 class AnswerDataset(Dataset[dict[str, list[int]]]):

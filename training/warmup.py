@@ -27,6 +27,15 @@ from modeling_lmtp.modeling_lmtp import LMTPForCausalLM
 from modeling_lmtp.training.evaluation import HeadReport, evaluate_heads
 from modeling_lmtp.training.examples import AnswerDataset, Example, collate
 
+HEAD_SETTINGS = (
+    "leap_offsets",
+    "head_context",
+    "num_head_layers",
+    "share_lm_head",
+    "draft_token_ids",
+    "base_model_name_or_path",
+)
+
 
 @dataclass(frozen=True)
 class WarmupSettings:
@@ -216,10 +225,7 @@ def _check_run(
 ) -> None:
     """Record what this run is, or refuse a folder that holds another one."""
     tokens = hashlib.sha256(repr([example.input_ids for example in examples]).encode())
-    heads = {
-        name: getattr(model.config, name)
-        for name in ("leap_offsets", "num_head_layers", "share_lm_head", "base_model_name_or_path")
-    }
+    heads = {name: getattr(model.config, name) for name in HEAD_SETTINGS}
     identity = {**asdict(settings), **heads, "examples_sha256": tokens.hexdigest()}
     identity = json.loads(json.dumps(identity))  # as it will be read back
     record = run_folder / "run.json"
