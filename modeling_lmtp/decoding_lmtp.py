@@ -122,7 +122,7 @@ class TokenChooser:
 
 
 def decode(
-    backbone: PreTrainedModel,
+    verifier: Verifier,
     input_ids: torch.Tensor,
     drafter: Drafter,
     chooser: TokenChooser,
@@ -133,7 +133,7 @@ def decode(
     """Generate from a prompt `(1, L)`.
 
     Args:
-        backbone: the model.
+        verifier: holds the backbone.
         input_ids: the prompt.
         drafter: proposes candidates; whatever it proposes, the text stays the same.
         chooser: takes tokens as plain decoding would.
@@ -142,7 +142,7 @@ def decode(
         model_kwargs: as `generate` prepared them, the cache among them.
     """
     walk = walk_greedily if chooser.is_plain_greedy else walk_stepwise
-    verifier = Verifier(backbone)
+    backbone = verifier.backbone
     cache = model_kwargs["past_key_values"]
     tree, candidate_ids = DraftTree(), input_ids[:, :0]
     tokens_per_pass = []

@@ -26,6 +26,7 @@ from .drafting_lmtp import Drafter, LeapHeadDrafter
 from .leaps_lmtp import drafts
 from .support_lmtp import Tier, decoding_tier
 from .tree_lmtp import DraftTree
+from .verification_lmtp import Verifier
 
 logger = logging.get_logger(__name__)
 
@@ -124,7 +125,8 @@ class LMTPGenerationMixin(GenerationMixin):
                 `generation_config` instead.
             draft_tree: the draft tree, as a list of paths, each the ranks taken from the root.
             draft_length: a top-1 chain of so many candidates; by default all that the heads draft.
-            drafter: proposes candidates in place of the leap heads.
+            drafter: proposes candidates in place of the leap heads; only chains, where the model
+                takes no trees.
 
         Returns:
             What the backbone's `generate` returns; with `return_dict_in_generate=True`, an
@@ -157,7 +159,9 @@ class LMTPGenerationMixin(GenerationMixin):
             **model_kwargs: Any,
         ) -> ModelOutput | torch.Tensor:
             _refuse_unsupported(input_ids, generation_config, model_kwargs)
-            own_drafter = drafter or self._leap_head_drafter(tree)
+            tier = self._decoding_tier()
+            own_drafter = drafter or self._leap_head_drafter(tree, tier)
+            verifier = Verifier(backbone, takes_trees=tier is Tier.TREE)
             returns_dict = generation_config.return_dict_in_generate
             chooser = TokenChooser(
                 logits_processor,
@@ -167,7 +171,7 @@ class LMTPGenerationMixin(GenerationMixin):
                 logits=[] if returns_dict and generation_config.output_logits else None,
             )
             output = decode(
-                backbone, input_ids, own_drafter, chooser, generation_config, streamer, model_kwargs
+                verifier, input_ids, own_drafter, chooser, generation_config, streamer, model_kwargs
             )
             return output if returns_dict else output.sequences
 
@@ -181,13 +185,16 @@ class LMTPGenerationMixin(GenerationMixin):
             **kwargs,
         )
 
-    def _leap_head_drafter(self, tree: DraftTree) -> LeapHeadDrafter:
+    def _decoding_tier(self) -> Tier:
         tier = decoding_tier(self.backbone)
         if tier is Tier.REFUSED:
             raise ValueError(
                 f"use_lmtp=True is not possible with {type(self.backbone).__name__}: rejected "
                 "candidates cannot be taken out of its cache exactly. Call generate() without it."
             )
+        return tier
+
+    def _leap_head_drafter(self, tree: DraftTree, tier: Tier) -> LeapHeadDrafter:
         if tier is Tier.CHAIN and not tree.is_chain:
             logger.warning_once(
                 f"{type(self.backbone).__name__} with "

@@ -28,9 +28,11 @@ class Verifier:
 
     Args:
         backbone: the model.
+        takes_trees: whether it verifies trees exactly, see `support_lmtp`.
     """
 
     backbone: PreTrainedModel
+    takes_trees: bool = True
     _trees: dict[DraftTree, _TreeInputs] = field(default_factory=dict)
 
     def verify(
@@ -53,7 +55,15 @@ class Verifier:
 
         Returns:
             The backbone's output; `logits[:, n]` follows node `n`: `(B, 1 + N, V)`.
+
+        Raises:
+            ValueError: a tree that is not a chain, for a backbone that does not take trees.
         """
+        if not (self.takes_trees or tree.is_chain):
+            raise ValueError(
+                f"{type(self.backbone).__name__} cannot verify a draft tree exactly, only a chain; "
+                f"the drafter proposed the paths {tree.paths}."
+            )
         model_kwargs = self.backbone._update_model_kwargs_for_generation(
             ModelOutput(), dict(model_kwargs), num_new_tokens=tree.num_nodes
         )

@@ -10,6 +10,8 @@ from tiny import tiny_causal_lm
 from transformers import QuantizedCache, StaticCache
 
 from modeling_lmtp import LMTPForCausalLM
+from modeling_lmtp.drafting_lmtp import Drafter
+from modeling_lmtp.tree_lmtp import DraftTree
 
 PROMPT = torch.tensor([[3, 17, 5, 9, 44]])
 
@@ -142,3 +144,22 @@ def test_a_model_that_verifies_chains_only_drafts_a_chain_and_says_so(caplog):
     )
     assert ours.tolist() == plain.tolist()
     assert "cannot verify a draft tree exactly; a chain of 2 candidates is drafted" in caplog.text
+
+
+class TreeDrafter(Drafter):
+    """Proposes two candidates for the next token."""
+
+    def draft(self, input_ids, hidden_states, max_depth):
+        return DraftTree.from_paths([(0,), (1,)]), torch.tensor([[5, 6]])
+
+
+def test_a_drafter_may_not_propose_trees_to_a_model_that_verifies_chains_only():
+    model = LMTPForCausalLM.from_backbone(tiny_causal_lm("bloom"))
+    with pytest.raises(ValueError, match=r"only a chain; the drafter proposed the paths \(\(0,\)"):
+        model.generate(PROMPT, max_new_tokens=9, use_lmtp=True, drafter=TreeDrafter())
+
+
+def test_a_drafter_of_ones_own_is_no_way_around_a_refusal():
+    model = LMTPForCausalLM.from_backbone(tiny_causal_lm("qwen3_next"))
+    with pytest.raises(ValueError, match="use_lmtp=True is not possible"):
+        model.generate(PROMPT, max_new_tokens=9, use_lmtp=True, drafter=TreeDrafter())

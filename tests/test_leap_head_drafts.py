@@ -10,6 +10,7 @@ from tiny import tiny_causal_lm
 
 from modeling_lmtp import LMTPForCausalLM
 from modeling_lmtp.drafting_lmtp import Drafter
+from modeling_lmtp.support_lmtp import Tier
 from modeling_lmtp.tree_lmtp import DraftTree
 
 PATHS = [(0,), (1,), (2,), (0, 0), (0, 1), (2, 0), (2, 3), (0, 0, 0), (2, 3, 1), (2, 3, 1, 0)]
@@ -88,7 +89,7 @@ def test_every_draft_is_what_the_formulas_give(offsets, shape, prompt, share_lm_
     tree = DraftTree.chain(horizon)
     if shape == "tree":
         tree = DraftTree.from_paths(PATHS).truncate(horizon)
-    recording = Recording(model._leap_head_drafter(tree))
+    recording = Recording(model._leap_head_drafter(tree, Tier.TREE))
     prompt = torch.tensor(prompt)
     options = {"do_sample": False, "max_new_tokens": 40, "attention_mask": torch.ones_like(prompt)}
     output = model.generate(

@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 
 import pytest
 from rich.console import Console
@@ -50,6 +51,13 @@ def test_demo_uses_what_it_made_before(demo):
 def test_demo_refuses_a_folder_of_another_recipe(demo):
     with pytest.raises(ValueError, match="made by a demo with another recipe"):
         run_demo(demo[0], Console(file=io.StringIO()), Recipe())
+
+
+def test_the_readmes_example_runs_and_prints_equal_texts(demo, request, capsys):
+    readme = (request.config.rootpath / "README.md").read_text()
+    example = re.search(r"<!-- example -->\n```python\n(.*?)```", readme, re.DOTALL).group(1)
+    exec(example.replace("lmtp-demo/checkpoint", str(demo[0] / "checkpoint")), {})
+    assert capsys.readouterr().out.startswith("True The three primary colours are")
 
 
 def test_l_mtp_generates_what_plain_decoding_generates(demo, request):
