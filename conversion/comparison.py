@@ -8,7 +8,7 @@ drafting-and-verifying step over that of a plain step. *Speed-up* is τ / step c
 import statistics
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -125,49 +125,54 @@ class Comparison:
 def compare(
     model: LMTPForCausalLM,
     prompts: Sequence[torch.Tensor],
+    ways: dict[str, dict[str, Any]],
     *,
     seed: int | None = None,
     progress: bool = True,
     description: str = "generate both ways",
-    lmtp_options: dict[str, Any] | None = None,
     **options: Any,
-) -> Comparison:
-    """Generate from each prompt plainly and with `use_lmtp=True`, in turn, one after the other.
+) -> dict[str, Comparison]:
+    """Generate from each prompt plainly and then in each L-MTP way, prompt by prompt.
 
     Args:
         model: the model, in evaluation mode.
         prompts: token ids, each `(1, L)`.
+        ways: by name, `draft_tree` or `draft_length`; `{}` is the checkpoint's own setting.
         seed: set before each generation, for sampling.
         progress, description: a progress bar and its label.
-        lmtp_options: `draft_tree` or `draft_length`, if not the checkpoint's own.
-        options: for both ways, such as `max_new_tokens` and `do_sample`.
+        options: for all ways, such as `max_new_tokens` and `do_sample`.
+
+    Returns:
+        Each way's comparison with plain generation.
     """
-    lmtp_options = {"use_lmtp": True, **(lmtp_options or {})}
-    bar = tqdm(prompts, desc=description, unit="prompt", disable=not progress)
-    return Comparison([_compare_one(model, ids, seed, lmtp_options, options) for ids in bar])
+    pairs: dict[str, list[Pair]] = {name: [] for name in ways}
+    for input_ids in tqdm(prompts, desc=description, unit="prompt", disable=not progress):
+        plain = _generate(model, input_ids, seed, {**options, "use_lmtp": False})
+        for name, way in ways.items():
+            lmtp = _generate(model, input_ids, seed, {**options, "use_lmtp": True, **way})
+            pairs[name].append(_pair(model, input_ids.shape[1], plain, lmtp))
+    return {name: Comparison(found) for name, found in pairs.items()}
 
 
-def _compare_one(
+def _pair(
     model: LMTPForCausalLM,
-    input_ids: torch.Tensor,
-    seed: int | None,
-    lmtp_options: dict[str, Any],
-    options: dict[str, Any],
+    prompt_length: int,
+    plain: tuple[Any, TokenClock],
+    lmtp: tuple[Any, TokenClock],
 ) -> Pair:
-    plain, plain_clock = _generate(model, input_ids, seed, {**options, "use_lmtp": False})
-    lmtp, lmtp_clock = _generate(model, input_ids, seed, {**options, **lmtp_options})
-    length = input_ids.shape[1]
+    (plain_output, plain_clock), (lmtp_output, lmtp_clock) = plain, lmtp
     pair = Pair(
-        plain_ids=plain.sequences[0, length:].tolist(),
-        lmtp_ids=lmtp.sequences[0, length:].tolist(),
+        plain_ids=plain_output.sequences[0, prompt_length:].tolist(),
+        lmtp_ids=lmtp_output.sequences[0, prompt_length:].tolist(),
         plain_seconds=plain_clock.decoding_seconds,
         lmtp_seconds=lmtp_clock.decoding_seconds,
-        steps=len(lmtp.acceptance_lengths),
+        steps=len(lmtp_output.acceptance_lengths),
         top_two_gap=None,
     )
     if pair.is_equal:
         return pair
-    return Pair(**{**vars(pair), "top_two_gap": _top_two_gap(model, plain.sequences, length, pair)})
+    gap = _top_two_gap(model, plain_output.sequences, prompt_length, pair)
+    return replace(pair, top_two_gap=gap)
 
 
 def _generate(

@@ -187,8 +187,9 @@ def _compare(
     model = load_lmtp(checkpoint, dtype)
     prompts = prompt_tensors(tokenizer, PROMPTS, model.device)
     options: dict[str, Any] = {"do_sample": False, "max_new_tokens": recipe.new_tokens}
-    compare(model, prompts[:1], progress=False, **{**options, "max_new_tokens": 8})  # warm-up
-    return compare(model, prompts, description=f"generate both ways, {dtype}", **options)
+    compare(model, prompts[:1], {"": {}}, progress=False, **{**options, "max_new_tokens": 8})
+    label = f"generate both ways, {dtype}"
+    return compare(model, prompts, {"L-MTP": {}}, description=label, **options)["L-MTP"]
 
 
 def _print_texts(

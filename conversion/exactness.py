@@ -17,20 +17,13 @@ ASSUMED_ACCURACY = 0.5
 NUM_NODES = 12
 
 
-def ways_to_decode(model: LMTPForCausalLM) -> dict[str, tuple[dict[str, Any], dict[str, Any]]]:
-    """Return, by name, the options for both ways and those of L-MTP alone that `verify` tries."""
+def drafts_to_try(model: LMTPForCausalLM) -> dict[str, dict[str, Any]]:
+    """Return, by name, the drafts that `verify` tries: a chain, and a tree if the backbone takes one."""
     horizon = len(drafts(model.config.leap_offsets))
-    chain = {"draft_length": horizon}
-    tree = {"draft_tree": [list(path) for path in _tree(model, horizon).paths]}
-    greedy = {"do_sample": False}
+    tried: dict[str, dict[str, Any]] = {"chain": {"draft_length": horizon}}
     if decoding_tier(model.backbone) is Tier.TREE:
-        return {
-            "greedy, chain": (greedy, chain),
-            "greedy, tree": (greedy, tree),
-            "sampling, chain": (SAMPLING, chain),
-            "sampling, tree": (SAMPLING, tree),
-        }
-    return {"greedy, chain": (greedy, chain), "sampling, chain": (SAMPLING, chain)}
+        tried["tree"] = {"draft_tree": [list(path) for path in _tree(model, horizon).paths]}
+    return tried
 
 
 def _tree(model: LMTPForCausalLM, horizon: int) -> DraftTree:
@@ -61,17 +54,19 @@ def verify_exactness(
     Raises:
         ValueError: the backbone cannot take candidates back, so L-MTP refuses it.
     """
-    return {
-        name: compare(
+    results = {}
+    modes: dict[str, dict[str, Any]] = {"greedy": {"do_sample": False}, "sampling": SAMPLING}
+    for mode, options in modes.items():
+        comparisons = compare(
             model,
             prompts,
+            drafts_to_try(model),
             seed=seed,
             progress=progress,
-            description=name,
-            lmtp_options=lmtp_options,
+            description=mode,
             max_new_tokens=max_new_tokens,
             eos_token_id=None,
             **options,
         )
-        for name, (options, lmtp_options) in ways_to_decode(model).items()
-    }
+        results.update({f"{mode}, {draft}": found for draft, found in comparisons.items()})
+    return results
