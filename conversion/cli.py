@@ -236,7 +236,9 @@ def verify(
     output: Annotated[Path | None, typer.Option(help="Write the figures as JSON.")] = None,
 ) -> None:
     """Check that L-MTP generates what plain decoding generates; exits with 1 if it does not."""
-    from modeling_lmtp.conversion.exactness import verify_exactness
+    import torch
+
+    from modeling_lmtp.conversion.exactness import SAMPLING, drafts_to_try, verify_exactness
     from modeling_lmtp.conversion.loading import (
         first_prompts,
         load_lmtp,
@@ -267,8 +269,23 @@ def verify(
     console.print(table)
     if output is not None:
         figures = {name: result.summary() for name, result in results.items()}
-        conditions = {"dtype": dtype, "device": str(model.device), "max_new_tokens": max_new_tokens}
-        record = {**conditions, "seed": seed, "versions": versions(), "results": figures}
+        record = {
+            "command": "lmtp verify",
+            "base_model": model.config.base_model_name_or_path,
+            "leap_offsets": model.config.leap_offsets,
+            "head_context": model.config.head_context,
+            "drafts": drafts_to_try(model),
+            "prompts": prompts.name,
+            "max_new_tokens": max_new_tokens,
+            "sampling": SAMPLING,
+            "seed": seed,
+            "dtype": dtype,
+            "device": str(model.device),
+            "threads": torch.get_num_threads(),
+            "batch_size": 1,
+            "versions": versions(),
+            "results": figures,
+        }
         output.write_text(json.dumps(record, indent=2) + "\n")
     if any(result.num_equal < len(result.pairs) for result in results.values()):
         raise typer.Exit(1)

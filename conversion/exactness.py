@@ -12,7 +12,7 @@ from modeling_lmtp.support_lmtp import Tier, decoding_tier
 from modeling_lmtp.tree_lmtp import DraftTree, grow_tree
 
 SAMPLING = {"do_sample": True, "temperature": 0.8, "top_p": 0.95, "top_k": 50}
-# A tree with branches at every depth, for checkpoints whose generation_config names none
+# A tree with branches at every depth, for checkpoints whose generation_config names no tree
 ASSUMED_ACCURACY = 0.5
 NUM_NODES = 12
 
@@ -27,9 +27,9 @@ def drafts_to_try(model: LMTPForCausalLM) -> dict[str, dict[str, Any]]:
 
 
 def _tree(model: LMTPForCausalLM, horizon: int) -> DraftTree:
-    saved = getattr(model.generation_config, "draft_tree", None)
-    if saved is not None:
-        return DraftTree.from_paths(saved)
+    saved = DraftTree.from_paths(getattr(model.generation_config, "draft_tree", None) or ())
+    if not saved.is_chain:
+        return saved
     falling = [ASSUMED_ACCURACY**rank for rank in range(1, 5)]
     return grow_tree([falling] * horizon, NUM_NODES)
 
