@@ -5,7 +5,7 @@ processors and stopping criteria are prepared by Transformers for that very arch
 decoding loop handed to it.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +18,7 @@ from transformers import (
     StopStringCriteria,
 )
 from transformers.generation import GenerationMode
+from transformers.generation.streamers import BaseStreamer
 from transformers.utils import ModelOutput, logging
 
 from .cache_lmtp import check_cache
@@ -148,7 +149,20 @@ class LMTPGenerationMixin(GenerationMixin):
         stopping_criteria = _with_stop_strings(
             stopping_criteria, kwargs, generation_config, self.generation_config
         )
-        streamer = kwargs.get("streamer")
+        return self.backbone.generate(
+            inputs,
+            generation_config,
+            logits_processor,
+            stopping_criteria,
+            *args,
+            custom_generate=self._decoding_method(tree, drafter, kwargs.get("streamer")),
+            **kwargs,
+        )
+
+    def _decoding_method(
+        self, tree: DraftTree, drafter: Drafter | None, streamer: BaseStreamer | None
+    ) -> Callable[..., ModelOutput | torch.Tensor]:
+        """Return the loop that Transformers calls when all is prepared; it drops the streamer."""
 
         def lmtp_decoding(
             backbone: Any,
@@ -160,8 +174,6 @@ class LMTPGenerationMixin(GenerationMixin):
         ) -> ModelOutput | torch.Tensor:
             _refuse_unsupported(input_ids, generation_config, model_kwargs)
             tier = self._decoding_tier()
-            own_drafter = drafter or self._leap_head_drafter(tree, tier)
-            verifier = Verifier(backbone, takes_trees=tier is Tier.TREE)
             returns_dict = generation_config.return_dict_in_generate
             chooser = TokenChooser(
                 logits_processor,
@@ -171,19 +183,17 @@ class LMTPGenerationMixin(GenerationMixin):
                 logits=[] if returns_dict and generation_config.output_logits else None,
             )
             output = decode(
-                verifier, input_ids, own_drafter, chooser, generation_config, streamer, model_kwargs
+                Verifier(backbone, takes_trees=tier is Tier.TREE),
+                input_ids,
+                drafter or self._leap_head_drafter(tree, tier),
+                chooser,
+                generation_config,
+                streamer,
+                model_kwargs,
             )
             return output if returns_dict else output.sequences
 
-        return self.backbone.generate(
-            inputs,
-            generation_config,
-            logits_processor,
-            stopping_criteria,
-            *args,
-            custom_generate=lmtp_decoding,
-            **kwargs,
-        )
+        return lmtp_decoding
 
     def _decoding_tier(self) -> Tier:
         tier = decoding_tier(self.backbone)

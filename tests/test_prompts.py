@@ -1,0 +1,183 @@
+"""Prompts: read from files, rendered, and written by the model itself."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from tiny import CHAT_TEMPLATE, END_OF_TEXT, END_OF_TURN, START_OF_TURN, tiny_llama, tiny_tokenizer
+from tokenizers.processors import TemplateProcessing
+
+from modeling_lmtp.training import prompts as prompts_module
+from modeling_lmtp.training.distill import (
+    DistillSettings,
+)
+from modeling_lmtp.training.prompts import (
+    Prompt,
+    read_prompts,
+    render_prompt,
+    self_written_prompts,
+)
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return tiny_tokenizer()
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny_llama()
+
+
+def write_prompts(path: Path, *rows: object) -> Path:
+    data = "".join(json.dumps(row) + "\n" for row in rows).encode()
+    path.write_bytes(gzip.compress(data) if path.suffix == ".gz" else data)
+    return path
+
+
+@pytest.mark.parametrize("name", ["p.jsonl", "p.jsonl.gz"])
+def test_prompts_are_read_with_their_kind(tmp_path, name):
+    path = write_prompts(tmp_path / name, {"prompt": "a", "kind": "math"}, {"prompt": "b", "x": 1})
+    assert read_prompts(path) == [Prompt("a", "math"), Prompt("b")]
+
+
+def test_prompts_are_read_from_the_field_asked_for(tmp_path):
+    assert read_prompts(write_prompts(tmp_path / "p.jsonl", {"q": "a"}), "q") == [Prompt("a")]
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"text": "b", "id": 1}, r"p.jsonl:2: .*field 'prompt', got None; .*\['id', 'text'\]"),
+        ({"prompt": " "}, r"p.jsonl:2: expected a non-empty string in field 'prompt', got ' '"),
+        ({"prompt": ["b"]}, r"p.jsonl:2: expected a non-empty string .* got \['b'\]"),
+        ({"prompt": "b", "kind": 3}, r"p.jsonl:2: expected a string in field 'kind', got 3"),
+        ("b", r"p.jsonl:2: expected a JSON object, got str"),
+    ],
+    ids=["missing", "blank", "list", "kind", "no object"],
+)
+def test_wrong_prompts_are_named_by_file_and_line(tmp_path, row, message):
+    with pytest.raises(ValueError, match=message):
+        read_prompts(write_prompts(tmp_path / "p.jsonl", {"prompt": "a"}, row))
+
+
+def test_prompt_files_without_prompts_are_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"p.jsonl: holds no prompts"):
+        read_prompts(write_prompts(tmp_path / "p.jsonl"))
+    with pytest.raises(ValueError, match=r"p.txt: expected a file name that ends in \.jsonl"):
+        read_prompts(write_prompts(tmp_path / "p.txt"))
+    cut = write_prompts(tmp_path / "p.jsonl.gz", *[{"prompt": str(i)} for i in range(999)])
+    cut.write_bytes(cut.read_bytes()[:-20])
+    with pytest.raises(ValueError, match=r"p.jsonl.gz:\d+: the gzip data ends early"):
+        read_prompts(cut)
+
+
+def with_bos(chat_template):
+    """Return a tokenizer that puts <|endoftext|> before everything it encodes, as Llama's does."""
+    tokenizer = tiny_tokenizer(bos_token=END_OF_TEXT, chat_template=chat_template)
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single=f"{END_OF_TEXT} $A", special_tokens=[(END_OF_TEXT, 0)]
+    )
+    return tokenizer
+
+
+@pytest.mark.parametrize(
+    ("template", "text"),
+    [
+        ("{{ bos_token }}{{ messages[0]['content'] }}:", f"{END_OF_TEXT}Hi é:"),
+        (CHAT_TEMPLATE, f"{START_OF_TURN}user\nHi é{END_OF_TURN}\n{START_OF_TURN}assistant\n"),
+        (None, f"{END_OF_TEXT}Hi é"),
+    ],
+    ids=["template with BOS", "template without BOS", "no template"],
+)
+def test_a_rendered_prompt_has_the_bos_that_its_template_asks_for(template, text):
+    tokenizer = with_bos(template)
+    assert tokenizer.decode(render_prompt(tokenizer, "Hi é")) == text
+
+
+BRACKETS = "{{ '[' + messages[0]['content'] + ')' }}"  # closes a turn with ordinary text
+OPEN_END = "{{ '[' + messages[0]['content'] }}{% if add_generation_prompt %}{{ ')' }}{% endif %}"
+
+
+@pytest.mark.parametrize(
+    "template", [CHAT_TEMPLATE, BRACKETS, OPEN_END], ids=["special", "text", "header of answer"]
+)
+def test_the_model_writes_prompts_of_its_own(model, template):
+    tokenizer = tiny_tokenizer(chat_template=template)
+    settings = DistillSettings(batch_size=32, magpie_max_tokens=48)
+    prompts = self_written_prompts(model, tokenizer, 3, settings)
+    assert len({prompt.text for prompt in prompts}) == 3
+    assert {prompt.kind for prompt in prompts} == {"self-written"}
+    for prompt in prompts:
+        assert prompt.text == prompt.text.strip() != ""
+        assert ")" not in prompt.text or template == CHAT_TEMPLATE
+        assert not any(token in prompt.text for token in tokenizer.all_special_tokens)
+    assert self_written_prompts(model, tokenizer, 3, settings) == prompts
+    assert self_written_prompts(model, tokenizer, 3, replace(settings, seed=1)) != prompts
+
+
+def scripted(monkeypatch, tokenizer, batches):
+    """Let the model write the given texts, batch by batch, and then the last batch for ever."""
+    calls = []
+
+    def generate(_model, _tokenizer, headers, *_args, **_kwargs):
+        texts = batches[min(len(calls), len(batches) - 1)]
+        calls.append(tokenizer.decode(headers[0]))
+        return [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
+
+    monkeypatch.setattr(prompts_module, "generate_ids", generate)
+    return calls
+
+
+def test_useless_prompts_are_dropped_and_replaced(model, tokenizer, monkeypatch):
+    first = [f"One{END_OF_TURN}", f" \n{END_OF_TURN}", "cut off", f"One {END_OF_TURN}"]
+    second = [f"a{START_OF_TURN}b{END_OF_TURN}", f"Two{END_OF_TURN}", f"Three{END_OF_TURN}", ""]
+    calls = scripted(monkeypatch, tokenizer, [first, second])
+    prompts = self_written_prompts(model, tokenizer, 2, DistillSettings(batch_size=4))
+    assert [prompt.text for prompt in prompts] == ["One", "Two"]
+    assert calls == [f"{START_OF_TURN}user\n"] * 2
+
+
+def test_a_space_before_the_turn_is_left_to_its_first_word(model, monkeypatch):
+    template = "{{ '[INST] ' + messages[0]['content'] + ' [/INST]' }}"
+    tokenizer = tiny_tokenizer(chat_template=template)
+    calls = scripted(monkeypatch, tokenizer, [[" One [/INST] and more"]])
+    prompts = self_written_prompts(model, tokenizer, 1, DistillSettings(batch_size=1))
+    assert (calls, prompts[0].text) == (["[INST]"], "One")
+
+
+def test_a_model_that_repeats_itself_warns_and_stops(model, tokenizer, monkeypatch):
+    calls = scripted(monkeypatch, tokenizer, [[f"One{END_OF_TURN}"]])
+    with pytest.warns(UserWarning, match="the model wrote only 1 of 2 prompts in 20 samples"):
+        prompts = self_written_prompts(model, tokenizer, 2, DistillSettings(batch_size=1))
+    assert [prompt.text for prompt in prompts] == ["One"]
+    assert len(calls) == 20
+
+
+def test_a_model_that_writes_no_prompt_is_an_error(model, tokenizer, monkeypatch):
+    scripted(monkeypatch, tokenizer, [["never closed"]])
+    with pytest.raises(RuntimeError, match=r"0 of 2 prompts.*magpie_max_tokens=128"):
+        self_written_prompts(model, tokenizer, 2, DistillSettings())
+
+
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        (None, "has no chat template"),
+        ("{{ messages[0]['content'] }}", "does not show where a user turn begins and ends"),
+        ("{{ '[' + messages[0]['content'] * 2 + ']' }}", "does not show where a user turn begins"),
+    ],
+    ids=["no template", "bare", "twice"],
+)
+def test_self_written_prompts_need_a_user_turn_in_the_template(model, template, message):
+    with pytest.raises(ValueError, match=f"tokenizer: .*{message}"):
+        self_written_prompts(model, tiny_tokenizer(chat_template=template), 1, DistillSettings())
+
+
+def test_the_number_of_self_written_prompts_is_at_least_one(model, tokenizer):
+    with pytest.raises(ValueError, match="count: expected at least 1, got 0"):
+        self_written_prompts(model, tokenizer, 0, DistillSettings())
