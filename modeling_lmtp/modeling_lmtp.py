@@ -328,7 +328,8 @@ class LMTPForCausalLM(LMTPPreTrainedModel, LMTPGenerationMixin):
         if width:
             if input_ids is None:
                 raise ValueError("Grounded heads (head_context > 0) need input_ids.")
-            tokens, exists = following_tokens(input_ids, width)
+            # Fewer states than tokens, with `logits_to_keep`: the last ones
+            tokens, exists = following_tokens(input_ids[:, -hidden_states.shape[1] :], width)
             visible = exists & (torch.arange(width, device=tokens.device) <= look_back)
             context = embed_context(self.get_input_embeddings(), tokens, visible)
         return self.draft_unembeddings()[head](self.leap_heads[head](hidden_states, context))
@@ -373,19 +374,23 @@ class LMTPForCausalLM(LMTPPreTrainedModel, LMTPGenerationMixin):
         """Replace the backbone's unembedding."""
         self.backbone.set_output_embeddings(new_embeddings)
 
-    def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> nn.Embedding:
+    def resize_token_embeddings(
+        self, new_num_tokens: int | None = None, *args: Any, **kwargs: Any
+    ) -> nn.Embedding:
         """Resize the backbone's vocabulary, and that of heads with an unembedding of their own.
 
-        Rows that such a head did not have start as the backbone's.
+        Rows that such a head did not have start as the backbone's. A draft vocabulary stays as it is.
+
+        Raises:
+            ValueError: the new vocabulary would not hold the draft vocabulary.
         """
-        embeddings = self.backbone.resize_token_embeddings(*args, **kwargs)
         draft_ids = self.config.draft_token_ids
-        vocab_size, _ = unembedding_size(self.backbone)
-        if draft_ids is not None and draft_ids[-1] >= vocab_size:
+        if new_num_tokens is not None and draft_ids is not None and draft_ids[-1] >= new_num_tokens:
             raise ValueError(
-                f"draft_token_ids go up to {draft_ids[-1]}, beyond a vocabulary of {vocab_size}. Set "
-                "config.draft_token_ids to fewer before shrinking the vocabulary."
+                f"draft_token_ids go up to {draft_ids[-1]}, beyond a vocabulary of {new_num_tokens}. "
+                "Keep more tokens, or start from a model with another draft vocabulary."
             )
+        embeddings = self.backbone.resize_token_embeddings(new_num_tokens, *args, **kwargs)
         if not self.config.share_lm_head and draft_ids is None:
             for head in self.leap_heads:
                 trained, head.lm_head = head.lm_head, self._unembedding_copy()

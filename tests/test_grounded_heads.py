@@ -190,3 +190,22 @@ def test_grounded_heads_say_that_they_need_token_ids():
     embeds = model.get_input_embeddings()(torch.tensor([[5, 7, 11, 13]]))
     with pytest.raises(ValueError, match="need input_ids"):
         model(inputs_embeds=embeds, labels=torch.tensor([[5, 7, 11, 13]]))
+
+
+def test_logits_of_the_last_tokens_are_the_last_logits():
+    model = wrapped((3, 5), head_context=2)
+    tokens = torch.tensor([[5, 7, 11, 13, 17, 19]])
+    everything = model(tokens, output_leap_logits=True)
+    last = model(tokens, output_leap_logits=True, logits_to_keep=3)
+    torch.testing.assert_close(last.logits, everything.logits[:, -3:])
+    for ours, theirs in zip(last.leap_logits, everything.leap_logits, strict=True):
+        torch.testing.assert_close(ours, theirs[:, -3:])
+
+
+def test_a_vocabulary_that_cannot_hold_the_draft_vocabulary_is_refused_before_anything_changes():
+    model = wrapped(draft_token_ids=DRAFT_IDS)
+    with pytest.raises(ValueError, match="go up to 23, beyond a vocabulary of 20"):
+        model.resize_token_embeddings(20)
+    assert model.get_input_embeddings().weight.shape[0] == 24
+    model.resize_token_embeddings(30)
+    assert model(torch.tensor([[5, 7]]), output_leap_logits=True).leap_logits[0].shape[-1] == 13
