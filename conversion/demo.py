@@ -32,7 +32,7 @@ from modeling_lmtp.training.distill import DistillSettings, append_rows, distill
 from modeling_lmtp.training.evaluation import evaluate_heads
 from modeling_lmtp.training.examples import Example, read_examples, split_examples
 from modeling_lmtp.training.prompts import end_ids, read_prompts, self_written_prompts
-from modeling_lmtp.training.saving import check_output_folder, save_checkpoint
+from modeling_lmtp.training.saving import check_output_folder, save_checkpoint, versions
 from modeling_lmtp.training.warmup import WarmupSettings, warm_up
 
 BASE_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -83,7 +83,9 @@ def run_demo(output: Path, console: Console, recipe: Recipe | None = None) -> Co
     exact = _compare(checkpoint, tokenizer, "float32", recipe)
     _print_texts(console, tokenizer, exact)
     fast = _compare(checkpoint, tokenizer, recipe.dtype, recipe)
-    _print_figures(console, {"float32": exact, recipe.dtype: fast}, recipe)
+    comparisons = {"float32": exact, recipe.dtype: fast}
+    _print_figures(console, comparisons, recipe)
+    _write_figures(output / "figures.json", checkpoint, comparisons, recipe)
     _check_remote(console, tokenizer, checkpoint)
     console.print(f'\nNow try:  lmtp generate {checkpoint} "{PROMPTS[0]}"')
     return exact
@@ -232,6 +234,24 @@ def _print_figures(console: Console, comparisons: dict[str, Comparison], recipe:
         "step cost.\n* In brackets, by how much the plain model prefers its first choice there: with "
         "16 bits, rounding decides near-ties."
     )
+
+
+def _write_figures(
+    path: Path, checkpoint: Path, comparisons: dict[str, Comparison], recipe: Recipe
+) -> None:
+    settings = json.loads((checkpoint / "generation_config.json").read_text())
+    record = {
+        "command": "lmtp demo",
+        "recipe": asdict(recipe),
+        "draft_tree": settings["draft_tree"],
+        "device": best_device().type,
+        "threads": torch.get_num_threads(),
+        "batch_size": 1,
+        "prompts": PROMPTS,
+        "versions": versions(),
+        "results": {dtype: found.summary() for dtype, found in comparisons.items()},
+    }
+    path.write_text(json.dumps(record, indent=2) + "\n")
 
 
 def _check_remote(console: Console, tokenizer: PreTrainedTokenizerBase, checkpoint: Path) -> None:

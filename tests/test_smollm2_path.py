@@ -37,6 +37,8 @@ def test_demo_shows_equal_texts_and_loads_its_checkpoint_as_remote_code(demo):
     assert "generates the same text with use_lmtp=True" in " ".join(screen.split())
     record = json.loads((folder / "checkpoint" / "provenance.json").read_text())
     assert record["recipe"]["num_prompts"] == 8
+    figures = json.loads((folder / "figures.json").read_text())["results"]
+    assert figures["float32"]["equal"] == figures["float32"]["prompts"] == 4
 
 
 def test_demo_uses_what_it_made_before(demo):
