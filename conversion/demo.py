@@ -243,7 +243,7 @@ def _write_figures(
     record = {
         "command": "lmtp demo",
         "recipe": asdict(recipe),
-        "draft_tree": settings["draft_tree"],
+        "draft_tree": settings.get("draft_tree"),
         "device": best_device().type,
         "threads": torch.get_num_threads(),
         "batch_size": 1,
