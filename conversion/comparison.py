@@ -166,7 +166,7 @@ def _pair(
         lmtp_ids=lmtp_output.sequences[0, prompt_length:].tolist(),
         plain_seconds=plain_clock.decoding_seconds,
         lmtp_seconds=lmtp_clock.decoding_seconds,
-        steps=len(lmtp_output.acceptance_lengths),
+        steps=len(lmtp_output.acceptance_lengths[0]),
         top_two_gap=None,
     )
     if pair.is_equal:

@@ -23,7 +23,7 @@ lmtp = model.generate(input_ids, use_lmtp=True, **options)
 print(json.dumps({
     "plain_ids": plain.sequences[0, len(prompt_ids):].tolist(),
     "lmtp_ids": lmtp.sequences[0, len(prompt_ids):].tolist(),
-    "acceptance_lengths": lmtp.acceptance_lengths,
+    "acceptance_lengths": lmtp.acceptance_lengths[0],
 }))
 """
 

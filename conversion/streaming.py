@@ -54,6 +54,6 @@ def stream_answer(
     if seconds:
         figures += f", {(new_tokens - 1) / seconds:.1f} tokens/s after the first"
     if use_lmtp and output.acceptance_lengths:
-        steps = output.acceptance_lengths
+        steps = output.acceptance_lengths[0]
         figures += f", {sum(steps) / len(steps):.2f} tokens per step"
     return figures

@@ -1,9 +1,13 @@
 """The key-value cache around one verification: what it must be able to do, and keeping one path.
 
-Slots are places along the cache's sequence axis; a verified tree occupies the last `1 + N` of them.
+Slots are places along the cache's sequence axis. A verified tree occupies the last `1 + N` of them,
+and every row ends in the last slot: rows that accepted less are moved to the right, so that a batch
+always looks like a left-padded one. Shapes: `B` rows, `W` slots, `D` head dimension.
 """
 
-from collections.abc import Sequence
+import copy
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from transformers import Cache, StaticCache
@@ -41,23 +45,107 @@ def stop_rollback(cache: Cache) -> None:
             layer.record_past = False
 
 
-def keep_path(cache: Cache, path: Sequence[int], num_slots: int) -> None:
-    """Keep, of the last `num_slots` slots, those of the nodes on `path`, in order; drop the rest.
+def keep_paths(cache: Cache, paths: Sequence[Sequence[int]], num_slots: int) -> None:
+    """Keep, of each row's last `num_slots` slots, those of the nodes on its path; drop the rest.
+
+    Rows with a shorter path than others are moved right, and get slots of no meaning on their left.
 
     Args:
-        cache: holds a verified tree in its last slots, node `n` in slot `n` of them.
-        path: the accepted nodes, root first: `0 = path[0] < path[1] < …`.
+        cache: holds verified trees in its last slots, node `n` in slot `n` of them.
+        paths: per row the accepted nodes, root first: `0 = path[0] < path[1] < …`.
         num_slots: `1 + N`, root and candidates.
     """
-    if list(path) != list(range(len(path))):
-        for layer in cache.layers:
-            for states in (layer.keys, layer.values):
-                _move_to_front(states, path, num_slots)
-    cache.crop(-(num_slots - len(path)))
+    longest = max(len(path) for path in paths)
+    moves = [
+        (row, list(path), longest - len(path))
+        for row, path in enumerate(paths)
+        if list(path) != list(range(longest))
+    ]
+    if moves:
+        for states in _states_by_slot(cache):
+            for row, path, shift in moves:
+                _keep_path_of_row(states[row], path, num_slots, shift)
+    cache.crop(-(num_slots - longest))
 
 
-def _move_to_front(states: torch.Tensor, path: Sequence[int], num_slots: int) -> None:
-    """Copy the path's slots to the front of the tree's, in place; `states`: `(B, heads, slots, D)`."""
-    tree_slots = states[..., states.shape[-2] - num_slots :, :]
-    index = torch.tensor(path, device=states.device)
-    tree_slots[..., : len(path), :] = tree_slots.index_select(-2, index)
+def _states_by_slot(cache: Cache) -> Iterator[torch.Tensor]:
+    """Yield all that the cache holds per slot, as views whose second-to-last axis is the slots."""
+    for layer in cache.layers:
+        if torch.is_tensor(getattr(layer, "keys", None)):
+            yield layer.keys
+            yield layer.values
+        for states in getattr(layer, "conv_states", {}).values():
+            if states is not None:
+                yield states.transpose(-1, -2)
+
+
+def _keep_path_of_row(states: torch.Tensor, path: list[int], num_slots: int, shift: int) -> None:
+    """Gather the path's slots behind those of the prefix, then move all that to the right, in place.
+
+    Args:
+        states: `(…, W, D)`, one row.
+        path: the accepted nodes.
+        num_slots: `1 + N`.
+        shift: by how many slots.
+    """
+    prefix = states.shape[-2] - num_slots
+    if path != list(range(len(path))):
+        nodes = torch.tensor(path, device=states.device) + prefix
+        states[..., prefix : prefix + len(path), :] = states.index_select(-2, nodes)
+    if shift:
+        kept = states[..., : prefix + len(path), :].clone()
+        states[..., shift : prefix + len(path) + shift, :] = kept
+
+
+def select_rows(cache: Cache, rows: Sequence[int]) -> None:
+    """Keep these rows of the batch, in this order."""
+    cache.reorder_cache(torch.tensor(rows))
+
+
+def move_left(cache: Cache, num_slots: int) -> None:
+    """Move all rows left by so many slots, of no meaning in any row; or right, where negative."""
+    if num_slots == 0:
+        return
+    for layer in cache.layers:
+        if not torch.is_tensor(getattr(layer, "keys", None)):
+            continue
+        length = layer.get_seq_length() - num_slots
+        layer.keys = _flush_right(layer.keys, length, layer)
+        layer.values = _flush_right(layer.values, length, layer)
+        if hasattr(layer, "cumulative_length"):
+            layer.cumulative_length = length
+
+
+def _flush_right(states: torch.Tensor, length: int, layer: Any) -> torch.Tensor:
+    """Return the last slots of `(B, heads, W, D)`: `length`, or as many as the layer's window holds."""
+    if hasattr(layer, "sliding_window"):
+        length = min(length, layer.sliding_window - 1)
+    missing = length - states.shape[-2]
+    if missing > 0:
+        return torch.nn.functional.pad(states, (0, 0, missing, 0))
+    return states[..., -missing:, :]
+
+
+def take_row(cache: Cache, row: int) -> Cache:
+    """Return a new cache that holds one row."""
+    taken = copy.copy(cache)
+    taken.layers = [copy.copy(layer) for layer in cache.layers]
+    for layer in taken.layers:
+        for name, value in vars(layer).items():
+            if isinstance(value, dict):
+                setattr(layer, name, dict(value))
+    select_rows(taken, [row])
+    return taken
+
+
+def join_rows(cache: Cache, rows: Sequence[Cache]) -> None:
+    """Make `cache` hold these rows, which have the same number of slots."""
+    for number, layer in enumerate(cache.layers):
+        parts = [row.layers[number] for row in rows]
+        vars(layer).update(vars(parts[0]))
+        if torch.is_tensor(getattr(layer, "keys", None)):
+            layer.keys = torch.cat([part.keys for part in parts])
+            layer.values = torch.cat([part.values for part in parts])
+        for index, states in getattr(layer, "conv_states", {}).items():
+            if states is not None:
+                layer.conv_states[index] = torch.cat([part.conv_states[index] for part in parts])

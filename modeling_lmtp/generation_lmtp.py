@@ -5,8 +5,7 @@ processors and stopping criteria are prepared by Transformers for that very arch
 decoding loop handed to it.
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -22,85 +21,22 @@ from transformers.generation.streamers import BaseStreamer
 from transformers.utils import ModelOutput, logging
 
 from .cache_lmtp import check_cache
-from .decoding_lmtp import TokenChooser, decode
-from .drafting_lmtp import Drafter, LeapHeadDrafter
+from .choosing_lmtp import TokenChooser
+from .composition_lmtp import ForwardDrafter, MergedDrafter
+from .decoding_lmtp import Decoder
+from .drafting_lmtp import Drafter
+from .leap_drafter_lmtp import DynamicLeapHeadDrafter, LeapHeadDrafter
 from .leaps_lmtp import drafts
-from .support_lmtp import Tier, decoding_tier
+from .settings_lmtp import LMTPSettings
+from .support_lmtp import Support, Tier, decoding_support
+from .texts_lmtp import Texts
 from .tree_lmtp import DraftTree
 from .verification_lmtp import Verifier
+from .walking_lmtp import GreedyWalker, RowByRowWalker, StepwiseWalker, TypicalRule, Walker
 
 logger = logging.get_logger(__name__)
 
-SETTINGS = ("use_lmtp", "draft_tree", "draft_length")
-OTHER_STRATEGIES = ("assistant_model", "custom_generate", "prompt_lookup_num_tokens", "use_mtp")
-
-
-@dataclass
-class LMTPSettings:
-    """What `generate` and `generation_config` say about L-MTP.
-
-    Args:
-        use_lmtp: draft with the leap heads.
-        draft_tree: the draft tree as the paths of its nodes, see `DraftTree.from_paths`.
-        draft_length: instead of a tree, a top-1 chain of that many candidates.
-    """
-
-    use_lmtp: bool = False
-    draft_tree: Sequence[Sequence[int]] | None = None
-    draft_length: int | None = None
-
-    @classmethod
-    def take_from(
-        cls, kwargs: dict[str, Any], *generation_configs: GenerationConfig | None
-    ) -> "LMTPSettings":
-        """Take the settings out of `kwargs`, and what they leave open from the configurations.
-
-        A tree or a length in one place hides both in the places after it.
-        """
-        places = [{name: kwargs.pop(name) for name in SETTINGS if name in kwargs}]
-        places += [
-            {name: getattr(config, name, None) for name in SETTINGS}
-            for config in generation_configs
-            if config is not None
-        ]
-        settings = cls()
-        for place in places:
-            if place.get("use_lmtp") is not None:
-                settings.use_lmtp = place["use_lmtp"]
-                break
-        for place in places:
-            tree, length = place.get("draft_tree"), place.get("draft_length")
-            if tree is not None and length is not None:
-                raise ValueError(
-                    f"Pass either draft_tree or draft_length, not both, got {tree} and {length}."
-                )
-            if tree is not None or length is not None:
-                settings.draft_tree, settings.draft_length = tree, length
-                break
-        return settings
-
-    def tree(self, horizon: int) -> DraftTree:
-        """Return the draft tree for heads that draft up to distance `horizon`.
-
-        Raises:
-            ValueError: the tree is malformed, or deeper than the heads can draft.
-        """
-        if self.draft_length is not None:
-            if isinstance(self.draft_length, bool) or not isinstance(self.draft_length, int):
-                raise ValueError(f"draft_length must be an integer, got {self.draft_length!r}.")
-            if self.draft_length < 0:
-                raise ValueError(f"draft_length must be 0 or more, got {self.draft_length}.")
-            tree = DraftTree.chain(self.draft_length)
-        elif self.draft_tree is not None:
-            tree = DraftTree.from_paths(self.draft_tree)
-        else:
-            tree = DraftTree.chain(horizon)
-        if tree.depth > horizon:
-            raise ValueError(
-                f"The draft is {tree.depth} tokens deep, but these leap heads can draft {horizon} "
-                "(their largest offset minus 1). Shorten draft_tree or draft_length."
-            )
-        return tree
+OTHER_STRATEGIES = ("assistant_model", "custom_generate", "use_mtp")
 
 
 class LMTPGenerationMixin(GenerationMixin):
@@ -122,10 +58,9 @@ class LMTPGenerationMixin(GenerationMixin):
         Args:
             inputs, generation_config, logits_processor, stopping_criteria, args, kwargs: all that
                 the backbone's `generate` takes.
-            use_lmtp: draft with the leap heads. Like the next two, it may stand in
-                `generation_config` instead.
-            draft_tree: the draft tree, as a list of paths, each the ranks taken from the root.
-            draft_length: a top-1 chain of so many candidates; by default all that the heads draft.
+            use_lmtp: draft with the leap heads. Like the other settings of `LMTPSettings`
+                (`draft_tree`, `draft_length`, `draft_nodes`, `prompt_lookup_num_tokens`, …), it may
+                stand in `generation_config` instead.
             drafter: proposes candidates in place of the leap heads; only chains, where the model
                 takes no trees.
 
@@ -145,22 +80,33 @@ class LMTPGenerationMixin(GenerationMixin):
 
         _refuse_other_strategies(kwargs)
         _refuse_bad_inputs(inputs, kwargs)
-        tree = settings.tree(horizon=len(drafts(self.config.leap_offsets)))
+        settings.check(horizon=len(drafts(self.config.leap_offsets)))
         stopping_criteria = _with_stop_strings(
             stopping_criteria, kwargs, generation_config, self.generation_config
         )
+        if settings.prompt_lookup_num_tokens is not None:
+            kwargs["prompt_lookup_num_tokens"] = None  # no strategy of its own
         return self.backbone.generate(
             inputs,
             generation_config,
             logits_processor,
             stopping_criteria,
             *args,
-            custom_generate=self._decoding_method(tree, drafter, kwargs.get("streamer")),
+            custom_generate=self._decoding_method(
+                settings,
+                drafter,
+                streamer=kwargs.get("streamer"),
+                cache_is_given=kwargs.get("past_key_values") is not None,
+            ),
             **kwargs,
         )
 
     def _decoding_method(
-        self, tree: DraftTree, drafter: Drafter | None, streamer: BaseStreamer | None
+        self,
+        settings: LMTPSettings,
+        drafter: Drafter | None,
+        streamer: BaseStreamer | None,
+        cache_is_given: bool,
     ) -> Callable[..., ModelOutput | torch.Tensor]:
         """Return the loop that Transformers calls when all is prepared; it drops the streamer."""
 
@@ -172,48 +118,52 @@ class LMTPGenerationMixin(GenerationMixin):
             generation_config: GenerationConfig,
             **model_kwargs: Any,
         ) -> ModelOutput | torch.Tensor:
-            _refuse_unsupported(input_ids, generation_config, model_kwargs)
-            tier = self._decoding_tier()
-            returns_dict = generation_config.return_dict_in_generate
-            chooser = TokenChooser(
-                logits_processor,
-                stopping_criteria,
-                generation_config.do_sample,
-                scores=[] if returns_dict and generation_config.output_scores else None,
-                logits=[] if returns_dict and generation_config.output_logits else None,
-            )
-            output = decode(
-                Verifier(backbone, takes_trees=tier is Tier.TREE),
-                input_ids,
-                drafter or self._leap_head_drafter(tree, tier),
-                chooser,
+            _refuse_unsupported(generation_config, model_kwargs)
+            support = self._decoding_support()
+            returns_dict = bool(generation_config.return_dict_in_generate)
+            chooser = TokenChooser(logits_processor, stopping_criteria, generation_config)
+            decoder = Decoder(
+                Verifier(backbone, takes_trees=support.tier is Tier.TREE),
+                drafter or self._drafter(settings, support.tier),
+                _walker(settings, support, chooser, input_ids, generation_config, streamer),
+                Texts(input_ids, chooser.pad_token_id, streamer),
                 generation_config,
-                streamer,
-                model_kwargs,
+                returns_cache=returns_dict or cache_is_given,
             )
+            output = decoder.decode(model_kwargs)
             return output if returns_dict else output.sequences
 
         return lmtp_decoding
 
-    def _decoding_tier(self) -> Tier:
-        tier = decoding_tier(self.backbone)
-        if tier is Tier.REFUSED:
+    def _decoding_support(self) -> Support:
+        support = decoding_support(self.backbone)
+        if support.tier is Tier.REFUSED:
             raise ValueError(
                 f"use_lmtp=True is not possible with {type(self.backbone).__name__}: rejected "
-                "candidates cannot be taken out of its cache exactly. Call generate() without it."
+                f"candidates cannot be taken out of its cache exactly ({support.reason}). Call "
+                "generate() without it."
             )
-        return tier
+        return support
 
-    def _leap_head_drafter(self, tree: DraftTree, tier: Tier) -> LeapHeadDrafter:
-        if tier is Tier.CHAIN and not tree.is_chain:
+    def _drafter(self, settings: LMTPSettings, tier: Tier) -> Drafter:
+        drafter: Drafter = self._leap_head_drafter(settings, tier)
+        lookup = settings.prompt_lookup()
+        if lookup is not None:
+            drafter = MergedDrafter([lookup, drafter], takes_trees=tier is Tier.TREE)
+        return ForwardDrafter(drafter) if settings.forward_decoding else drafter
+
+    def _leap_head_drafter(self, settings: LMTPSettings, tier: Tier) -> LeapHeadDrafter:
+        tree = settings.tree(horizon=len(drafts(self.config.leap_offsets)))
+        num_nodes = settings.draft_nodes
+        if tier is not Tier.TREE and (num_nodes is not None or not tree.is_chain):
             logger.warning_once(
                 f"{type(self.backbone).__name__} with "
                 f"{self.backbone.config._attn_implementation!r} attention cannot verify a draft "
                 f"tree exactly; a chain of {tree.depth} candidates is drafted instead."
             )
-            tree = DraftTree.chain(tree.depth)
+            tree, num_nodes = DraftTree.chain(tree.depth), None
         token_ids = self.config.draft_token_ids
-        return LeapHeadDrafter(
+        heads = (
             self.leap_heads,
             self.config.leap_offsets,
             self.context_widths,
@@ -222,6 +172,43 @@ class LMTPGenerationMixin(GenerationMixin):
             None if token_ids is None else torch.tensor(token_ids, device=self.device),
             tree,
         )
+        if num_nodes is not None:
+            return DynamicLeapHeadDrafter(num_nodes, *heads)
+        return LeapHeadDrafter(*heads)
+
+
+def _walker(
+    settings: LMTPSettings,
+    support: Support,
+    chooser: TokenChooser,
+    input_ids: torch.Tensor,
+    generation_config: GenerationConfig,
+    streamer: BaseStreamer | None,
+) -> Walker:
+    """Rows walk apart where nothing needs them in step: that is as far as each of them goes."""
+    returns_dict = generation_config.return_dict_in_generate
+    keep_scores = bool(returns_dict and generation_config.output_scores)
+    keep_logits = bool(returns_dict and generation_config.output_logits)
+    num_rows, length = input_ids.shape
+    apart = num_rows == 1 or (support.ragged and streamer is None)
+    if settings.acceptance_rule == "typical":
+        logger.warning_once(
+            "acceptance_rule='typical' is lossy: the text is not plain decoding's, and samples are "
+            "not distributed as plain samples."
+        )
+        if not (apart and (num_rows == 1 or chooser.is_row_wise)):
+            raise ValueError(
+                "acceptance_rule='typical' judges every row by itself, which this model, or one of "
+                "the logits processors and stopping criteria, does not allow. Pass one prompt at a "
+                "time, or acceptance_rule='exact'."
+            )
+        rule = TypicalRule(settings.posterior_threshold, settings.posterior_alpha)
+        return RowByRowWalker(input_ids, chooser, keep_scores, keep_logits, rule)
+    if apart and chooser.is_plain_greedy and not (keep_scores or keep_logits):
+        return GreedyWalker([length] * num_rows, chooser)
+    if apart and num_rows > 1 and chooser.is_row_wise:
+        return RowByRowWalker(input_ids, chooser, keep_scores, keep_logits)
+    return StepwiseWalker(input_ids, chooser, keep_scores, keep_logits)
 
 
 def _refuse_other_strategies(kwargs: dict[str, Any]) -> None:
@@ -260,9 +247,7 @@ def _with_stop_strings(
     return StoppingCriteriaList([*(stopping_criteria or []), criterion])
 
 
-def _refuse_unsupported(
-    input_ids: torch.Tensor, generation_config: GenerationConfig, model_kwargs: dict[str, Any]
-) -> None:
+def _refuse_unsupported(generation_config: GenerationConfig, model_kwargs: dict[str, Any]) -> None:
     """Refuse what is prepared but not supported, before the first forward pass."""
     mode = generation_config.get_generation_mode()
     if mode not in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE):
@@ -270,16 +255,4 @@ def _refuse_unsupported(
             f"use_lmtp=True supports greedy search and sampling, not {mode.value!r}. Set num_beams=1 "
             "and leave out other strategies, or call generate() without use_lmtp."
         )
-    if input_ids.shape[0] != 1:
-        raise ValueError(
-            f"use_lmtp=True supports one sequence at a time, got {input_ids.shape[0]} (batch size "
-            "times num_return_sequences). Call it once per prompt, or without use_lmtp."
-        )
-    wanted = [
-        name
-        for name in ("output_attentions", "output_hidden_states")
-        if getattr(generation_config, name)
-    ]
-    if wanted:
-        raise ValueError(f"use_lmtp=True does not return {wanted}. Leave them out.")
     check_cache(model_kwargs.get("past_key_values"))

@@ -7,15 +7,17 @@ numeric check (a few dozen tokens, no randomness) whether it comes out right.
 import inspect
 import weakref
 from collections.abc import Collection
+from dataclasses import dataclass
 from enum import Enum
 from typing import Any
 
 import torch
 from transformers import Cache, DynamicCache, PreTrainedModel
-from transformers.cache_utils import DynamicLayer
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from transformers.utils import logging
 
-from .cache_lmtp import keep_path, start_rollback
+from .cache_lmtp import keep_paths, start_rollback
+from .drafting_lmtp import Candidates
 from .tree_lmtp import DraftTree
 from .verification_lmtp import Verifier
 
@@ -29,6 +31,7 @@ TRACE_TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-10}
 PLAIN_TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-8}
 LOW_PRECISION_TRACE_TOLERANCE = 1e-2
 LOW_PRECISION_PLAIN_TOLERANCE = 2e-1
+TREE = DraftTree.from_paths([(0,), (1,), (1, 0)])
 
 
 class Tier(str, Enum):
@@ -39,10 +42,27 @@ class Tier(str, Enum):
     REFUSED = "refused"
 
 
-_known: "weakref.WeakKeyDictionary[PreTrainedModel, dict[Any, Tier]]" = weakref.WeakKeyDictionary()
+@dataclass(frozen=True)
+class Support:
+    """What a backbone can do.
+
+    Args:
+        tier: what one verification may hold.
+        reason: why it is not more.
+        ragged: whether rows of a batch may accept different lengths; otherwise they go in step.
+    """
+
+    tier: Tier
+    reason: str
+    ragged: bool = False
 
 
-def decoding_tier(backbone: PreTrainedModel) -> Tier:
+_known: "weakref.WeakKeyDictionary[PreTrainedModel, dict[Any, Support]]" = (
+    weakref.WeakKeyDictionary()
+)
+
+
+def decoding_support(backbone: PreTrainedModel) -> Support:
     """Return what `backbone` can verify; tried once per model, attention, dtype and device."""
     known = _known.setdefault(backbone, {})
     key = (backbone.config._attn_implementation, backbone.dtype, backbone.device)
@@ -51,38 +71,59 @@ def decoding_tier(backbone: PreTrainedModel) -> Tier:
     return known[key]
 
 
+def decoding_tier(backbone: PreTrainedModel) -> Tier:
+    """Return the tier of `decoding_support`."""
+    return decoding_support(backbone).tier
+
+
 @torch.no_grad()
-def _try_tiers(backbone: PreTrainedModel) -> Tier:
+def _try_tiers(backbone: PreTrainedModel) -> Support:
     if "past_key_values" not in _forward_parameters(backbone):
-        return Tier.REFUSED
-    tree = DraftTree.from_paths([(0,), (1,), (1, 0)])
-    if _may_take_trees(backbone) and _works(backbone, tree, path=(0, 2, 3)):
-        return Tier.TREE
-    if _works(backbone, DraftTree.chain(3), path=(0, 1)):
-        return Tier.CHAIN
-    return Tier.REFUSED
+        return Support(Tier.REFUSED, "its forward takes no past_key_values")
+    no_tree = _why_no_trees(backbone) or _why_not(backbone, [TREE], [(0, 2, 3)])
+    if not no_tree:
+        ragged = not _why_not(backbone, [TREE, TREE], [(0, 2, 3), (0, 1)])
+        return Support(Tier.TREE, "trees come out exact", ragged)
+    chain = DraftTree.chain(3)
+    no_chain = _why_not(backbone, [chain], [(0, 1)])
+    if not no_chain:
+        ragged = not _why_not(backbone, [chain, chain], [(0, 1, 2), (0,)])
+        return Support(Tier.CHAIN, f"no trees: {no_tree}", ragged)
+    return Support(Tier.REFUSED, no_chain)
 
 
-def _works(backbone: PreTrainedModel, tree: DraftTree, path: tuple[int, ...]) -> bool:
-    """Whether the model takes such a draft at all, and exactly."""
+def _why_not(
+    backbone: PreTrainedModel, trees: list[DraftTree], paths: list[tuple[int, ...]]
+) -> str:
+    """Say why the model does not take such drafts exactly, one per row; nothing if it does."""
     try:
-        return _is_exact(backbone, tree, path)
+        return _why_inexact(backbone, trees, paths)
     except Exception as error:  # whatever it is that this model or its cache cannot do
-        logger.info(f"{type(backbone).__name__} cannot verify {tree.paths}: {error!r}")
-        return False
+        logger.info(f"{type(backbone).__name__} cannot verify {trees}: {error!r}")
+        return (str(error).strip().splitlines() or [repr(error)])[0][:200]
 
 
-def _may_take_trees(backbone: PreTrainedModel) -> bool:
-    """Trees need positions given token by token, and cache slots that can be gathered.
+def _why_no_trees(backbone: PreTrainedModel) -> str:
+    """Trees need masks, positions given token by token, and cache slots that can be gathered.
 
     A window that the configuration names and the cache does not know may be measured in slots,
     which only float32 is precise enough to find out.
     """
-    takes_positions = "position_ids" in _forward_parameters(backbone)
-    takes_masks = backbone.config._attn_implementation in ("eager", "sdpa", "flex_attention")
-    full_attention = all(type(layer) is DynamicLayer for layer in _new_cache(backbone).layers)
-    can_tell = backbone.dtype in PLAIN_TOLERANCE or not _windows(backbone)
-    return takes_positions and takes_masks and full_attention and can_tell
+    attention = backbone.config._attn_implementation
+    if attention not in ("eager", "sdpa"):
+        return f"{attention!r} attention takes no mask of ours"
+    if "position_ids" not in _forward_parameters(backbone):
+        return "its forward takes no position_ids"
+    layers = _new_cache(backbone).layers
+    other = {type(layer).__name__ for layer in layers} - {
+        kind.__name__ for kind in (DynamicLayer, DynamicSlidingWindowLayer)
+    }
+    if other:
+        return f"cache layers of the kind {', '.join(sorted(other))} cannot be gathered"
+    in_cache = {layer.sliding_window for layer in layers if hasattr(layer, "sliding_window")}
+    if backbone.dtype not in PLAIN_TOLERANCE and not set(_windows(backbone)) <= in_cache:
+        return f"in {backbone.dtype} it cannot be told how it measures its attention windows"
+    return ""
 
 
 def _forward_parameters(backbone: PreTrainedModel) -> Collection[str]:
@@ -103,58 +144,77 @@ def _windows(backbone: PreTrainedModel) -> list[int]:
     ]
 
 
-def _is_exact(backbone: PreTrainedModel, tree: DraftTree, path: tuple[int, ...]) -> bool:
-    """Whether a verified path, and what follows it, are free of rejected candidates and plain."""
+def _why_inexact(
+    backbone: PreTrainedModel, trees: list[DraftTree], paths: list[tuple[int, ...]]
+) -> str:
+    """Compare verified paths, and what follows them, with rejected candidates changed and with none."""
     vocab_size = backbone.get_output_embeddings().weight.shape[0]
     windows = [window for window in _windows(backbone) if window < MAX_PROBE_LENGTH]
     length = max(windows, default=0) + 8  # long enough to leave any window
-    tokens = torch.arange(length + len(path) + 1, device=backbone.device)[None] * 7 % vocab_size
+    numbers = torch.arange(length + max(len(path) for path in paths) + 1, device=backbone.device)
+    tokens = torch.stack([(numbers * 7 + 5 * row) % vocab_size for row in range(len(trees))])
 
-    logits = _verified_logits(backbone, tree, path, tokens, rejected=1)
-    others = _verified_logits(backbone, tree, path, tokens, rejected=2 % vocab_size)
-    plain = backbone(input_ids=tokens, use_cache=False).logits[:, length:]
+    logits = _verified_logits(backbone, trees, paths, tokens, rejected=1)
+    others = _verified_logits(backbone, trees, paths, tokens, rejected=2 % vocab_size)
     trace_tolerance = TRACE_TOLERANCE.get(backbone.dtype, LOW_PRECISION_TRACE_TOLERANCE)
     plain_tolerance = PLAIN_TOLERANCE.get(backbone.dtype, LOW_PRECISION_PLAIN_TOLERANCE)
-    scale = plain.abs().max()
-    return bool(
-        (logits - others).abs().max() <= trace_tolerance * scale
-        and (logits - plain).abs().max() <= plain_tolerance * scale
-    )
+    for row, path in enumerate(paths):
+        known = tokens[row : row + 1, : length + len(path) + 1]
+        plain = backbone(input_ids=known, use_cache=False).logits[0, length:]
+        scale = plain.abs().max()
+        if (logits[row] - others[row]).abs().max() > trace_tolerance * scale:
+            return "rejected candidates leave a trace"
+        if (logits[row] - plain).abs().max() > plain_tolerance * scale:
+            return "several tokens at once give other logits than one after the other"
+    return ""
 
 
 def _verified_logits(
     backbone: PreTrainedModel,
-    tree: DraftTree,
-    path: tuple[int, ...],
+    trees: list[DraftTree],
+    paths: list[tuple[int, ...]],
     tokens: torch.Tensor,
     rejected: int,
-) -> torch.Tensor:
-    """Verify `tree` with the tokens of `path` and `rejected` elsewhere, keep the path, go on.
+) -> list[torch.Tensor]:
+    """Verify trees with the tokens of the paths and `rejected` elsewhere, keep the paths, go on.
 
     Args:
-        tokens: `(1, P + len(path) + 1)`, prompt, path and the token after it.
+        tokens: `(B, P + longest path + 1)`, prompt, path and the token after it.
 
     Returns:
-        The logits of the path's nodes and of the token after it, `(1, len(path) + 1, V)`.
+        Per row the logits of the path's nodes and of the token after it, `(len(path) + 1, V)`.
     """
-    prompt = tokens[:, : -len(path) - 1]
-    node_ids = torch.full((1, 1 + tree.num_nodes), rejected, device=tokens.device)
-    node_ids[:, list(path)] = tokens[:, prompt.shape[1] : -1]
+    longest = max(len(path) for path in paths)
+    prompts = tokens[:, : -longest - 1]
+    length = prompts.shape[1]
+    node_ids = torch.full((len(trees), 1 + trees[0].num_nodes), rejected, device=tokens.device)
+    for row, path in enumerate(paths):
+        node_ids[row, list(path)] = tokens[row, length : length + len(path)]
     cache = _new_cache(backbone)
-    backbone(input_ids=prompt, past_key_values=cache, use_cache=True)
+    backbone(input_ids=prompts, past_key_values=cache, use_cache=True)
     start_rollback(cache)
-    known = torch.cat([prompt, node_ids[:, :1]], dim=-1)
     verifier = Verifier(backbone)
-    on_path = verifier.verify(known, tree, node_ids[:, 1:], _model_kwargs(backbone, cache, known))
-    keep_path(cache, path, 1 + tree.num_nodes)
-    after_kwargs = _model_kwargs(backbone, cache, tokens)
-    after = verifier.verify(tokens, DraftTree(), tokens[:, :0], after_kwargs)
-    return torch.cat([on_path.logits[:, list(path)], after.logits], dim=1)
+    roots = torch.cat([prompts, node_ids[:, :1]], dim=-1)
+    candidates = Candidates(tuple(trees), node_ids[:, 1:])
+    on_paths = verifier.verify(roots, candidates, _model_kwargs(backbone, cache, roots, 0)).logits
+    keep_paths(cache, paths, 1 + candidates.num_nodes)
+
+    padding = torch.tensor([longest - len(path) for path in paths], device=tokens.device)[:, None]
+    ends = torch.stack([tokens[row, length + len(path)] for row, path in enumerate(paths)])
+    known = torch.cat([tokens[:, :-1], ends[:, None]], dim=-1)
+    after_kwargs = _model_kwargs(backbone, cache, known, padding)
+    after = verifier.verify(known, Candidates.none(known), after_kwargs).logits
+    return [torch.cat([on_paths[row, list(path)], after[row]]) for row, path in enumerate(paths)]
 
 
-def _model_kwargs(backbone: PreTrainedModel, cache: Cache, known: torch.Tensor) -> dict[str, Any]:
-    """What `generate` would keep for the known tokens `(1, L)`."""
+def _model_kwargs(
+    backbone: PreTrainedModel, cache: Cache, known: torch.Tensor, padding: torch.Tensor | int
+) -> dict[str, Any]:
+    """What `generate` would keep for the known tokens `(B, L)`, after so much padding on the left."""
     model_kwargs: dict[str, Any] = {"past_key_values": cache, "use_cache": True}
+    slots = torch.arange(known.shape[1], device=known.device).expand(len(known), -1)
     if "position_ids" in _forward_parameters(backbone):
-        model_kwargs["position_ids"] = torch.arange(known.shape[1], device=known.device)[None]
+        model_kwargs["position_ids"] = (slots - padding).clamp(min=0)
+    if torch.is_tensor(padding) and bool(padding.any()):
+        model_kwargs["attention_mask"] = (slots >= padding).long()
     return model_kwargs

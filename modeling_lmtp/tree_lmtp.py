@@ -17,6 +17,7 @@ from functools import cached_property
 
 import torch
 
+MAX_CHILDREN = 10  # of a node that is grown, as in arXiv 2505.17505
 MAX_NODES = 64  # the root included; beyond it one verification costs more than it can win
 
 
@@ -103,12 +104,15 @@ class DraftTree:
         kept = sum(1 for node_depth in self.depths[1:] if node_depth <= depth)
         return DraftTree(self.parents[:kept], self.ranks[:kept])
 
-    def visible(self, device: torch.device | str | None = None) -> torch.Tensor:
-        """Return `(1 + N, 1 + N)` booleans: `[i, j]` says that `j` is `i` or an ancestor of `i`."""
-        mask = torch.eye(1 + self.num_nodes, dtype=torch.bool)
+    @cached_property
+    def visible(self) -> torch.Tensor:
+        """`(1 + N, 1 + N)` booleans: `[i, j]` says that `j` is `i` or an ancestor of `i`."""
+        rows = [[True] + [False] * self.num_nodes]
         for node, parent in enumerate(self.parents, start=1):
-            mask[node] |= mask[parent]
-        return mask.to(device)
+            row = list(rows[parent])
+            row[node] = True
+            rows.append(row)
+        return torch.tensor(rows)
 
 
 def _check_path(path: tuple[int, ...], numbers: dict[tuple[int, ...], int]) -> None:
@@ -125,7 +129,7 @@ def _check_path(path: tuple[int, ...], numbers: dict[tuple[int, ...], int]) -> N
 
 
 def grow_tree(
-    accuracies: Sequence[Sequence[float]], num_nodes: int, max_children: int = 10
+    accuracies: Sequence[Sequence[float]], num_nodes: int, max_children: int = MAX_CHILDREN
 ) -> DraftTree:
     """Grow the tree of `num_nodes` candidates that is expected to be accepted furthest.
 

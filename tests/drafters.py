@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import torch
 
-from modeling_lmtp.drafting_lmtp import Drafter
+from modeling_lmtp.drafting_lmtp import Candidates, Drafter
 from modeling_lmtp.tree_lmtp import DraftTree
 
 CHAIN = DraftTree.chain(4)
@@ -43,10 +43,10 @@ RULES: dict[str, Rule] = {"always right": always, "never right": never, "sometim
 
 
 class Oracle(Drafter):
-    """Knows all tokens, and proposes them along one path of a tree, by a rule; the rest is wrong.
+    """Knows all texts, and proposes them along one path of a tree, by a rule; the rest is wrong.
 
     Args:
-        tokens: prompt and continuation, `(1, L)`.
+        tokens: prompts and continuations, `(B, L)`.
         tree: a chain, or `TREE`.
         right: whether the candidate for a token is right.
         right_depth: candidates deeper than this are wrong.
@@ -61,32 +61,58 @@ class Oracle(Drafter):
         right: Rule = always,
         right_depth: int = 1_000,
     ) -> None:
-        self.tokens = tokens[0].tolist()
+        self.texts: list[list[int]] = tokens.tolist()
         self.tree = tree
         self.right = right
         self.right_depth = right_depth
-        self.asked: list[tuple[int, int]] = []  # tokens known, and how deep a draft may be
+        self.asked: list[tuple[int, int]] = []  # tokens known in a batch of 1, and room
 
     def draft(
         self, input_ids: torch.Tensor, hidden_states: torch.Tensor, max_depth: int
-    ) -> tuple[DraftTree, torch.Tensor]:
-        known = input_ids.shape[1]
+    ) -> Candidates:
         assert 1 <= hidden_states.shape[1] <= self.num_states
-        assert input_ids[0].tolist() == self.tokens[:known], "the text went astray"
-        self.asked.append((known, max_depth))
+        assert hidden_states.shape[0] == input_ids.shape[0]
+        self.asked.append((input_ids.shape[1], max_depth))
         tree = self.tree.truncate(max_depth)
+        rows = [self._candidates(tree, *self._place(row)) for row in input_ids.tolist()]
+        return Candidates.of_rows([tree] * len(rows), rows, input_ids)
+
+    def _place(self, known: list[int]) -> tuple[list[int], int]:
+        """Find the text whose beginning the known tokens end with, and how much of it is known."""
+        best = max(
+            ((common_suffix(known, text[:end]), text, end) for text in self.texts
+             for end in range(1, len(text) + 1) if text[end - 1] == known[-1]),
+            key=lambda found: (found[0], found[2]),
+            default=None,
+        )  # fmt: skip
+        assert best is not None, "the text went astray"
+        if len(self.texts) == 1:
+            assert known == best[1][: len(known)], "the text went astray"
+        return best[1], best[2]
+
+    def _candidates(self, tree: DraftTree, text: list[int], known: int) -> list[int]:
         right_path = RIGHT_PATH if self.tree == TREE else (0,) * self.tree.depth
         candidates = []
         for node, path in enumerate(tree.paths, start=1):
             depth = len(path)
-            answer = self.tokens[min(known + depth - 1, len(self.tokens) - 1)]
+            answer = text[min(known + depth - 1, len(text) - 1)]
             is_right = (
                 path == right_path[:depth]
                 and depth <= self.right_depth
                 and self.right(known + depth - 1)
             )
             candidates.append(answer if is_right else (answer + node) % 96)
-        return tree, torch.tensor([candidates], dtype=torch.long)
+        return candidates
+
+
+def common_suffix(first: list[int], second: list[int]) -> int:
+    """How many last tokens two texts share."""
+    length = 0
+    for one, other in zip(reversed(first), reversed(second), strict=False):
+        if one != other:
+            break
+        length += 1
+    return length
 
 
 def acceptance_lengths(

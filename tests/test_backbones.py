@@ -7,8 +7,9 @@ from itertools import pairwise
 
 import pytest
 import torch
+from architectures import REPRESENTATIVE, tiny_causal_lm
 from huggingface_hub.errors import StrictDataclassError
-from tiny import ARCHITECTURES, tiny_causal_lm, tiny_llama
+from tiny import tiny_llama
 from transformers import (
     AutoModel,
     AutoModelForCausalLM,
@@ -27,7 +28,7 @@ POST_PROCESSED = {"gemma2", "granite"}
 # A configuration checks itself as huggingface_hub's strict dataclasses do
 REFUSALS = (ValueError, StrictDataclassError)
 
-every_architecture = pytest.mark.parametrize("architecture", ARCHITECTURES)
+every_architecture = pytest.mark.parametrize("architecture", REPRESENTATIVE)
 both_unembeddings = pytest.mark.parametrize("share_lm_head", [True, False], ids=["shared", "own"])
 
 

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from architectures import tiny_causal_lm
 from safetensors.torch import load_file, save_file
-from tiny import tiny_causal_lm
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 import modeling_lmtp

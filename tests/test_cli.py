@@ -94,10 +94,10 @@ def test_verify_finds_equal_texts_and_writes_the_figures(folder, checkpoint, tmp
 
 def test_verify_fails_where_texts_differ(folder, checkpoint, monkeypatch):
     monkeypatch.setattr(
-        "modeling_lmtp.decoding_lmtp.TokenChooser.is_plain_greedy", property(lambda self: False)
+        "modeling_lmtp.choosing_lmtp.TokenChooser.is_plain_greedy", property(lambda self: False)
     )
-    choose = "modeling_lmtp.decoding_lmtp.TokenChooser.choose"
-    monkeypatch.setattr(choose, lambda self, input_ids, logits: logits.argmin(dim=-1))
+    choose = "modeling_lmtp.choosing_lmtp.TokenChooser.choose"
+    monkeypatch.setattr(choose, lambda self, scores: scores.argmin(dim=-1))
     arguments = ["--prompts", folder / "prompts.jsonl", "--num-prompts", 1, "--max-new-tokens", 4]
     result = lmtp("verify", checkpoint, *arguments)
     assert result.exit_code == 1

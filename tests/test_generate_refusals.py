@@ -6,11 +6,11 @@ import re
 
 import pytest
 import torch
-from tiny import tiny_causal_lm
+from architectures import tiny_causal_lm
 from transformers import QuantizedCache, StaticCache
 
 from modeling_lmtp import LMTPForCausalLM
-from modeling_lmtp.drafting_lmtp import Drafter
+from modeling_lmtp.drafting_lmtp import Candidates, Drafter
 from modeling_lmtp.tree_lmtp import DraftTree
 
 PROMPT = torch.tensor([[3, 17, 5, 9, 44]])
@@ -24,24 +24,12 @@ def model() -> LMTPForCausalLM:
 
 
 REFUSED = {
-    "batch": (
-        {"inputs": PROMPT.repeat(2, 1)},
-        "use_lmtp=True supports one sequence at a time, got 2 (batch size times num_return",
-    ),
-    "several returned": (
-        {"num_return_sequences": 3, "do_sample": True},
-        "use_lmtp=True supports one sequence at a time, got 3",
-    ),
     "beams": ({"num_beams": 2}, "supports greedy search and sampling, not 'beam_search'"),
     "beam sampling": (
         {"num_beams": 2, "do_sample": True},
         "supports greedy search and sampling, not 'beam_sample'",
     ),
     "assistant": ({"assistant_model": object()}, "cannot be combined with ['assistant_model']"),
-    "prompt look-up": (
-        {"prompt_lookup_num_tokens": 3},
-        "cannot be combined with ['prompt_lookup_num_tokens']",
-    ),
     "custom generate": (
         {"custom_generate": "owner/repository"},
         "cannot be combined with ['custom_generate']",
@@ -55,14 +43,6 @@ REFUSED = {
         {"inputs": None, "inputs_embeds": torch.zeros(1, 5, 32)},
         "use_lmtp=True needs input_ids, got inputs_embeds.",
     ),
-    "attentions": (
-        {"output_attentions": True, "return_dict_in_generate": True},
-        "use_lmtp=True does not return ['output_attentions']",
-    ),
-    "hidden states": (
-        {"output_hidden_states": True, "return_dict_in_generate": True},
-        "use_lmtp=True does not return ['output_hidden_states']",
-    ),
     "empty prompt": (
         {"inputs": PROMPT[:, :0]},
         "The prompt is empty: input_ids has the shape (1, 0). Pass at least one token",
@@ -73,11 +53,29 @@ REFUSED = {
     ),
     "long chain": ({"draft_length": 5}, "The draft is 5 tokens deep, but these leap heads can"),
     "orphan": ({"draft_tree": [(0,), (1, 0)]}, "node (1, 0) has no parent: add the path (1,)"),
-    "negative length": ({"draft_length": -1}, "draft_length must be 0 or more, got -1."),
+    "negative length": ({"draft_length": -1}, "draft_length must be from 0 to 63, got -1."),
     "length of another type": ({"draft_length": 2.0}, "draft_length must be an integer, got 2.0"),
+    "nodes": ({"draft_nodes": 64}, "draft_nodes must be from 0 to 63, got 64."),
     "tree and length": (
         {"draft_tree": [(0,)], "draft_length": 1},
-        "Pass either draft_tree or draft_length, not both, got [(0,)] and 1.",
+        "Pass only one of ('draft_tree', 'draft_length', 'draft_nodes'), got {'draft_tree': [(0,)], "
+        "'draft_length': 1}.",
+    ),
+    "look-up of nothing": (
+        {"prompt_lookup_num_tokens": 0},
+        "prompt_lookup_num_tokens must be from 1 to 63, got 0.",
+    ),
+    "n-grams": (
+        {"prompt_lookup_num_tokens": 3, "max_matching_ngram_size": 0},
+        "max_matching_ngram_size must be 1 or more, got 0.",
+    ),
+    "acceptance rule": (
+        {"acceptance_rule": "lossless"},
+        "acceptance_rule must be 'exact' or 'typical', got 'lossless'.",
+    ),
+    "threshold": (
+        {"acceptance_rule": "typical", "posterior_threshold": 1.5},
+        "posterior_threshold must be above 0 and at most 1, got 1.5.",
     ),
 }
 
@@ -150,7 +148,7 @@ class TreeDrafter(Drafter):
     """Proposes two candidates for the next token."""
 
     def draft(self, input_ids, hidden_states, max_depth):
-        return DraftTree.from_paths([(0,), (1,)]), torch.tensor([[5, 6]])
+        return Candidates((DraftTree.from_paths([(0,), (1,)]),), torch.tensor([[5, 6]]))
 
 
 def test_a_drafter_may_not_propose_trees_to_a_model_that_verifies_chains_only():

@@ -37,7 +37,7 @@ def test_the_drawn_tree_has_the_drawn_structure(drawn):
 
 
 def test_a_node_sees_itself_and_its_ancestors(drawn):
-    assert torch.equal(drawn.visible(), torch.tensor(VISIBLE, dtype=torch.bool))
+    assert torch.equal(drawn.visible, torch.tensor(VISIBLE, dtype=torch.bool))
 
 
 @pytest.mark.parametrize("order", [0, 17, 63, 119])
@@ -86,7 +86,7 @@ def test_a_chain_has_one_candidate_per_distance(length):
     assert chain == DraftTree.from_paths([(0,) * a for a in range(1, length + 1)])
     assert chain.is_chain
     assert chain.depths == tuple(range(length + 1))
-    assert torch.equal(chain.visible(), torch.ones(length + 1, length + 1).tril().bool())
+    assert torch.equal(chain.visible, torch.ones(length + 1, length + 1).tril().bool())
 
 
 def test_two_candidates_for_one_distance_are_no_chain():

@@ -1,0 +1,187 @@
+"""Drafting with leap heads, looking backward (arXiv 2505.17505).
+
+Shapes: `B` batch, `L` known tokens, `S` last states known, `H` hidden size, `N` candidates, `D` draft
+vocabulary size, `c` context width.
+"""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from .context_lmtp import embed_context
+from .drafting_lmtp import Candidates, Drafter
+from .heads_lmtp import LeapHead
+from .leaps_lmtp import Draft, draftable, drafts, num_draft_states
+from .tree_lmtp import MAX_CHILDREN, DraftTree, grow_tree
+
+
+class _HeadInputs(NamedTuple):
+    """What one head reads to draft: states and following tokens, counted from the end."""
+
+    states: torch.Tensor  # (n,), one for each distance that the head serves
+    tokens: torch.Tensor  # (n, c)
+    visible: torch.Tensor  # (n, c): which of the tokens are known
+
+
+class _Plan(NamedTuple):
+    """What drafting so deep needs."""
+
+    inputs: tuple[_HeadInputs, ...]  # per head
+    rows: torch.Tensor  # the row of each distance among the heads' outputs
+
+
+class LeapHeadDrafter(Drafter):
+    """Fills a static tree with what leap heads hold most likely.
+
+    Each draft distance is served by one head and one earlier state, see `leaps_lmtp.drafts`, so a
+    draft needs no backbone pass of its own.
+
+    Args:
+        leap_heads: one head per offset.
+        offsets: their offsets.
+        context_widths: how many following tokens each head sees, see `context_lmtp`.
+        embeddings: the backbone's input embeddings.
+        unembeddings: one per head, often the same.
+        draft_token_ids: `(D,)`, the token of each row of the logits; None for the whole vocabulary.
+        tree: the tree to fill; it may not be deeper than the heads can draft.
+    """
+
+    def __init__(
+        self,
+        leap_heads: Sequence[LeapHead],
+        offsets: Sequence[int],
+        context_widths: Sequence[int],
+        embeddings: nn.Module,
+        unembeddings: Sequence[Any],
+        draft_token_ids: torch.Tensor | None,
+        tree: DraftTree,
+    ) -> None:
+        self.leap_heads = leap_heads
+        self.context_widths = context_widths
+        self.embeddings = embeddings
+        self.unembeddings = unembeddings
+        self.draft_token_ids = draft_token_ids
+        self.tree = tree
+        self.schedule = drafts(offsets)[: tree.depth]
+        self.num_states = max(1, num_draft_states(self.schedule))
+        self._plans: dict[int, _Plan] = {}
+        self._trees: dict[int, tuple[DraftTree, torch.Tensor, torch.Tensor]] = {}
+
+    def draft(
+        self, input_ids: torch.Tensor, hidden_states: torch.Tensor, max_depth: int
+    ) -> Candidates:
+        """Fill the tree, cut to the positions that have a state and may be emitted."""
+        depth = self._depth(hidden_states, max_depth)
+        tree, distances, ranks = self._cut(depth, hidden_states.device)
+        if tree.num_nodes == 0:
+            return Candidates.none(input_ids)
+        logits = self._logits(input_ids, hidden_states, depth)
+        ranked = logits.topk(1 + max(tree.ranks), dim=-1).indices
+        token_ids = self._token_ids(ranked[:, distances, ranks])
+        return Candidates((tree,) * input_ids.shape[0], token_ids)
+
+    def _depth(self, hidden_states: torch.Tensor, max_depth: int) -> int:
+        """How deep can be drafted: each distance needs a state, and a token there needs room."""
+        return min(len(draftable(self.schedule, hidden_states.shape[1])), max_depth)
+
+    def _cut(
+        self, depth: int, device: torch.device
+    ) -> tuple[DraftTree, torch.Tensor, torch.Tensor]:
+        """The tree cut to a depth, and for each node its distance, from 0, and its rank, `(N,)`."""
+        if depth not in self._trees:
+            tree = self.tree.truncate(depth)
+            distances = torch.tensor(tree.depths[1:], dtype=torch.long, device=device) - 1
+            ranks = torch.tensor(tree.ranks, dtype=torch.long, device=device)
+            self._trees[depth] = tree, distances, ranks
+        return self._trees[depth]
+
+    def _token_ids(self, indices: torch.Tensor) -> torch.Tensor:
+        return indices if self.draft_token_ids is None else self.draft_token_ids[indices]
+
+    def _plan(self, depth: int, device: torch.device) -> _Plan:
+        by_head: list[list[Draft]] = [[] for _ in self.leap_heads]
+        for draft in self.schedule[:depth]:
+            by_head[draft.head].append(draft)
+        distances = [draft.distance for drafts_of_head in by_head for draft in drafts_of_head]
+        return _Plan(
+            tuple(
+                _head_inputs([draft.look_back for draft in drafts_of_head], width, device)
+                for drafts_of_head, width in zip(by_head, self.context_widths, strict=True)
+            ),
+            torch.tensor([distances.index(1 + a) for a in range(depth)], device=device),
+        )
+
+    def _logits(
+        self, input_ids: torch.Tensor, hidden_states: torch.Tensor, depth: int
+    ) -> torch.Tensor:
+        """Return what the heads hold of the distances `1 … depth`, `(B, depth, D)`."""
+        if depth not in self._plans:
+            self._plans[depth] = self._plan(depth, hidden_states.device)
+        plan = self._plans[depth]
+        features, unembeddings = [], []
+        for head, unembedding, read in zip(
+            self.leap_heads, self.unembeddings, plan.inputs, strict=True
+        ):
+            if not len(read.states):
+                continue
+            context = None
+            if head.context is not None:
+                context = embed_context(self.embeddings, input_ids[:, read.tokens], read.visible)
+            features.append(head(hidden_states[:, read.states], context))
+            unembeddings.append(unembedding)
+        if all(unembedding is unembeddings[0] for unembedding in unembeddings):
+            return unembeddings[0](torch.cat(features, dim=1)[:, plan.rows])
+        logits = [unembed(part) for unembed, part in zip(unembeddings, features, strict=True)]
+        return torch.cat(logits, dim=1)[:, plan.rows]
+
+
+class DynamicLeapHeadDrafter(LeapHeadDrafter):
+    """Grows a tree of its own for every state, of the paths that the heads hold most likely there.
+
+    A path is worth the product of its tokens' probabilities, as if the heads were independent.
+
+    Args:
+        num_nodes: candidates per row and step.
+        heads: as for `LeapHeadDrafter`; its tree says how deep.
+    """
+
+    def __init__(self, num_nodes: int, *heads: Any) -> None:
+        super().__init__(*heads)
+        self.num_nodes = num_nodes
+
+    def draft(
+        self, input_ids: torch.Tensor, hidden_states: torch.Tensor, max_depth: int
+    ) -> Candidates:
+        """Grow a tree per row."""
+        depth = self._depth(hidden_states, max_depth)
+        if depth == 0 or self.num_nodes == 0:
+            return Candidates.none(input_ids)
+        probabilities = self._logits(input_ids, hidden_states, depth).float().softmax(dim=-1)
+        best = probabilities.topk(min(MAX_CHILDREN, probabilities.shape[-1]), dim=-1)
+        trees = [grow_tree(accuracies, self.num_nodes) for accuracies in best.values.tolist()]
+        return from_ranks(trees, self._token_ids(best.indices).tolist(), input_ids)
+
+
+def from_ranks(
+    trees: Sequence[DraftTree], ranked: Sequence[Sequence[Sequence[int]]], input_ids: torch.Tensor
+) -> Candidates:
+    """Fill trees with tokens: `ranked[b][a - 1][r]` is row `b`'s rank-`r` token for distance `a`."""
+    rows = [
+        [of_row[depth - 1][rank] for depth, rank in zip(tree.depths[1:], tree.ranks, strict=True)]
+        for tree, of_row in zip(trees, ranked, strict=True)
+    ]
+    return Candidates.of_rows(trees, rows, input_ids)
+
+
+def _head_inputs(look_backs: Sequence[int], width: int, device: torch.device) -> _HeadInputs:
+    """From the state `s = t - j` the known tokens are `x_{s+1} … x_{t+1}`, the last one the root."""
+    tokens = [[-1 - look_back + g for g in range(width)] for look_back in look_backs]
+    shape = (len(look_backs), width)
+    indices = torch.tensor(tokens, dtype=torch.long, device=device).reshape(shape)
+    return _HeadInputs(
+        states=torch.tensor([-1 - j for j in look_backs], dtype=torch.long, device=device),
+        tokens=indices.clamp(max=-1),
+        visible=indices < 0,
+    )

@@ -1,0 +1,123 @@
+"""Attention masks of draft trees, for every kind of layer that measures its view in tokens.
+
+A node of depth `a` stands where plain decoding would have it: in the slot `a` after the root's,
+whatever slot the tree gives it. Windows and chunks are measured from there.
+
+Shapes: `B` batch, `Q = 1 + N` nodes, root first, `W` cached slots before the root's.
+"""
+
+from typing import Any
+
+import torch
+from transformers import Cache, PreTrainedModel
+from transformers.masking_utils import create_masks_for_generate
+
+
+class TreeMasks:
+    """Builds masks in the form that one backbone takes: a tensor, or a dict of them by layer kind.
+
+    Args:
+        backbone: a model with eager or sdpa attention.
+
+    Raises:
+        NotImplementedError: on use, for a kind of layer that is not known.
+    """
+
+    def __init__(self, backbone: PreTrainedModel) -> None:
+        self.config = backbone.config.get_text_config(decoder=True)
+        self.dtype = backbone.dtype
+        self.is_additive = backbone.config._attn_implementation == "eager"
+        self.create_masks = getattr(
+            backbone, "create_masks_for_generate", create_masks_for_generate
+        )
+        self.backbone_config = backbone.config
+        self._kinds: list[str] | None = None
+
+    def __call__(
+        self,
+        visible: torch.Tensor,
+        depths: torch.Tensor,
+        cache: Cache,
+        attention_mask: torch.Tensor | None,
+    ) -> Any:
+        """Return the mask, or the masks by layer kind, each `(B, 1, Q, …)` over the layer's slots.
+
+        Args:
+            visible: `(B, Q, Q)`, which nodes each node sees, see `DraftTree.visible`.
+            depths: `(B, Q)`.
+            cache: what the trees are appended to.
+            attention_mask: `(B, W + Q)`, 0 at padding, or None.
+        """
+        prefix = cache.get_seq_length()
+        in_prefix = _prefix_mask(attention_mask, visible.shape[0], prefix, visible.device)
+        sees = torch.cat([in_prefix[:, None].expand(-1, visible.shape[1], -1), visible], dim=-1)
+        queries = prefix + depths
+        keys = torch.cat(
+            [torch.arange(prefix, device=depths.device).expand(len(depths), -1), queries], -1
+        )
+        padding = (
+            (~in_prefix).cumprod(dim=-1).sum(dim=-1) if prefix else queries.new_zeros(len(depths))
+        )
+        kinds = self._layer_kinds(cache, visible.shape[0])
+        masks = {
+            kind: self._finish(sees & self._near(kind, queries, keys, padding), kind, cache)
+            for kind in kinds or [self._only_kind()]
+        }
+        return masks if kinds else next(iter(masks.values()))
+
+    def _near(
+        self, kind: str, queries: torch.Tensor, keys: torch.Tensor, padding: torch.Tensor
+    ) -> torch.Tensor | bool:
+        """Which slots a layer of this kind could see at all, `(B, Q, W + Q)`."""
+        if kind == "full_attention":
+            return True
+        queries, keys = queries[:, :, None], keys[:, None, :]
+        if kind == "sliding_attention":
+            return queries - keys < self.config.sliding_window
+        if kind == "chunked_attention":
+            size, padding = self.config.attention_chunk_size, padding[:, None, None]
+            return (queries - padding) // size == (keys - padding) // size
+        raise NotImplementedError(f"No tree mask is known for layers of the kind {kind!r}.")
+
+    def _finish(self, mask: torch.Tensor, kind: str, cache: Cache) -> torch.Tensor:
+        """Cut `(B, Q, W + Q)` to the slots that such a layer still has, in the backbone's form."""
+        layers = [
+            number
+            for number, sliding in enumerate(cache.is_sliding)
+            if sliding == (kind != "full_attention")
+        ]
+        if layers:
+            length, _offset = cache.get_mask_sizes(mask.shape[1], layers[0])
+            mask = mask[..., -length:]
+        if self.is_additive:
+            lowest = torch.finfo(self.dtype).min
+            mask = torch.zeros_like(mask, dtype=self.dtype).masked_fill(~mask, lowest)
+        return mask[:, None]
+
+    def _layer_kinds(self, cache: Cache, batch_size: int) -> list[str]:
+        """The kinds of layer by which the backbone wants a dict of masks; none if it wants one mask."""
+        if self._kinds is None:
+            masks = self.create_masks(
+                config=self.backbone_config,
+                inputs_embeds=torch.empty((batch_size, 2, 0), dtype=self.dtype),
+                attention_mask=None,
+                past_key_values=cache,
+                position_ids=torch.arange(2).expand(batch_size, -1),
+            )
+            self._kinds = list(masks) if isinstance(masks, dict) else []
+        return self._kinds
+
+    def _only_kind(self) -> str:
+        if getattr(self.config, "sliding_window", None) is not None:
+            return "sliding_attention"
+        if getattr(self.config, "attention_chunk_size", None) is not None:
+            return "chunked_attention"
+        return "full_attention"
+
+
+def _prefix_mask(
+    attention_mask: torch.Tensor | None, batch_size: int, prefix: int, device: torch.device
+) -> torch.Tensor:
+    if attention_mask is None:
+        return torch.ones((batch_size, prefix), dtype=torch.bool, device=device)
+    return attention_mask[:, :prefix].bool()

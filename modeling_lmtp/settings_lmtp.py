@@ -1,0 +1,123 @@
+"""What `generate` and `generation_config` say about L-MTP."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+from transformers import GenerationConfig
+
+from .lookup_lmtp import PromptLookupDrafter
+from .tree_lmtp import MAX_NODES, DraftTree
+
+DRAFT_SHAPES = ("draft_tree", "draft_length", "draft_nodes")
+# Transformers' own names, for what is here part of the draft instead of another strategy
+PROMPT_LOOKUP = ("prompt_lookup_num_tokens", "max_matching_ngram_size")
+
+
+@dataclass
+class LMTPSettings:
+    """How to decode.
+
+    Args:
+        use_lmtp: draft with the leap heads.
+        draft_tree: a static draft tree as the paths of its nodes, see `DraftTree.from_paths`.
+        draft_length: instead, a top-1 chain of that many candidates.
+        draft_nodes: instead, that many candidates in a tree grown for every state by itself.
+        forward_decoding: run the backbone once more before each draft, the paper's ablation F-MTP.
+        prompt_lookup_num_tokens: draft as well so many tokens that followed the last n-gram before.
+        max_matching_ngram_size: its largest n-gram.
+        acceptance_rule: `"exact"`, or `"typical"`, which changes the text: any candidate is taken
+            that the model holds typical (arXiv 2401.10774).
+        posterior_threshold, posterior_alpha: ε and δ of the typical rule.
+    """
+
+    use_lmtp: bool = False
+    draft_tree: Sequence[Sequence[int]] | None = None
+    draft_length: int | None = None
+    draft_nodes: int | None = None
+    forward_decoding: bool = False
+    prompt_lookup_num_tokens: int | None = None
+    max_matching_ngram_size: int | None = None
+    acceptance_rule: str = "exact"
+    posterior_threshold: float = 0.09
+    posterior_alpha: float = 0.3
+
+    @classmethod
+    def take_from(
+        cls, kwargs: dict[str, Any], *generation_configs: GenerationConfig | None
+    ) -> "LMTPSettings":
+        """Take the settings out of `kwargs`, and what they leave open from the configurations.
+
+        A tree, a length or a number of nodes in one place hides all three in the places after it.
+        The settings that Transformers knows as well stay in `kwargs` unless L-MTP is used.
+
+        Raises:
+            ValueError: two of the three in one place.
+        """
+        names = [f.name for f in fields(cls)]
+        places = [{name: kwargs[name] for name in names if name in kwargs}]
+        places += [
+            {name: getattr(config, name, None) for name in names}
+            for config in generation_configs
+            if config is not None
+        ]
+        chosen: dict[str, Any] = {}
+        for place in places:
+            given = {name: value for name, value in place.items() if value is not None}
+            shapes = {name: given.pop(name) for name in DRAFT_SHAPES if name in given}
+            if len(shapes) > 1:
+                raise ValueError(f"Pass only one of {DRAFT_SHAPES}, got {shapes}.")
+            if not chosen.keys() & set(DRAFT_SHAPES):
+                chosen.update(shapes)
+            chosen = {**given, **chosen}
+        settings = cls(**chosen)
+        for name in names:
+            if settings.use_lmtp or name not in PROMPT_LOOKUP:
+                kwargs.pop(name, None)
+        return settings
+
+    def check(self, horizon: int) -> None:
+        """Raise a ValueError for what is out of range, with heads that draft up to `horizon`."""
+        self.prompt_lookup()
+        for name in ("draft_length", "draft_nodes"):
+            value = getattr(self, name)
+            if value is None:
+                continue
+            if isinstance(value, bool) or not isinstance(value, int):
+                raise ValueError(f"{name} must be an integer, got {value!r}.")
+            if not 0 <= value < MAX_NODES:
+                raise ValueError(f"{name} must be from 0 to {MAX_NODES - 1}, got {value}.")
+        if self.acceptance_rule not in ("exact", "typical"):
+            raise ValueError(
+                f"acceptance_rule must be 'exact' or 'typical', got {self.acceptance_rule!r}."
+            )
+        for name in ("posterior_threshold", "posterior_alpha"):
+            value = getattr(self, name)
+            if not 0 < value <= 1:
+                raise ValueError(f"{name} must be above 0 and at most 1, got {value!r}.")
+        self.tree(horizon)
+
+    def tree(self, horizon: int) -> DraftTree:
+        """Return the draft tree for heads that draft up to distance `horizon`.
+
+        Raises:
+            ValueError: the tree is malformed, or deeper than the heads can draft.
+        """
+        if self.draft_length is not None:
+            tree = DraftTree.chain(self.draft_length)
+        elif self.draft_tree is not None:
+            tree = DraftTree.from_paths(self.draft_tree)
+        else:
+            tree = DraftTree.chain(horizon)
+        if tree.depth > horizon:
+            raise ValueError(
+                f"The draft is {tree.depth} tokens deep, but these leap heads can draft {horizon} "
+                "(their largest offset minus 1). Shorten draft_tree or draft_length."
+            )
+        return tree
+
+    def prompt_lookup(self) -> PromptLookupDrafter | None:
+        """Return the drafter that looks n-grams up, if it is wanted."""
+        if self.prompt_lookup_num_tokens is None:
+            return None
+        return PromptLookupDrafter(self.prompt_lookup_num_tokens, self.max_matching_ngram_size)

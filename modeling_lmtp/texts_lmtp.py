@@ -1,0 +1,61 @@
+"""The tokens generated so far, row by row, and who is told of them.
+
+Shapes: `B` rows, `L` prompt length.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from transformers.generation.streamers import BaseStreamer
+
+from .walking_lmtp import Walk
+
+
+class Texts:
+    """What each row of a call has emitted.
+
+    Args:
+        prompts: `(B, L)`.
+        pad_token_id: what follows a row that has ended before others.
+        streamer: receives each token once, in order.
+
+    Attributes:
+        emitted: per row the tokens after its prompt.
+        acceptance_lengths: per row the tokens that each pass gave, that of the prompt left out.
+    """
+
+    def __init__(
+        self, prompts: torch.Tensor, pad_token_id: int, streamer: BaseStreamer | None = None
+    ) -> None:
+        self.prompts = prompts
+        self.pad_token_id = pad_token_id
+        self.streamer = streamer
+        self.emitted: list[list[int]] = [[] for _ in prompts]
+        self.acceptance_lengths: list[list[int]] = [[] for _ in prompts]
+        self._num_streamed = 0
+
+    def length(self, row: int) -> int:
+        """Return how long a row is, with its prompt."""
+        return self.prompts.shape[1] + len(self.emitted[row])
+
+    def emit(self, rows: Sequence[int], walks: Sequence[Walk]) -> None:
+        """Take up the tokens of the rows walked."""
+        for row, walked in zip(rows, walks, strict=True):
+            if self.emitted[row]:
+                self.acceptance_lengths[row].append(len(walked.tokens))
+            self.emitted[row] += walked.tokens
+        if self.streamer is not None:
+            for token in self.padded()[self._num_streamed :]:
+                self.streamer.put(torch.tensor(token))
+            self._num_streamed = max(len(tokens) for tokens in self.emitted)
+
+    def padded(self) -> list[list[int]]:
+        """Return the emitted tokens step by step, one of each row."""
+        longest = max(len(tokens) for tokens in self.emitted)
+        padded = [tokens + [self.pad_token_id] * (longest - len(tokens)) for tokens in self.emitted]
+        return [list(step) for step in zip(*padded, strict=True)]
+
+    def sequences(self) -> torch.Tensor:
+        """Return prompts and texts, `(B, L + …)`."""
+        emitted = torch.tensor(self.padded(), dtype=self.prompts.dtype).T
+        return torch.cat([self.prompts, emitted.to(self.prompts.device)], dim=-1)
