@@ -235,59 +235,62 @@ def verify(
     dtype: Dtype = "float32",
     output: Annotated[Path | None, typer.Option(help="Write the figures as JSON.")] = None,
 ) -> None:
-    """Check that L-MTP generates what plain decoding generates; exits with 1 if it does not."""
-    import torch
+    """Check that L-MTP generates what plain decoding generates; exits with 1 if it does not.
 
-    from modeling_lmtp.conversion.exactness import SAMPLING, drafts_to_try, verify_exactness
+    In 16 bits, tokens may differ where the plain model's two best logits nearly tie; each such place
+    is reported, and told from an error.
+    """
+    from modeling_lmtp.conversion.exactness import exactness_record, verify_exactness
     from modeling_lmtp.conversion.loading import (
         first_prompts,
         load_lmtp,
         load_tokenizer,
         prompt_tensors,
     )
-    from modeling_lmtp.support_lmtp import decoding_tier
-    from modeling_lmtp.training.saving import versions
+    from modeling_lmtp.support_lmtp import Tier, decoding_support
 
     texts = first_prompts(prompts, field, num_prompts)
     model = load_lmtp(checkpoint, dtype)
+    support = decoding_support(model.backbone)
+    console.print(
+        f"Tier: {support.tier.value} ({support.reason}; {dtype}, {model.device.type}, "
+        f"{model.backbone.config._attn_implementation} attention); rows of a batch "
+        f"{'may accept different lengths' if support.ragged else 'go in step'}."
+    )
+    if support.tier is Tier.REFUSED:
+        raise typer.Exit(1)
     tensors = prompt_tensors(load_tokenizer(checkpoint), texts, model.device)
     results = verify_exactness(model, tensors, max_new_tokens, seed=seed)
-    table = Table("decoding", "equal texts", "tokens per step", "first differences (top-two gap)")
+    table = Table("decoding", "equal texts", "tokens per step", "tokens differing*", "errors")
     for name, result in results.items():
-        gaps = [
-            f"{pair.first_difference} ({pair.top_two_gap:.2g})"
-            for pair in result.pairs
-            if not pair.is_equal
+        summary = result.summary()
+        places = [
+            f"{found.position} ({found.top_two_gap:.2g}/{found.rounding:.2g})"
+            for found in result.divergences[:5]
         ]
         table.add_row(
             name,
             f"{result.num_equal} of {len(result.pairs)}",
             f"{result.median('tokens_per_step'):.2f}",
-            ", ".join(gaps) or "none",
+            f"{summary['share_of_tokens_differing']:.2%} {', '.join(places)}",
+            str(result.num_errors),
         )
-    console.print(f"Tier: {decoding_tier(model.backbone).value} ({dtype}, {model.device})")
     console.print(table)
+    console.print(
+        "* Their share; of the first ones the position, and in brackets the gap between the plain "
+        "model's two best logits there and the rounding of the logits. A gap beyond twice the "
+        "rounding is an error. Sampling stops counting at a text's first difference."
+    )
     if output is not None:
-        figures = {name: result.summary() for name, result in results.items()}
-        record = {
-            "command": "lmtp verify",
-            "base_model": model.config.base_model_name_or_path,
-            "leap_offsets": model.config.leap_offsets,
-            "head_context": model.config.head_context,
-            "drafts": drafts_to_try(model),
+        conditions = {
             "prompts": prompts.name,
             "max_new_tokens": max_new_tokens,
-            "sampling": SAMPLING,
             "seed": seed,
             "dtype": dtype,
-            "device": str(model.device),
-            "threads": torch.get_num_threads(),
-            "batch_size": 1,
-            "versions": versions(),
-            "results": figures,
         }
+        record = exactness_record(model, results, conditions)
         output.write_text(json.dumps(record, indent=2) + "\n")
-    if any(result.num_equal < len(result.pairs) for result in results.values()):
+    if any(result.num_errors for result in results.values()):
         raise typer.Exit(1)
 
 

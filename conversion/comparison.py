@@ -8,13 +8,14 @@ drafting-and-verifying step over that of a plain step. *Speed-up* is τ / step c
 import statistics
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
 from tqdm.auto import tqdm
 from transformers.generation.streamers import BaseStreamer
 
+from modeling_lmtp.conversion.divergence import Divergence, divergences, judge
 from modeling_lmtp.modeling_lmtp import LMTPForCausalLM
 
 
@@ -45,8 +46,8 @@ class Pair:
         plain_ids, lmtp_ids: the new tokens.
         plain_seconds, lmtp_seconds: decoding time, the prefill left out.
         steps: L-MTP's backbone passes after the prefill.
-        top_two_gap: where the texts part, the plain model's best logit minus its second best; None
-            if they are equal.
+        divergences: where the texts part. In greedy decoding, all tokens decided differently along
+            the plain text; in sampling, the first.
     """
 
     plain_ids: list[int]
@@ -54,18 +55,12 @@ class Pair:
     plain_seconds: float
     lmtp_seconds: float
     steps: int
-    top_two_gap: float | None
+    divergences: list[Divergence]
 
     @property
     def is_equal(self) -> bool:
         """Whether both ways gave the same tokens."""
         return self.plain_ids == self.lmtp_ids
-
-    @property
-    def first_difference(self) -> int:
-        """How many tokens agree before the first that differs."""
-        agree = [a == b for a, b in zip(self.plain_ids, self.lmtp_ids, strict=False)]
-        return agree.index(False) if False in agree else len(agree)
 
     @property
     def tokens_per_step(self) -> float:
@@ -95,6 +90,16 @@ class Comparison:
         """How many prompts gave the same tokens both ways."""
         return sum(pair.is_equal for pair in self.pairs)
 
+    @property
+    def divergences(self) -> list[Divergence]:
+        """All tokens decided differently."""
+        return [divergence for pair in self.pairs for divergence in pair.divergences]
+
+    @property
+    def num_errors(self) -> int:
+        """How many of them rounding does not explain."""
+        return sum(divergence.is_error for divergence in self.divergences)
+
     def median(self, name: str) -> float:
         """Return the median over prompts of a property of `Pair`."""
         return statistics.median(getattr(pair, name) for pair in self.pairs)
@@ -102,14 +107,15 @@ class Comparison:
     def summary(self) -> dict[str, Any]:
         """Return the comparison as JSON-serialisable figures."""
         figures = ("tokens_per_step", "step_cost", "speed_up")
-        differing = [pair for pair in self.pairs if not pair.is_equal]
+        num_tokens = sum(len(pair.plain_ids) for pair in self.pairs)
         return {
             "prompts": len(self.pairs),
-            "new_tokens": sum(len(pair.plain_ids) for pair in self.pairs),
+            "new_tokens": num_tokens,
             "equal": self.num_equal,
+            "share_of_tokens_differing": len(self.divergences) / num_tokens,
             "differences": [
-                {"after_tokens": pair.first_difference, "top_two_gap": pair.top_two_gap}
-                for pair in differing
+                {**asdict(divergence), "is_error": divergence.is_error}
+                for divergence in self.divergences
             ],
             **{
                 name: {
@@ -150,29 +156,37 @@ def compare(
         plain = _generate(model, input_ids, seed, {**options, "use_lmtp": False})
         for name, way in ways.items():
             lmtp = _generate(model, input_ids, seed, {**options, "use_lmtp": True, **way})
-            pairs[name].append(_pair(model, input_ids.shape[1], plain, lmtp))
+            pair = _pair(input_ids.shape[1], plain, lmtp)
+            if not pair.is_equal:
+                found = _divergences(model, input_ids, pair, {**options, **way})
+                pair = replace(pair, divergences=found)
+            pairs[name].append(pair)
     return {name: Comparison(found) for name, found in pairs.items()}
 
 
-def _pair(
-    model: LMTPForCausalLM,
-    prompt_length: int,
-    plain: tuple[Any, TokenClock],
-    lmtp: tuple[Any, TokenClock],
-) -> Pair:
+def _pair(prompt_length: int, plain: tuple[Any, TokenClock], lmtp: tuple[Any, TokenClock]) -> Pair:
     (plain_output, plain_clock), (lmtp_output, lmtp_clock) = plain, lmtp
-    pair = Pair(
+    return Pair(
         plain_ids=plain_output.sequences[0, prompt_length:].tolist(),
         lmtp_ids=lmtp_output.sequences[0, prompt_length:].tolist(),
         plain_seconds=plain_clock.decoding_seconds,
         lmtp_seconds=lmtp_clock.decoding_seconds,
         steps=len(lmtp_output.acceptance_lengths[0]),
-        top_two_gap=None,
+        divergences=[],
     )
-    if pair.is_equal:
-        return pair
-    gap = _top_two_gap(model, plain_output.sequences, prompt_length, pair)
-    return replace(pair, top_two_gap=gap)
+
+
+def _divergences(
+    model: LMTPForCausalLM, prompt: torch.Tensor, pair: Pair, options: dict[str, Any]
+) -> list[Divergence]:
+    """All of them where the text is the model's own; a sampled one cannot be taken up again midway."""
+    options = {name: value for name, value in options.items() if name != "max_new_tokens"}
+    if not options.get("do_sample"):
+        return divergences(model, prompt, pair.plain_ids, pair.lmtp_ids, **options)
+    agree = [a == b for a, b in zip(pair.plain_ids, pair.lmtp_ids, strict=False)]
+    position = agree.index(False) if False in agree else len(agree)
+    known = torch.cat([prompt, prompt.new_tensor([pair.plain_ids[:position]])], dim=-1)
+    return [judge(model, known, position, is_sampled=True)]
 
 
 def _generate(
@@ -189,13 +203,3 @@ def _generate(
         **options,
     )
     return output, clock
-
-
-@torch.no_grad()
-def _top_two_gap(
-    model: LMTPForCausalLM, sequences: torch.Tensor, prompt_length: int, pair: Pair
-) -> float:
-    known = sequences[:, : prompt_length + pair.first_difference]
-    logits = model(input_ids=known).logits[0, -1].float()
-    best, second = logits.topk(2).values.tolist()
-    return float(best - second)

@@ -214,9 +214,8 @@ def _print_figures(console: Console, comparisons: dict[str, Comparison], recipe:
     )
     for dtype, comparison in comparisons.items():
         parted = [
-            f"after {pair.first_difference} ({pair.top_two_gap:.3f})"
-            for pair in comparison.pairs
-            if not pair.is_equal
+            f"after {divergence.position} ({divergence.top_two_gap:.3f})"
+            for divergence in comparison.divergences
         ]
         table.add_row(
             dtype,

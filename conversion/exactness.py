@@ -8,7 +8,8 @@ import torch
 from modeling_lmtp.conversion.comparison import Comparison, compare
 from modeling_lmtp.leaps_lmtp import drafts
 from modeling_lmtp.modeling_lmtp import LMTPForCausalLM
-from modeling_lmtp.support_lmtp import Tier, decoding_tier
+from modeling_lmtp.support_lmtp import Tier, decoding_support, decoding_tier
+from modeling_lmtp.training.saving import versions
 from modeling_lmtp.tree_lmtp import DraftTree, grow_tree
 
 SAMPLING = {"do_sample": True, "temperature": 0.8, "top_p": 0.95, "top_k": 50}
@@ -70,3 +71,34 @@ def verify_exactness(
         )
         results.update({f"{mode}, {draft}": found for draft, found in comparisons.items()})
     return results
+
+
+def exactness_record(
+    model: LMTPForCausalLM, results: dict[str, Comparison], conditions: dict[str, Any]
+) -> dict[str, Any]:
+    """Return the results with all their conditions, JSON-serialisable.
+
+    Args:
+        model: the checkpoint that was verified.
+        results: by `verify_exactness`.
+        conditions: the caller's own, such as the prompts' file.
+    """
+    support = decoding_support(model.backbone)
+    return {
+        "command": "lmtp verify",
+        "base_model": model.config.base_model_name_or_path,
+        "leap_offsets": model.config.leap_offsets,
+        "head_context": model.config.head_context,
+        "tier": support.tier.value,
+        "reason": support.reason,
+        "ragged_batches": support.ragged,
+        "drafts": drafts_to_try(model),
+        **conditions,
+        "sampling": SAMPLING,
+        "device": str(model.device),
+        "attention": model.backbone.config._attn_implementation,
+        "threads": torch.get_num_threads(),
+        "batch_size": 1,
+        "versions": versions(),
+        "results": {name: result.summary() for name, result in results.items()},
+    }

@@ -43,13 +43,16 @@ class PromptLookupDrafter(Drafter):
         return Candidates.of_rows([DraftTree.chain(len(row)) for row in found], found, input_ids)
 
     def _continuation(self, tokens: torch.Tensor, length: int) -> list[int]:
-        """Return at most `length` tokens that may follow `tokens` `(L,)`."""
+        """Return `length` tokens that may follow `tokens` `(L,)`, or none.
+
+        Where the copy reaches the end of the text it goes on with itself: the text may be periodic.
+        """
         for size in self.ngram_sizes:
             if len(tokens) <= size:
                 continue
             ngrams = tokens[:-1].unfold(0, size, 1)  # all but the last itself
             matches = (ngrams == tokens[-size:]).all(dim=-1).nonzero()
             if len(matches):
-                start = int(matches[-1]) + size
-                return tokens[start : start + length].tolist()
+                copied = tokens[int(matches[-1]) + size :].tolist()
+                return [copied[i % len(copied)] for i in range(length)]
         return []

@@ -22,6 +22,7 @@ TREE = DraftTree.from_paths(
 )
 RIGHT_PATH = (1, 2, 0, 1)
 
+SHIFT = 7
 # Whether the candidate for the token at an index, counted from 0 at the prompt's start, is right
 Rule = Callable[[int], bool]
 
@@ -48,7 +49,8 @@ class Oracle(Drafter):
     Args:
         tokens: prompts and continuations, `(B, L)`.
         tree: a chain, or `TREE`.
-        right: whether the candidate for a token is right.
+        right: whether the candidate for a token is right, asked with an index that is shifted from
+            row to row, so that rows differ.
         right_depth: candidates deeper than this are wrong.
     """
 
@@ -99,7 +101,7 @@ class Oracle(Drafter):
             is_right = (
                 path == right_path[:depth]
                 and depth <= self.right_depth
-                and self.right(known + depth - 1)
+                and self.right(known + depth - 1 + SHIFT * self.texts.index(text))
             )
             candidates.append(answer if is_right else (answer + node) % 96)
         return candidates

@@ -90,6 +90,21 @@ def test_verify_finds_equal_texts_and_writes_the_figures(folder, checkpoint, tmp
     results = json.loads(figures.read_text())["results"]
     assert set(results) == {"greedy, chain", "greedy, tree", "sampling, chain", "sampling, tree"}
     assert all(result["equal"] == result["prompts"] == 3 for result in results.values())
+    assert result.output.startswith(
+        "Tier: tree (trees come out exact; float32, cpu, sdpa attention)"
+    )
+
+
+def test_verify_in_sixteen_bits_fails_only_where_rounding_is_no_excuse(
+    folder, checkpoint, tmp_path
+):
+    figures = tmp_path / "figures.json"
+    arguments = ["--prompts", folder / "prompts.jsonl", "--num-prompts", 3, "--max-new-tokens", 16]
+    result = lmtp("verify", checkpoint, *arguments, "--dtype", "bfloat16", "--output", figures)
+    assert result.exit_code == 0, result.output
+    found = json.loads(figures.read_text())["results"]["greedy, tree"]
+    assert found["equal"] <= found["prompts"] == 3
+    assert not any(difference["is_error"] for difference in found["differences"])
 
 
 def test_verify_fails_where_texts_differ(folder, checkpoint, monkeypatch):

@@ -1,0 +1,81 @@
+"""Where texts part is told by position, and a near-tie from an error."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from architectures import tiny_causal_lm
+
+from modeling_lmtp import LMTPForCausalLM
+from modeling_lmtp.conversion.comparison import compare
+from modeling_lmtp.conversion.divergence import Divergence, judge
+
+PROMPT = torch.tensor([[3, 17, 5, 9, 44]])
+OPTIONS = {"do_sample": False, "max_new_tokens": 24, "eos_token_id": None, "progress": False}
+
+
+def model_that_errs(monkeypatch, positions: set[int], wrong: int = 1) -> LMTPForCausalLM:
+    """L-MTP emits another token at these positions, and goes on from it."""
+    model = LMTPForCausalLM.from_backbone(tiny_causal_lm("llama"), leap_offsets=(2, 3, 5))
+    right = model.generate
+
+    def generate(inputs, *, use_lmtp, **options):
+        if not use_lmtp:
+            return right(inputs, use_lmtp=False, **options)
+        first = min((p for p in positions if p >= inputs.shape[1] - 5), default=None)
+        output = right(inputs, use_lmtp=True, **options)
+        tokens = output if torch.is_tensor(output) else output.sequences
+        if first is not None:
+            tokens[0, 5 + first] = (tokens[0, 5 + first] + wrong) % 96
+        return output
+
+    monkeypatch.setattr(model, "generate", generate)
+    return model
+
+
+@pytest.mark.parametrize("positions", [set(), {0}, {3, 4, 17}, {23}, {0, 23}], ids=str)
+def test_every_token_decided_differently_is_found(monkeypatch, positions):
+    model = model_that_errs(monkeypatch, positions)
+    found = compare(model, [PROMPT], {"chain": {}}, **OPTIONS)["chain"]
+    assert [divergence.position for divergence in found.divergences] == sorted(positions)
+    assert found.num_errors == len(positions)
+    summary = found.summary()
+    assert summary["share_of_tokens_differing"] == len(positions) / 24
+    assert summary["equal"] == (0 if positions else 1)
+    assert all(difference["is_error"] for difference in summary["differences"])
+
+
+def test_a_sampled_text_tells_its_first_difference(monkeypatch):
+    model = model_that_errs(monkeypatch, {7, 9})
+    options = {**OPTIONS, "do_sample": True, "seed": 1}
+    found = compare(model, [PROMPT], {"chain": {}}, **options)["chain"]
+    assert [divergence.position for divergence in found.divergences] == [7]
+
+
+def test_a_gap_is_the_plain_model_s():
+    model = LMTPForCausalLM.from_backbone(tiny_causal_lm("llama"))
+    with torch.no_grad():
+        best, second = model(PROMPT).logits[0, -1].topk(2).values.tolist()
+    found = judge(model, PROMPT, 3)
+    assert found.position == 3
+    assert found.top_two_gap == pytest.approx(best - second, abs=1e-5)
+    assert 0 <= found.rounding < 1e-4
+    assert found.is_error
+
+
+def test_two_tokens_with_the_same_logit_are_a_near_tie():
+    backbone = tiny_causal_lm("llama", vocab_size=96)
+    with torch.no_grad():
+        best = int(backbone(PROMPT).logits[0, -1].argmax())
+        backbone.lm_head.weight[(best + 1) % 96] = backbone.lm_head.weight[best]
+    assert not judge(LMTPForCausalLM.from_backbone(backbone), PROMPT, 0).is_error
+
+
+def test_rounding_explains_a_gap_up_to_twice_as_large():
+    assert not Divergence(0, top_two_gap=0.2, rounding=0.1).is_error
+    assert Divergence(0, top_two_gap=0.21, rounding=0.1).is_error
+
+
+def test_a_draw_is_an_error_only_where_nothing_is_rounded_much():
+    assert not Divergence(0, top_two_gap=3.0, rounding=0.1, is_sampled=True).is_error
+    assert Divergence(0, top_two_gap=3.0, rounding=1e-5, is_sampled=True).is_error

@@ -1,0 +1,308 @@
+"""Ways to draft: dynamic trees, prompt lookup, drafters merged, forward decoding, typical acceptance."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from architectures import tiny_causal_lm
+from drafters import CHAIN, TREE, Oracle
+from transformers import GenerationConfig
+
+from modeling_lmtp import LMTPForCausalLM
+from modeling_lmtp.composition_lmtp import ForwardDrafter, MergedDrafter, merge_trees
+from modeling_lmtp.drafting_lmtp import Candidates, Drafter
+from modeling_lmtp.leap_drafter_lmtp import DynamicLeapHeadDrafter
+from modeling_lmtp.lookup_lmtp import PromptLookupDrafter
+from modeling_lmtp.settings_lmtp import LMTPSettings
+from modeling_lmtp.support_lmtp import Tier
+from modeling_lmtp.tree_lmtp import MAX_NODES, DraftTree
+from modeling_lmtp.walking_lmtp import TypicalRule
+
+PROMPT = torch.tensor([[3, 17, 5, 9, 44, 3, 17, 5]])
+BATCH = torch.tensor([[0, 0, 3, 17, 5], [8, 31, 8, 31, 8]])
+BATCH_MASK = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1]])
+GREEDY = {"do_sample": False, "max_new_tokens": 40}
+
+
+def wrapped(architecture: str = "llama", **settings) -> LMTPForCausalLM:
+    """Random heads over twelve tokens, so that they are right now and then."""
+    model = LMTPForCausalLM.from_backbone(
+        tiny_causal_lm(architecture, vocab_size=12), leap_offsets=(2, 3, 5), **settings
+    )
+    generator = torch.Generator().manual_seed(6)
+    for parameter in model.leap_heads.parameters():
+        parameter.data += torch.randn(parameter.shape, generator=generator) * 0.2
+    return model
+
+
+def small(tokens: torch.Tensor) -> torch.Tensor:
+    return tokens % 12
+
+
+def generate(model, prompt: torch.Tensor = PROMPT, mask: torch.Tensor | None = None, **options):
+    mask = torch.ones_like(prompt) if mask is None else mask
+    torch.manual_seed(4)
+    return model.generate(
+        small(prompt), attention_mask=mask, return_dict_in_generate=True, **options
+    )
+
+
+STRATEGIES = {
+    "static tree": {"draft_tree": [(0,), (1,), (2,), (0, 0), (0, 1), (1, 0), (0, 0, 0)]},
+    "dynamic tree": {"draft_nodes": 9},
+    "lookup": {"prompt_lookup_num_tokens": 5},
+    "lookup and chain of none": {"prompt_lookup_num_tokens": 5, "draft_length": 0},
+    "lookup and dynamic tree": {"prompt_lookup_num_tokens": 5, "draft_nodes": 9},
+    "forward": {"forward_decoding": True},
+    "forward, dynamic tree": {"forward_decoding": True, "draft_nodes": 9},
+}
+
+
+@pytest.mark.parametrize("batch", [False, True], ids=["one", "batch"])
+@pytest.mark.parametrize("architecture", ["llama", "gemma2", "bloom", "lfm2"])
+@pytest.mark.parametrize("settings", STRATEGIES.values(), ids=STRATEGIES.keys())
+def test_every_strategy_emits_plain_tokens(architecture, settings, batch):
+    model = wrapped(architecture)
+    prompt, mask = (BATCH, BATCH_MASK) if batch else (PROMPT, None)
+    plain = generate(model.backbone, prompt, mask, **GREEDY).sequences
+    output = generate(model, prompt, mask, use_lmtp=True, **settings, **GREEDY)
+    assert output.sequences.tolist() == plain.tolist()
+    assert max(itertools.chain(*output.acceptance_lengths)) > 1
+
+
+@pytest.mark.parametrize("settings", STRATEGIES.values(), ids=STRATEGIES.keys())
+def test_strategies_may_stand_in_the_generation_config(settings):
+    model = wrapped()
+    expected = generate(model, use_lmtp=True, **settings, **GREEDY)
+    config = GenerationConfig(use_lmtp=True, **settings, **GREEDY)
+    in_call = generate(model, generation_config=config)
+    for name, value in {"use_lmtp": True, **settings}.items():
+        setattr(model.generation_config, name, value)
+    in_model = generate(model, **GREEDY)
+    for output in (in_call, in_model):
+        assert output.sequences.tolist() == expected.sequences.tolist()
+        assert output.acceptance_lengths == expected.acceptance_lengths
+    without = generate(model, use_lmtp=False, prompt_lookup_num_tokens=None, **GREEDY)
+    assert without.sequences.tolist() == expected.sequences.tolist()
+
+
+# Dynamic trees
+
+
+def test_a_dynamic_tree_holds_the_paths_most_probable_for_this_state():
+    model = wrapped()
+    drafter = model._drafter(LMTPSettings(draft_nodes=7), Tier.TREE)
+    assert isinstance(drafter, DynamicLeapHeadDrafter)
+    hidden_states = torch.randn(3, 3, 32, generator=torch.Generator().manual_seed(1))
+    input_ids = small(torch.arange(24).reshape(3, 8))
+    candidates = drafter.draft(input_ids, hidden_states, max_depth=3)
+    with torch.no_grad():
+        probabilities = drafter._logits(input_ids, hidden_states, 3).softmax(-1)
+    for row, tree in enumerate(candidates.trees):
+        value = {
+            tokens: torch.stack([probabilities[row, a, token] for a, token in enumerate(tokens)])
+            .prod()
+            .item()
+            for depth in (1, 2, 3)
+            for tokens in itertools.product(range(12), repeat=depth)
+        }
+        best = sorted(value, key=value.__getitem__, reverse=True)[:7]
+        assert set(token_paths(tree, candidates.token_ids[row].tolist())) == set(best)
+    assert len(set(candidates.trees)) > 1  # rows have trees of their own
+
+
+def token_paths(tree: DraftTree, token_ids: list[int]) -> list[tuple[int, ...]]:
+    paths: list[tuple[int, ...]] = [()]
+    for parent, token in zip(tree.parents, token_ids, strict=False):
+        paths.append((*paths[parent], token))
+    return paths[1:]
+
+
+def test_a_dynamic_tree_is_no_deeper_than_there_is_room():
+    drafter = wrapped()._drafter(LMTPSettings(draft_nodes=30), Tier.TREE)
+    hidden_states = torch.randn(1, 3, 32)
+    for room, depth in ((0, 0), (1, 1), (2, 2), (9, 4)):
+        candidates = drafter.draft(small(PROMPT), hidden_states, room)
+        assert max(tree.depth for tree in candidates.trees) == depth
+
+
+# Prompt lookup
+
+LOOKUPS = {
+    "the last n-gram's continuation": ([1, 2, 3, 4, 1, 2], [3, 4, 1]),
+    "the latest of several": ([1, 2, 3, 1, 2, 5, 1, 2], [5, 1, 2]),
+    "the longest n-gram first": ([7, 1, 2, 3, 1, 2, 5, 7, 1, 2], [3, 1, 2]),
+    "a repeated token": ([6, 6, 6], [6, 6, 6]),
+    "a period": ([9, 1, 2, 1, 2, 1, 2], [1, 2, 1]),
+    "no match": ([1, 2, 3, 4], []),
+    "one token alone is no match": ([1, 2, 1], []),
+    "a single token": ([1], []),
+}
+
+
+@pytest.mark.parametrize(("tokens", "expected"), LOOKUPS.values(), ids=LOOKUPS.keys())
+def test_lookup_proposes(tokens, expected):
+    candidates = PromptLookupDrafter(3).draft(torch.tensor([tokens]), torch.zeros(1, 1, 1), 9)
+    assert candidates.is_chain
+    assert candidates.token_ids[0].tolist() == expected
+
+
+def test_rows_are_looked_up_apart_and_padded():
+    tokens = torch.tensor([[1, 2, 3, 4, 1, 2], [1, 2, 3, 4, 5, 6], [6, 6, 6, 6, 6, 6]])
+    candidates = PromptLookupDrafter(3).draft(tokens, torch.zeros(3, 1, 1), 2)
+    assert [tree.num_nodes for tree in candidates.trees] == [2, 0, 2]
+    assert candidates.token_ids[0].tolist() == [3, 4]
+    assert candidates.token_ids[2].tolist() == [6, 6]
+
+
+@pytest.mark.parametrize("settings", [{}, {"draft_nodes": 6}], ids=["chain", "dynamic tree"])
+def test_lookup_makes_a_text_that_repeats_itself_cheaper(settings):
+    model = wrapped()
+    options = {**GREEDY, "max_new_tokens": 200, "use_lmtp": True, **settings}
+    alone = generate(model, **options)
+    together = generate(model, prompt_lookup_num_tokens=8, **options)
+    assert together.sequences.tolist() == alone.sequences.tolist()
+    assert len(together.acceptance_lengths[0]) < len(alone.acceptance_lengths[0])
+    assert max(together.acceptance_lengths[0]) > 5  # deeper than the heads draft
+
+
+# Drafters that are merged
+
+
+def test_merged_trees_hold_all_paths_once():
+    generator = torch.Generator().manual_seed(3)
+    for _ in range(50):
+        proposals = [random_proposal(generator) for _ in range(3)]
+        tree, token_ids = merge_trees(proposals)
+        wanted = {path for proposal in proposals for path in token_paths(*proposal)}
+        merged = token_paths(tree, token_ids)
+        assert len(merged) == len(set(merged)) == tree.num_nodes
+        assert set(merged) == wanted
+        assert list(tree.depths) == sorted(tree.depths)  # so that it can be cut
+        for node, children in enumerate(tree.children):
+            ranks = [tree.ranks[child - 1] for child in children]
+            assert ranks == list(range(len(children))), (node, ranks)
+
+
+def random_proposal(generator: torch.Generator) -> tuple[DraftTree, list[int]]:
+    paths: list[tuple[int, ...]] = [()]
+    for _ in range(6):
+        parent = paths[int(torch.randint(len(paths), (), generator=generator))]
+        rank = sum(1 for path in paths if path[:-1] == parent and len(path) == len(parent) + 1)
+        paths.append((*parent, rank))
+    tree = DraftTree.from_paths(paths[1:])
+    return tree, torch.randint(4, (tree.num_nodes,), generator=generator).tolist()
+
+
+def test_a_full_tree_takes_what_comes_first():
+    first = (DraftTree.chain(60), list(range(60)))
+    second = (DraftTree.from_paths([(0,), (1,), (2,), (3,), (3, 0)]), [0, 80, 81, 82, 83])
+    tree, token_ids = merge_trees([first, second])
+    assert tree.num_nodes == MAX_NODES - 1
+    paths = token_paths(tree, token_ids)
+    assert tuple(range(60)) in paths
+    assert {(80,), (81,), (82,)} <= set(paths)
+    assert (82, 83) not in paths
+
+
+class Fixed(Drafter):
+    """Always proposes the same."""
+
+    def __init__(self, *proposals: tuple[DraftTree, list[int]]) -> None:
+        self.proposals = proposals
+
+    def draft(self, input_ids, hidden_states, max_depth):
+        trees, token_ids = zip(*self.proposals, strict=True)
+        return Candidates.of_rows(trees, token_ids, input_ids)
+
+
+def test_where_only_chains_can_be_verified_the_first_proposal_is_taken():
+    nothing, some, more = ((DraftTree.chain(n), list(range(n))) for n in (0, 2, 3))
+    merged = MergedDrafter([Fixed(nothing, some), Fixed(more, more)], takes_trees=False)
+    candidates = merged.draft(torch.zeros(2, 4, dtype=torch.long), torch.zeros(2, 1, 1), 9)
+    assert candidates.trees == (more[0], some[0])
+    assert candidates.token_ids.tolist() == [[0, 1, 2], [0, 1, 0]]
+
+
+def test_merged_drafters_see_all_the_states_they_ask_for():
+    model = LMTPForCausalLM.from_backbone(tiny_causal_lm("llama"))
+    plain = generate(model.backbone, **GREEDY).sequences
+    oracle = Oracle(plain, TREE)
+    merged = MergedDrafter([PromptLookupDrafter(4), oracle])
+    assert merged.num_states == oracle.num_states
+    output = generate(model, use_lmtp=True, drafter=merged, **GREEDY)
+    assert output.sequences.tolist() == plain.tolist()
+    assert min(output.acceptance_lengths[0][:-1]) == 5
+
+
+# Forward decoding
+
+
+def test_forward_decoding_runs_a_plain_pass_before_each_draft():
+    model = wrapped()
+    plain = generate(model.backbone, **GREEDY).sequences
+    output = generate(model, use_lmtp=True, drafter=ForwardDrafter(Oracle(plain, CHAIN)), **GREEDY)
+    assert output.sequences.tolist() == plain.tolist()
+    assert output.acceptance_lengths[0] == [1, 5] * 6 + [1, 2]
+
+
+# Typical acceptance
+
+
+def test_typical_acceptance_warns_that_it_is_lossy(caplog):
+    model = wrapped()
+    generate(model, use_lmtp=True, acceptance_rule="typical", **GREEDY)
+    assert "acceptance_rule='typical' is lossy" in caplog.text
+
+
+def test_typical_acceptance_takes_what_the_formula_lets_pass():
+    rule = TypicalRule(threshold=0.3, alpha=0.9)
+    probabilities = torch.tensor([[0.5, 0.25, 0.15, 0.1]])
+    entropy = -(probabilities * probabilities.log()).sum()
+    bound = min(0.3, 0.9 * torch.exp(-entropy).item())
+    assert 0.25 < bound < 0.5
+    assert rule.take(probabilities.log(), [1, 0, 3]) == 0
+    assert rule.take(probabilities.log(), [1, 3]) is None
+    assert rule.take(probabilities.log(), []) is None
+    assert TypicalRule(0.2, 0.9).take(probabilities.log(), [2, 1]) == 1
+
+
+@pytest.mark.parametrize("batch", [False, True], ids=["one", "batch"])
+def test_typical_acceptance_accepts_more_than_the_exact_rule(batch):
+    model = wrapped()
+    prompt, mask = (BATCH, BATCH_MASK) if batch else (PROMPT, None)
+    options = {**GREEDY, "draft_nodes": 12, "use_lmtp": True}
+    exact = generate(model, prompt, mask, **options)
+    typical = generate(
+        model, prompt, mask, **options, acceptance_rule="typical", posterior_threshold=0.01
+    )
+    assert typical.sequences.shape == exact.sequences.shape
+    assert typical.sequences.tolist() != exact.sequences.tolist()
+
+    def num_passes(output) -> int:
+        return sum(len(row) for row in output.acceptance_lengths)
+
+    assert num_passes(typical) < num_passes(exact)
+
+
+def test_typical_acceptance_where_nothing_is_offered_is_plain_decoding():
+    model = wrapped()
+    plain = generate(model.backbone, **GREEDY).sequences
+    output = generate(model, use_lmtp=True, acceptance_rule="typical", draft_length=0, **GREEDY)
+    assert output.sequences.tolist() == plain.tolist()
+
+
+def test_typical_acceptance_needs_rows_that_are_judged_apart():
+    model = wrapped()
+    with pytest.raises(ValueError, match="acceptance_rule='typical' judges every row by itself"):
+        generate(
+            model,
+            BATCH,
+            BATCH_MASK,
+            use_lmtp=True,
+            acceptance_rule="typical",
+            prefix_allowed_tokens_fn=lambda _row, _tokens: [1, 2],
+            **GREEDY,
+        )
