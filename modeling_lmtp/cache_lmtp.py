@@ -11,6 +11,9 @@ from typing import Any
 
 import torch
 from transformers import Cache, StaticCache
+from transformers.cache_utils import LinearAttentionCacheLayerMixin
+
+from .replay_lmtp import has_recurrent_states
 
 
 def check_cache(cache: Cache | None) -> None:
@@ -34,8 +37,19 @@ def check_cache(cache: Cache | None) -> None:
 
 
 def start_rollback(cache: Cache) -> None:
-    """Make layers that forget, such as sliding windows, keep what a rollback needs."""
-    cache.activate_past_recording()
+    """Make layers that forget, such as sliding windows, keep what a rollback needs.
+
+    Recurrent states cannot be rolled back by slots, see `replay_lmtp`.
+    """
+    if has_recurrent_states(cache):
+        layers = [
+            layer for layer in cache.layers if not isinstance(layer, LinearAttentionCacheLayerMixin)
+        ]
+    else:
+        layers = cache.layers
+    for layer in layers:
+        if hasattr(layer, "activate_past_recording"):
+            layer.activate_past_recording()
 
 
 def stop_rollback(cache: Cache) -> None:
@@ -146,6 +160,8 @@ def join_rows(cache: Cache, rows: Sequence[Cache]) -> None:
         if torch.is_tensor(getattr(layer, "keys", None)):
             layer.keys = torch.cat([part.keys for part in parts])
             layer.values = torch.cat([part.values for part in parts])
-        for index, states in getattr(layer, "conv_states", {}).items():
-            if states is not None:
-                layer.conv_states[index] = torch.cat([part.conv_states[index] for part in parts])
+        for name in ("conv_states", "recurrent_states"):
+            for index, states in getattr(layer, name, {}).items():
+                if torch.is_tensor(states):
+                    joined = torch.cat([getattr(part, name)[index] for part in parts])
+                    getattr(layer, name)[index] = joined

@@ -15,9 +15,10 @@ from transformers import GenerationConfig
 from transformers.utils import ModelOutput
 
 from .backbone_lmtp import unembedding_inputs
-from .cache_lmtp import start_rollback, stop_rollback
+from .cache_lmtp import stop_rollback
 from .drafting_lmtp import Candidates, Drafter
 from .outputs_lmtp import LMTPGenerateOutput, PassRecorder, ReturnedCache
+from .replay_lmtp import has_recurrent_states
 from .rows_lmtp import Rows
 from .texts_lmtp import Texts
 from .verification_lmtp import Verifier
@@ -58,7 +59,6 @@ class Decoder:
             returned = self._returned_cache(model_kwargs)
             prompt_states = torch.cat(states, dim=1)
             rows = Rows(self.texts.prompts, prompt_states, self.drafter.num_states, model_kwargs)
-            start_rollback(cache)
             with self.verifier.backbone._optimize_model_for_decode():
                 self._loop(rows, outputs.logits[:, -1:], states, recorder, returned)
         if returned is not None:
@@ -89,21 +89,18 @@ class Decoder:
 
         The drafter's states are those that the unembedding reads, so it must read as many.
         """
-        takes_logits_to_keep = "logits_to_keep" in model_kwargs
-        if takes_logits_to_keep:
+        if "logits_to_keep" in model_kwargs:
             model_kwargs["logits_to_keep"] = self.drafter.num_states
-        outputs = self.verifier.backbone._prefill(
+        return self.verifier.backbone._prefill(
             self.texts.prompts, self.generation_config, model_kwargs
         )
-        if takes_logits_to_keep:
-            model_kwargs["logits_to_keep"] = 0  # from now on, those of every node
-        return outputs
 
     def _returned_cache(self, model_kwargs: dict[str, Any]) -> ReturnedCache | None:
-        """A single row's cache is as plain decoding leaves it; several rows need putting together."""
-        if not self.returns_cache or len(self.texts.emitted) == 1:
-            return None
+        """A single row's slots are as plain decoding leaves them; anything else needs putting together."""
         cache = model_kwargs["past_key_values"]
+        is_simple = len(self.texts.emitted) == 1 and not has_recurrent_states(cache)
+        if is_simple or not self.returns_cache:
+            return None
         return ReturnedCache(self.verifier.backbone, cache, model_kwargs, self.texts)
 
     def _loop(
@@ -131,8 +128,10 @@ class Decoder:
                 return
             candidates = self._draft(rows)
             states.clear()  # the drafter may have called the unembedding, or a processor the backbone
-            outputs = self.verifier.verify(rows.input_ids, candidates, rows.model_kwargs)
-            logits, rows.new_states = outputs.logits, states[0]
+            outputs = self.verifier.verify(
+                rows.input_ids, candidates, rows.model_kwargs, rows.num_replayed
+            )
+            logits, rows.new_states = outputs.logits, states[0][:, rows.num_replayed :]
 
     def _drop_finished(
         self, rows: Rows, walks: Sequence[Walk], returned: ReturnedCache | None
@@ -140,7 +139,7 @@ class Decoder:
         """Take rows that have ended out of the batch; return whether any is left."""
         ended = [place for place, walked in enumerate(walks) if walked.finished]
         if returned is not None:
-            returned.take(ended, [rows.numbers[place] for place in ended])
+            returned.take(ended, [rows.numbers[place] for place in ended], rows.num_replayed)
         if ended and len(ended) < len(walks):
             rows.keep([place for place in range(len(walks)) if place not in ended])
         return len(ended) < len(walks)

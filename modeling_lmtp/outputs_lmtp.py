@@ -170,12 +170,18 @@ class ReturnedCache:
         self.prompt_slots = cache.get_seq_length()
         self.rows: dict[int, Cache] = {}
 
-    def take(self, places: Sequence[int], rows: Sequence[int]) -> None:
-        """Take rows that have ended out of the cache, as long as it holds them."""
+    def take(self, places: Sequence[int], rows: Sequence[int], num_replayed: int) -> None:
+        """Take rows that have ended out of the cache, as long as it holds them.
+
+        Args:
+            places: where the rows stand among those still in the cache.
+            rows: their numbers among those of the call.
+            num_replayed: how many of their tokens, beside the last, the cache lacks.
+        """
         for place, row in zip(places, rows, strict=True):
             taken = take_row(self.cache, place)
             # The last token is not in it yet, and the slots on the left are as the prompt had them
-            slots = self.prompt_slots + len(self.texts.emitted[row]) - 1
+            slots = self.prompt_slots + len(self.texts.emitted[row]) - 1 - num_replayed
             move_left(taken, taken.get_seq_length() - slots)
             self.rows[row] = taken
 

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from transformers import Cache
 
-from .cache_lmtp import keep_paths, move_left, select_rows
+from .cache_lmtp import keep_paths, move_left, select_rows, start_rollback
+from .replay_lmtp import MAX_REPLAY, Snapshot, has_recurrent_states
 from .walking_lmtp import Walk
 
 
@@ -27,6 +28,7 @@ class Rows:
 
     Attributes:
         numbers: each row's number among those of the call.
+        num_replayed: how many known tokens before the roots the cache lacks, see `replay_lmtp`.
     """
 
     def __init__(
@@ -46,6 +48,9 @@ class Rows:
         if self.model_kwargs.get("position_ids") is not None:
             self.model_kwargs["position_ids"] = self._last_positions()
         self._padding = self._count_padding()
+        self.num_replayed = 0
+        self._snapshot = Snapshot(self.cache) if has_recurrent_states(self.cache) else None
+        start_rollback(self.cache)
 
     def _last_positions(self) -> torch.Tensor:
         """Positions are counted on from the last ones, `(…, A, 1)`."""
@@ -67,7 +72,13 @@ class Rows:
             num_slots: `1 + N`, the slots that the last pass appended to the cache.
         """
         lengths = [len(walked.path) for walked in walks]
-        keep_paths(self.cache, [walked.path for walked in walks], num_slots)
+        if self._snapshot is None:
+            keep_paths(self.cache, [walked.path for walked in walks], num_slots)
+        elif min(lengths) == num_slots:
+            self._snapshot, self.num_replayed = Snapshot(self.cache), 0
+        else:
+            self._snapshot.restore(self.num_replayed + num_slots)
+            self.num_replayed += max(lengths)
         self._keep_states([walked.path for walked in walks])
         tokens = [walked.tokens for walked in walks]
         self.input_ids = _append(self.input_ids, tokens)
@@ -78,6 +89,11 @@ class Rows:
         ]
         if len(walks) > 1:
             self._move_left(min(self._padding))
+
+    @property
+    def must_settle(self) -> bool:
+        """Whether the next pass must run without candidates, because it runs much again."""
+        return self.num_replayed + 1 >= MAX_REPLAY
 
     def _keep_states(self, paths: Sequence[Sequence[int]]) -> None:
         states = torch.cat(
@@ -123,6 +139,8 @@ class Rows:
         """Keep these rows only, by their place among the present ones."""
         index = torch.tensor(kept)
         select_rows(self.cache, kept)
+        if self._snapshot is not None:
+            self._snapshot.keep(kept)
         self.numbers = [self.numbers[place] for place in kept]
         self._padding = [self._padding[place] for place in kept]
         self.input_ids = self.input_ids[index]

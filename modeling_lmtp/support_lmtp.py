@@ -12,14 +12,15 @@ from enum import Enum
 from typing import Any
 
 import torch
-from transformers import Cache, DynamicCache, PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from transformers.utils import logging
 
-from .cache_lmtp import keep_paths, start_rollback
 from .drafting_lmtp import Candidates
+from .rows_lmtp import Rows
 from .tree_lmtp import DraftTree
 from .verification_lmtp import Verifier
+from .walking_lmtp import Walk
 
 logger = logging.get_logger(__name__)
 
@@ -130,7 +131,7 @@ def _forward_parameters(backbone: PreTrainedModel) -> Collection[str]:
     return inspect.signature(backbone.forward).parameters
 
 
-def _new_cache(backbone: PreTrainedModel) -> Cache:
+def _new_cache(backbone: PreTrainedModel) -> DynamicCache:
     return DynamicCache(config=backbone.config.get_text_config(decoder=True))
 
 
@@ -190,31 +191,24 @@ def _verified_logits(
     node_ids = torch.full((len(trees), 1 + trees[0].num_nodes), rejected, device=tokens.device)
     for row, path in enumerate(paths):
         node_ids[row, list(path)] = tokens[row, length : length + len(path)]
-    cache = _new_cache(backbone)
-    backbone(input_ids=prompts, past_key_values=cache, use_cache=True)
-    start_rollback(cache)
-    verifier = Verifier(backbone)
-    roots = torch.cat([prompts, node_ids[:, :1]], dim=-1)
     candidates = Candidates(tuple(trees), node_ids[:, 1:])
-    on_paths = verifier.verify(roots, candidates, _model_kwargs(backbone, cache, roots, 0)).logits
-    keep_paths(cache, paths, 1 + candidates.num_nodes)
-
-    padding = torch.tensor([longest - len(path) for path in paths], device=tokens.device)[:, None]
-    ends = torch.stack([tokens[row, length + len(path)] for row, path in enumerate(paths)])
-    known = torch.cat([tokens[:, :-1], ends[:, None]], dim=-1)
-    after_kwargs = _model_kwargs(backbone, cache, known, padding)
-    after = verifier.verify(known, Candidates.none(known), after_kwargs).logits
-    return [torch.cat([on_paths[row, list(path)], after[row]]) for row, path in enumerate(paths)]
-
-
-def _model_kwargs(
-    backbone: PreTrainedModel, cache: Cache, known: torch.Tensor, padding: torch.Tensor | int
-) -> dict[str, Any]:
-    """What `generate` would keep for the known tokens `(B, L)`, after so much padding on the left."""
-    model_kwargs: dict[str, Any] = {"past_key_values": cache, "use_cache": True}
-    slots = torch.arange(known.shape[1], device=known.device).expand(len(known), -1)
+    model_kwargs: dict[str, Any] = {"past_key_values": _new_cache(backbone), "use_cache": True}
+    backbone(input_ids=prompts, **model_kwargs)
     if "position_ids" in _forward_parameters(backbone):
-        model_kwargs["position_ids"] = (slots - padding).clamp(min=0)
-    if torch.is_tensor(padding) and bool(padding.any()):
-        model_kwargs["attention_mask"] = (slots >= padding).long()
-    return model_kwargs
+        model_kwargs["position_ids"] = torch.arange(length, device=tokens.device)[None]
+
+    no_states = torch.zeros((len(trees), 1, 1), device=tokens.device)
+    rows, verifier = Rows(prompts, no_states, 1, model_kwargs), Verifier(backbone)
+    rows.commit([Walk(tokens=[int(root)]) for root in tokens[:, length]], 1)
+    on_paths = verifier.verify(rows.input_ids, candidates, rows.model_kwargs).logits
+    rows.new_states = no_states.expand(-1, 1 + candidates.num_nodes, 1)
+    rows.commit(
+        [
+            Walk(list(path), tokens[row, length + 1 : length + 1 + len(path)].tolist())
+            for row, path in enumerate(paths)
+        ],
+        1 + candidates.num_nodes,
+    )
+    none = Candidates.none(rows.input_ids)
+    after = verifier.verify(rows.input_ids, none, rows.model_kwargs, rows.num_replayed).logits
+    return [torch.cat([on_paths[row, list(path)], after[row]]) for row, path in enumerate(paths)]

@@ -37,7 +37,11 @@ class Verifier:
         self._kept: tuple[tuple[DraftTree, ...], _Arrangement] | None = None
 
     def verify(
-        self, input_ids: torch.Tensor, candidates: Candidates, model_kwargs: dict[str, Any]
+        self,
+        input_ids: torch.Tensor,
+        candidates: Candidates,
+        model_kwargs: dict[str, Any],
+        num_replayed: int = 0,
     ) -> ModelOutput:
         """Run the backbone on the roots and the candidates, appending `Q` slots to the cache.
 
@@ -48,9 +52,10 @@ class Verifier:
             input_ids: `(B, L)`, the roots last.
             candidates: for each row.
             model_kwargs: what `generate` keeps between steps, for the `L` known tokens; not changed.
+            num_replayed: known tokens before the roots that the cache lacks; they are run as well.
 
         Returns:
-            The backbone's output, logits `(B, Q, V)`.
+            The backbone's output for the nodes, logits `(B, Q, V)`.
 
         Raises:
             ValueError: a tree that is not a chain, for a backbone that does not take trees.
@@ -64,13 +69,20 @@ class Verifier:
         model_kwargs = self.backbone._update_model_kwargs_for_generation(
             ModelOutput(), dict(model_kwargs), num_new_tokens=candidates.num_nodes
         )
+        if num_replayed and model_kwargs.get("position_ids") is not None:
+            positions = model_kwargs["position_ids"]
+            earlier = torch.arange(-num_replayed, 0, device=positions.device) + positions[..., :1]
+            model_kwargs["position_ids"] = torch.cat([earlier, positions], dim=-1)
         inputs = self.backbone.prepare_inputs_for_generation(
             torch.cat([input_ids, candidates.token_ids], dim=-1),
-            next_sequence_length=1 + candidates.num_nodes,
+            next_sequence_length=num_replayed + 1 + candidates.num_nodes,
             **model_kwargs,
         )
+        if "logits_to_keep" in inputs:
+            inputs["logits_to_keep"] = 0  # those of every node
         self._arrange(inputs, candidates, model_kwargs)
-        return self.backbone(**inputs, return_dict=True)
+        outputs = self.backbone(**inputs, return_dict=True)
+        return _of_nodes(outputs, num_replayed) if num_replayed else outputs
 
     def _arrange(
         self, inputs: dict[str, Any], candidates: Candidates, model_kwargs: dict[str, Any]
@@ -80,12 +92,11 @@ class Verifier:
             return
         depths, visible = self._arrangement(candidates, inputs["input_ids"].device)
         if inputs.get("position_ids") is not None:
-            inputs["position_ids"] = inputs["position_ids"][..., :1] + depths
+            known = inputs["position_ids"][..., : -candidates.num_nodes]  # up to the root
+            inputs["position_ids"] = torch.cat([known[..., :-1], known[..., -1:] + depths], dim=-1)
         if not candidates.is_chain:
-            cache, attention_mask = (
-                model_kwargs["past_key_values"],
-                model_kwargs.get("attention_mask"),
-            )
+            cache = model_kwargs["past_key_values"]
+            attention_mask = model_kwargs.get("attention_mask")
             inputs["attention_mask"] = self._masks(visible, depths, cache, attention_mask)
 
     def _arrangement(self, candidates: Candidates, device: torch.device) -> _Arrangement:
@@ -109,3 +120,15 @@ def _among(tree: DraftTree, size: int) -> torch.Tensor:
     visible = pad(tree.visible, (0, missing, 0, missing))
     visible.diagonal().fill_(True)
     return visible
+
+
+def _of_nodes(outputs: ModelOutput, num_replayed: int) -> ModelOutput:
+    """Leave out what was computed for the tokens that were run again."""
+    outputs.logits = outputs.logits[:, num_replayed:]
+    if outputs.get("hidden_states") is not None:
+        outputs.hidden_states = tuple(h[:, num_replayed:] for h in outputs.hidden_states)
+    if outputs.get("attentions") is not None:
+        outputs.attentions = tuple(
+            a if a is None else a[:, :, num_replayed:] for a in outputs.attentions
+        )
+    return outputs

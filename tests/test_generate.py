@@ -24,8 +24,8 @@ from modeling_lmtp.walking_lmtp import GreedyWalker, StepwiseWalker
 PROMPT = torch.tensor([[3, 17, 5, 9, 44]])
 LENGTH = PROMPT.shape[1]
 GREEDY = {"do_sample": False}
-CHAINS = ("gpt_neo", "falcon_alibi", "bloom", "mpt", "lfm2")
-REFUSED = ("qwen3_next", "minimax", "mamba")
+CHAINS = ("gpt_neo", "falcon_alibi", "bloom", "mpt", "lfm2", "qwen3_next")
+REFUSED = ("minimax", "mamba")
 TREES = tuple(name for name in REPRESENTATIVE if name not in (*CHAINS, *REFUSED))
 SHAPES = {"chain": CHAIN, "tree": TREE}
 CASES = [(name, shape) for name in TREES for shape in SHAPES] + [(n, "chain") for n in CHAINS]

@@ -205,7 +205,10 @@ def test_a_tensor_is_returned_unless_a_dict_is_asked_for(model):
 @pytest.mark.parametrize("max_new_tokens", [21, 23])
 @pytest.mark.parametrize(
     ("architecture", "tree"),
-    [("llama", TREE), ("gpt2", CHAIN), ("mistral", CHAIN), ("gemma2", CHAIN), ("lfm2", CHAIN)],
+    [
+        *[("llama", TREE), ("gpt2", CHAIN), ("mistral", CHAIN), ("gemma2", TREE), ("lfm2", CHAIN)],
+        *[("llama4_text", TREE), ("qwen3_next", CHAIN), ("falcon_h1", CHAIN)],
+    ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_the_returned_cache_goes_on_where_the_call_ended(
