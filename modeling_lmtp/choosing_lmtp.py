@@ -3,15 +3,16 @@
 Shapes: `R` rows, `L` known tokens, `V` vocabulary size.
 """
 
+import copy
 from functools import cached_property
 
 import torch
 from transformers import (
     EosTokenCriteria,
     GenerationConfig,
+    LogitsProcessor,
     LogitsProcessorList,
     MaxLengthCriteria,
-    MaxTimeCriteria,
     StoppingCriteriaList,
     StopStringCriteria,
 )
@@ -41,8 +42,7 @@ ROW_WISE_PROCESSORS = (
     logits_process.TopPLogitsWarper,
     logits_process.TypicalLogitsWarper,
 )
-LENGTH_OR_TIME = (MaxLengthCriteria, MaxTimeCriteria)
-ROW_WISE_CRITERIA = (*LENGTH_OR_TIME, EosTokenCriteria, StopStringCriteria)
+ROW_WISE_CRITERIA = (MaxLengthCriteria, EosTokenCriteria, StopStringCriteria)
 
 
 class TokenChooser:
@@ -76,10 +76,18 @@ class TokenChooser:
     def is_row_wise(self) -> bool:
         """Whether a row may be judged without those beside it, one call after the other."""
         criteria = self.stopping_criteria
-        allowed = ROW_WISE_CRITERIA if self.pads_finished_rows else LENGTH_OR_TIME
+        allowed = ROW_WISE_CRITERIA if self.pads_finished_rows else (MaxLengthCriteria,)
         return all(
             type(processor) in ROW_WISE_PROCESSORS for processor in self.logits_processor
         ) and all(type(criterion) in allowed for criterion in criteria)
+
+    def of_row(self, row: int) -> "TokenChooser":
+        """Return a chooser for one row alone, where `is_row_wise`."""
+        chooser = copy.copy(self)
+        chooser.logits_processor = LogitsProcessorList(
+            _of_row(processor, row) for processor in self.logits_processor
+        )
+        return chooser
 
     @cached_property
     def max_length(self) -> int:
@@ -115,6 +123,15 @@ class TokenChooser:
     ) -> torch.Tensor:
         """Return `(R,)` booleans: which rows end with the last of `input_ids` `(R, L)`."""
         return self.stopping_criteria(input_ids, scores)
+
+
+def _of_row(processor: LogitsProcessor, row: int) -> LogitsProcessor:
+    """A repetition penalty may know how much padding each row begins with."""
+    if not torch.is_tensor(getattr(processor, "prompt_ignore_length", None)):
+        return processor
+    own = copy.copy(processor)
+    own.prompt_ignore_length = processor.prompt_ignore_length[row : row + 1]
+    return own
 
 
 def _pad_token_id(generation_config: GenerationConfig) -> int:

@@ -3,12 +3,11 @@
 Shapes: `B` batch, `L` known tokens, `S` last states known, `H` hidden size.
 """
 
-from collections import Counter
 from collections.abc import Sequence
 
 import torch
 
-from .drafting_lmtp import Candidates, Drafter
+from .drafting_lmtp import Candidates, Drafter, tree_of_texts
 from .tree_lmtp import MAX_NODES, DraftTree
 
 
@@ -55,27 +54,15 @@ def merge_trees(
     Args:
         proposals: trees and, per node, its token; of the later ones, as much as `MAX_NODES` leaves.
     """
-    known: dict[tuple[int, ...], int] = {}  # each path of tokens, and its rank among its siblings
-    num_children: Counter[tuple[int, ...]] = Counter()
+    known: dict[tuple[int, ...], None] = {}  # a set that keeps the order
     for tree, token_ids in proposals:
         texts: list[tuple[int, ...]] = [()]
         for parent, token in zip(tree.parents, token_ids, strict=False):
             text = (*texts[parent], token)
             texts.append(text)
-            if (
-                text not in known
-                and len(known) < MAX_NODES - 1
-                and (len(text) == 1 or text[:-1] in known)
-            ):
-                known[text] = num_children[text[:-1]]
-                num_children[text[:-1]] += 1
-    ordered = sorted(known, key=len)
-    number = {(): 0, **{text: node for node, text in enumerate(ordered, start=1)}}
-    tree = DraftTree(
-        parents=tuple(number[text[:-1]] for text in ordered),
-        ranks=tuple(known[text] for text in ordered),
-    )
-    return tree, [text[-1] for text in ordered]
+            if len(known) < MAX_NODES - 1 and (len(text) == 1 or text[:-1] in known):
+                known.setdefault(text)
+    return tree_of_texts(known)
 
 
 class ForwardDrafter(Drafter):

@@ -6,7 +6,9 @@ from typing import Any
 from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, PreTrainedConfig
 
+from .context_lmtp import PATH
 from .leaps_lmtp import check_offsets
+from .states_lmtp import HEAD_INPUTS
 
 
 @strict
@@ -21,10 +23,15 @@ class LMTPConfig(PreTrainedConfig):
             the hidden state at `s`. The paper's default, leap 2 with 3 heads, is `(3, 5, 7)`.
             Empty: no leap heads, plain next-token prediction.
         head_context: how many of the tokens that follow its state, and are known already, a head may
-            see (*grounded* heads); 0 is the paper's head.
+            see (*grounded* heads); 0 is the paper's head. `"path"`: all tokens up to its target, those
+            drafted before it on the same path as well (*path-grounded*).
+        head_input: which states a head reads: `"last"`, the one that the unembedding reads, or
+            `"weighted"`, also a learned mean of those of all layers (arXiv 2502.09419).
         num_head_layers: residual blocks per leap head.
         share_lm_head: leap heads reuse the backbone's unembedding; `False` gives each head a matrix
             of its own, as in the paper, starting as a copy of the backbone's.
+        lm_head_rank: rank of what each head adds to the shared unembedding, `B A` in `W + B A`,
+            starting at zero; 0 adds nothing.
         draft_token_ids: the tokens that heads may propose, increasing; None is the whole vocabulary.
         leap_loss_weight: β, the weight of the heads' losses beside the backbone's own (stage 2).
         train_backbone: `False`, stage 1: the backbone is frozen and only the heads have a loss.
@@ -38,9 +45,11 @@ class LMTPConfig(PreTrainedConfig):
 
     backbone_config: Any = None  # PreTrainedConfig; a dict is turned into one
     leap_offsets: list[int] | tuple[int, ...] = (3, 5, 7)
-    head_context: int = 0
+    head_context: int | str = 0
+    head_input: str = "last"
     num_head_layers: int = 1
     share_lm_head: bool = True
+    lm_head_rank: int = 0
     draft_token_ids: list[int] | tuple[int, ...] | None = None
     leap_loss_weight: float | int = 0.1
     train_backbone: bool = False
@@ -74,9 +83,18 @@ class LMTPConfig(PreTrainedConfig):
 
     def validate_head_context(self) -> None:
         """A head sees no negative number of tokens."""
-        if self.head_context < 0:
+        is_path = self.head_context == PATH
+        if not is_path and (isinstance(self.head_context, str) or self.head_context < 0):
             raise ValueError(
-                f"head_context must be 0 (the paper's head) or more, got {self.head_context}."
+                "head_context must be 0 (the paper's head) or more, or 'path', got "
+                f"{self.head_context!r}."
+            )
+
+    def validate_head_input(self) -> None:
+        """A head reads the last state, or those of all layers."""
+        if self.head_input not in HEAD_INPUTS:
+            raise ValueError(
+                f"head_input must be 'last' (the paper's head) or 'weighted', got {self.head_input!r}."
             )
 
     def validate_draft_token_ids(self) -> None:
@@ -99,6 +117,18 @@ class LMTPConfig(PreTrainedConfig):
         """A leap head has at least one block."""
         if self.num_head_layers < 1:
             raise ValueError(f"num_head_layers must be 1 or more, got {self.num_head_layers}.")
+
+    def validate_lm_head_rank(self) -> None:
+        """A low-rank update needs a shared unembedding to update."""
+        if self.lm_head_rank < 0:
+            raise ValueError(
+                f"lm_head_rank must be 0 (no low-rank update) or more, got {self.lm_head_rank}."
+            )
+        if self.lm_head_rank and not self.share_lm_head:
+            raise ValueError(
+                f"lm_head_rank={self.lm_head_rank} adapts the shared unembedding, but with "
+                "share_lm_head=False each head has one of its own. Set one or the other."
+            )
 
     def validate_leap_loss_weight(self) -> None:
         """β is not negative."""

@@ -8,6 +8,9 @@ although they have been emitted. A grounded head takes the first `c` of them as 
 differs: this project's own extension of arXiv 2505.17505; `c = 0` is the paper's head. `e` is the
 backbone's input embedding, scaled to a root mean square of 1, so that one learning rate suits all.
 
+A *path-grounded* head sees all tokens up to its target, `c = d - 1` for offset `d`: those drafted before
+it on the same path as well, as Hydra's sequential heads do (arXiv 2402.05109).
+
 Shapes: `B` batch, `L` length, `c` context width, `E` embedding size, `…` any leading dimensions.
 """
 
@@ -18,16 +21,29 @@ from torch import nn
 
 from .leaps_lmtp import drafts
 
+PATH = "path"  # the `head_context` of heads that see every token up to their target
 
-def context_widths(offsets: Sequence[int], head_context: int) -> tuple[int, ...]:
-    """Return, for each head, how many following tokens it can ever see while drafting.
 
-    That is at most `head_context`, and one more than its furthest look-back.
+def num_visible(offset: int, look_back: int, head_context: int | str) -> int:
+    """Return how many of the tokens that follow its state a head sees when it drafts.
+
+    Args:
+        offset: the head's offset `d`; its target is the `d`-th of these tokens.
+        look_back: `j`; the first `j + 1` are known, the others are drafted on the same path.
+        head_context: see `LMTPConfig`.
     """
-    furthest = [0] * len(offsets)
+    if head_context == PATH:
+        return offset - 1
+    return min(int(head_context), look_back + 1)
+
+
+def context_widths(offsets: Sequence[int], head_context: int | str) -> tuple[int, ...]:
+    """Return, for each head, how many following tokens it can ever see while drafting."""
+    widths = [0] * len(offsets)
     for draft in drafts(offsets):
-        furthest[draft.head] = max(furthest[draft.head], draft.look_back)
-    return tuple(min(head_context, look_back + 1) for look_back in furthest)
+        visible = num_visible(offsets[draft.head], draft.look_back, head_context)
+        widths[draft.head] = max(widths[draft.head], visible)
+    return tuple(widths)
 
 
 def following_tokens(input_ids: torch.Tensor, width: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -6,7 +6,8 @@ there, and goes on for as long as a candidate carries that token (see *Exactness
 Shapes: `B` rows, `L` prompt length, `S` states, `H` hidden size, `V` vocabulary size.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +15,6 @@ import torch
 from transformers import GenerationConfig
 from transformers.utils import ModelOutput
 
-from .backbone_lmtp import unembedding_inputs
 from .cache_lmtp import stop_rollback
 from .drafting_lmtp import Candidates, Drafter
 from .outputs_lmtp import LMTPGenerateOutput, PassRecorder, ReturnedCache
@@ -31,19 +31,23 @@ class Decoder:
 
     Args:
         verifier: holds the backbone.
+        collect_states: collects what the drafter reads, in each pass inside its block.
         drafter: proposes candidates; whatever it proposes, the text stays the same.
         walker: takes tokens as plain decoding would.
         texts: collects them.
         generation_config: as `generate` prepared it; `max_length` bounds the drafts.
         returns_cache: whether the caller gets to see the cache.
+        may_move: whether slots without meaning may be dropped, see `Support.ragged`.
     """
 
     verifier: Verifier
+    collect_states: Callable[[], AbstractContextManager[list[torch.Tensor]]]
     drafter: Drafter
     walker: Walker
     texts: Texts
     generation_config: GenerationConfig
     returns_cache: bool
+    may_move: bool
 
     def decode(self, model_kwargs: dict[str, Any]) -> LMTPGenerateOutput:
         """Generate.
@@ -53,12 +57,18 @@ class Decoder:
         """
         cache = model_kwargs["past_key_values"]
         recorder = PassRecorder(self.texts, cache, *self._recorded())
-        with unembedding_inputs(self.verifier.backbone) as states:
+        with self.collect_states() as states:
             outputs = self._prefill(model_kwargs)
             recorder.add_prompt(outputs)
             returned = self._returned_cache(model_kwargs)
             prompt_states = torch.cat(states, dim=1)
-            rows = Rows(self.texts.prompts, prompt_states, self.drafter.num_states, model_kwargs)
+            rows = Rows(
+                self.texts.prompts,
+                prompt_states,
+                self.drafter.num_states,
+                model_kwargs,
+                may_move=self.may_move,
+            )
             with self.verifier.backbone._optimize_model_for_decode():
                 self._loop(rows, outputs.logits[:, -1:], states, recorder, returned)
         if returned is not None:
@@ -139,13 +149,15 @@ class Decoder:
         """Take rows that have ended out of the batch; return whether any is left."""
         ended = [place for place, walked in enumerate(walks) if walked.finished]
         if returned is not None:
-            returned.take(ended, [rows.numbers[place] for place in ended], rows.num_replayed)
+            returned.take(ended, [rows.numbers[place] for place in ended])
         if ended and len(ended) < len(walks):
             rows.keep([place for place in range(len(walks)) if place not in ended])
         return len(ended) < len(walks)
 
     def _draft(self, rows: Rows) -> Candidates:
-        """Candidates no deeper than tokens may follow: candidates, and one more after them."""
+        """Draft no deeper than tokens may follow: candidates, and one more after them."""
+        if rows.must_settle:
+            return Candidates.none(rows.input_ids)
         rooms = [
             self.generation_config.max_length - self.texts.length(row) - 1 for row in rows.numbers
         ]

@@ -4,7 +4,8 @@ Shapes: `B` batch, `L` known tokens, `S` last states known, `H` hidden size, `N`
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -74,6 +75,23 @@ class Candidates:
             tree.truncate(max(depth, 0)) for tree, depth in zip(self.trees, depths, strict=True)
         )
         return Candidates(trees, self.token_ids[:, : max(tree.num_nodes for tree in trees)])
+
+
+def tree_of_texts(texts: Iterable[tuple[int, ...]]) -> tuple[DraftTree, list[int]]:
+    """Build a tree from the tokens on the way to each node; return it and each node's token.
+
+    Args:
+        texts: one per node, each with its parent's among them; better ones before their siblings.
+    """
+    ordered = sorted(texts, key=len)
+    number = {(): 0, **{text: node for node, text in enumerate(ordered, start=1)}}
+    num_children: Counter[tuple[int, ...]] = Counter()
+    ranks = []
+    for text in ordered:
+        ranks.append(num_children[text[:-1]])
+        num_children[text[:-1]] += 1
+    tree = DraftTree(tuple(number[text[:-1]] for text in ordered), tuple(ranks))
+    return tree, [text[-1] for text in ordered]
 
 
 class Drafter(ABC):

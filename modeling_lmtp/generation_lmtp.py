@@ -23,10 +23,12 @@ from transformers.utils import ModelOutput, logging
 from .cache_lmtp import check_cache
 from .choosing_lmtp import TokenChooser
 from .composition_lmtp import ForwardDrafter, MergedDrafter
+from .context_lmtp import PATH
 from .decoding_lmtp import Decoder
 from .drafting_lmtp import Drafter
 from .leap_drafter_lmtp import DynamicLeapHeadDrafter, LeapHeadDrafter
 from .leaps_lmtp import drafts
+from .path_drafter_lmtp import DynamicPathDrafter, PathDrafter
 from .settings_lmtp import LMTPSettings
 from .support_lmtp import Support, Tier, decoding_support
 from .texts_lmtp import Texts
@@ -124,11 +126,13 @@ class LMTPGenerationMixin(GenerationMixin):
             chooser = TokenChooser(logits_processor, stopping_criteria, generation_config)
             decoder = Decoder(
                 Verifier(backbone, takes_trees=support.tier is Tier.TREE),
+                self.head_states,
                 drafter or self._drafter(settings, support.tier),
                 _walker(settings, support, chooser, input_ids, generation_config, streamer),
                 Texts(input_ids, chooser.pad_token_id, streamer),
                 generation_config,
                 returns_cache=returns_dict or cache_is_given,
+                may_move=support.ragged,
             )
             output = decoder.decode(model_kwargs)
             return output if returns_dict else output.sequences
@@ -172,9 +176,11 @@ class LMTPGenerationMixin(GenerationMixin):
             None if token_ids is None else torch.tensor(token_ids, device=self.device),
             tree,
         )
+        is_path = self.config.head_context == PATH
         if num_nodes is not None:
-            return DynamicLeapHeadDrafter(num_nodes, *heads)
-        return LeapHeadDrafter(*heads)
+            dynamic = DynamicPathDrafter if is_path else DynamicLeapHeadDrafter
+            return dynamic(num_nodes, *heads)
+        return PathDrafter(*heads) if is_path else LeapHeadDrafter(*heads)
 
 
 def _walker(

@@ -3,18 +3,18 @@
 Shapes: `…` any leading dimensions, `H` hidden size, `V` vocabulary size.
 """
 
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
-
-class ZeroLinear(nn.Linear):
-    """A linear layer whose weight and bias start at zero."""
-
-    def reset_parameters(self) -> None:
-        """Set weight and bias to zero."""
-        nn.init.zeros_(self.weight)
-        if self.bias is not None:
-            nn.init.zeros_(self.bias)
+from .backbone_lmtp import copy_unembedding, keep_rows, unembedding_size
+from .context_lmtp import context_widths
+from .states_lmtp import LayerMix, states_per_token
+from .unembeddings_lmtp import HeadUnembedding, LowRankUpdate
+from .zero_lmtp import ZeroLinear
 
 
 class ResidualBlock(nn.Module):
@@ -25,43 +25,142 @@ class ResidualBlock(nn.Module):
         self.linear = ZeroLinear(hidden_size, hidden_size)
 
     def forward(
-        self, hidden_states: torch.Tensor, context: torch.Tensor | float = 0.0
+        self, hidden_states: torch.Tensor, seen: torch.Tensor | float = 0.0
     ) -> torch.Tensor:
-        """Map `(…, H)` to `(…, H)`; `context`, `(…, H)`, is added before the activation."""
-        return hidden_states + nn.functional.silu(self.linear(hidden_states) + context)
+        """Map `(…, H)` to `(…, H)`; what else is seen, `(…, H)`, is added before the activation."""
+        return hidden_states + nn.functional.silu(self.linear(hidden_states) + seen)
 
 
 class LeapHead(nn.Module):
-    """One leap head: its own residual blocks, and its own unembedding if it does not share one.
+    """One leap head: its own residual blocks, and what is its own of its unembedding.
 
     Args:
         hidden_size: `H`, the width of what the backbone's unembedding reads.
         num_layers: number of residual blocks, each with its own weights.
+        num_states: `K`, how many states it reads of each token, see `states_lmtp`.
         context_size: `c·E`, the width of its embedded context (see `context_lmtp`); 0 for none.
-        lm_head: the head's own unembedding, or None to reuse the backbone's.
+        lm_head_update: what it adds to the logits of a shared unembedding, if anything.
+
+    Attributes:
+        lm_head: the head's own unembedding, or None to share the backbone's.
     """
 
     def __init__(
         self,
         hidden_size: int,
         num_layers: int,
+        num_states: int = 1,
         context_size: int = 0,
-        lm_head: nn.Linear | None = None,
+        lm_head_update: LowRankUpdate | None = None,
     ) -> None:
         super().__init__()
+        self.hidden_size = hidden_size
+        self.layer_mix = LayerMix(hidden_size, num_states) if num_states > 1 else None
         self.context = ZeroLinear(context_size, hidden_size, bias=False) if context_size else None
         self.blocks = nn.ModuleList(ResidualBlock(hidden_size) for _ in range(num_layers))
-        self.lm_head = lm_head
+        self.lm_head: nn.Linear | None = None
+        self.lm_head_update = lm_head_update
 
     def forward(
-        self, hidden_states: torch.Tensor, context: torch.Tensor | None = None
+        self,
+        states: torch.Tensor,
+        context: torch.Tensor | None = None,
+        at: Any = slice(None),
     ) -> torch.Tensor:
-        """Map states `(…, H)`, and their context `(…, c·E)`, to what the unembedding reads, `(…, H)`."""
+        """Map states, and their context, to what the unembedding reads.
+
+        Args:
+            states: `(…, H)`, or `(…, K·H)` with the last layer's state behind the others.
+            context: `(…, c·E)`, for the states of `at`.
+            at: indices of the states to go on from, if not all.
+
+        Returns:
+            `(…, H)`, for the states of `at`.
+        """
+        seen: torch.Tensor | float = 0.0
+        if self.layer_mix is not None:
+            seen = self.layer_mix(states, at)
+        if self.context is not None:
+            seen = seen + self.context(context)
         first, *others = self.blocks
-        if self.context is None:
-            hidden_states = first(hidden_states)
-        else:
-            hidden_states = first(hidden_states, self.context(context))
+        hidden_states = first(states[..., -self.hidden_size :][at], seen)
         for block in others:
             hidden_states = block(hidden_states)
         return hidden_states
+
+
+class LeapHeads(nn.Module):
+    """The leap heads of a model, one per offset.
+
+    A module with a `forward` of its own, which a ModuleList is not, so that PEFT can train and save it
+    whole (`modules_to_save=["leap_heads"]`). Its wrapper passes on calls, methods and attributes, but
+    not `len`, indices and iteration: code that adapted models run calls `heads(index, …)`.
+
+    Args:
+        heads: in the order of their offsets.
+    """
+
+    def __init__(self, heads: Iterable[LeapHead]) -> None:
+        super().__init__()
+        for index, head in enumerate(heads):
+            self.add_module(str(index), head)
+
+    def __len__(self) -> int:
+        """Return the number of heads."""
+        return len(self._modules)
+
+    def __iter__(self) -> Iterator[Any]:
+        """Iterate over the heads."""
+        return iter(self._modules.values())
+
+    def __getitem__(self, index: int) -> Any:
+        """Return one head."""
+        return list(self)[index]
+
+    def forward(self, index: int, states: torch.Tensor, *args: Any) -> torch.Tensor:
+        """Run head `index`, see `LeapHead.forward`."""
+        return self[index](states, *args)
+
+    def unembeddings(self, shared: Any) -> list[HeadUnembedding]:
+        """Return each head's unembedding, given the one that heads without their own share."""
+        return [HeadUnembedding(head.lm_head or shared, head.lm_head_update) for head in self]
+
+    def start_unembeddings(
+        self, backbone: PreTrainedModel, token_ids: Sequence[int] | None
+    ) -> None:
+        """Give every head an unembedding of its own, the backbone's rows for these tokens."""
+        for head in self:
+            head.lm_head = copy_unembedding(backbone, token_ids)
+
+    def resize_vocabulary(self, backbone: PreTrainedModel) -> None:
+        """Resize what heads have of their own to the backbone's vocabulary; they keep their rows."""
+        for head in self:
+            if head.lm_head is not None:
+                trained, head.lm_head = head.lm_head, copy_unembedding(backbone)
+                keep_rows(trained, head.lm_head)
+            if head.lm_head_update is not None:
+                head.lm_head_update.resize(unembedding_size(backbone)[0])
+
+
+def new_leap_heads(config: Any, backbone: PreTrainedModel) -> LeapHeads:
+    """Build the heads of an `LMTPConfig` beside their backbone, on its device and in its dtype."""
+    vocab_size, hidden_size = unembedding_size(backbone)
+    if config.draft_token_ids is not None:
+        vocab_size = len(config.draft_token_ids)
+    embedding_size = backbone.get_input_embeddings().weight.shape[1]
+    num_states = states_per_token(backbone, config.head_input)
+
+    def new_head(context_width: int) -> LeapHead:
+        rank = config.lm_head_rank
+        return LeapHead(
+            hidden_size,
+            config.num_head_layers,
+            num_states,
+            context_size=context_width * embedding_size,
+            lm_head_update=LowRankUpdate(hidden_size, rank, vocab_size) if rank else None,
+        )
+
+    widths = context_widths(config.leap_offsets, config.head_context)
+    heads = LeapHeads(new_head(width) for width in widths)
+    device = backbone.get_output_embeddings().weight.device
+    return heads.to(device=device, dtype=backbone.dtype)

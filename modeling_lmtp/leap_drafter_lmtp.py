@@ -5,6 +5,7 @@ vocabulary size, `c` context width.
 """
 
 from collections.abc import Sequence
+from itertools import groupby
 from typing import Any, NamedTuple
 
 import torch
@@ -12,24 +13,19 @@ from torch import nn
 
 from .context_lmtp import embed_context
 from .drafting_lmtp import Candidates, Drafter
-from .heads_lmtp import LeapHead
-from .leaps_lmtp import Draft, draftable, drafts, num_draft_states
+from .heads_lmtp import LeapHeads
+from .leaps_lmtp import draftable, drafts, num_draft_states
 from .tree_lmtp import MAX_CHILDREN, DraftTree, grow_tree
+from .unembeddings_lmtp import HeadUnembedding, unembed
 
 
 class _HeadInputs(NamedTuple):
     """What one head reads to draft: states and following tokens, counted from the end."""
 
+    head: int
     states: torch.Tensor  # (n,), one for each distance that the head serves
     tokens: torch.Tensor  # (n, c)
     visible: torch.Tensor  # (n, c): which of the tokens are known
-
-
-class _Plan(NamedTuple):
-    """What drafting so deep needs."""
-
-    inputs: tuple[_HeadInputs, ...]  # per head
-    rows: torch.Tensor  # the row of each distance among the heads' outputs
 
 
 class LeapHeadDrafter(Drafter):
@@ -39,22 +35,22 @@ class LeapHeadDrafter(Drafter):
     draft needs no backbone pass of its own.
 
     Args:
-        leap_heads: one head per offset.
+        leap_heads: one head per offset, PEFT's wrapper around them or not.
         offsets: their offsets.
         context_widths: how many following tokens each head sees, see `context_lmtp`.
         embeddings: the backbone's input embeddings.
-        unembeddings: one per head, often the same.
+        unembeddings: one per head, often sharing a matrix.
         draft_token_ids: `(D,)`, the token of each row of the logits; None for the whole vocabulary.
         tree: the tree to fill; it may not be deeper than the heads can draft.
     """
 
     def __init__(
         self,
-        leap_heads: Sequence[LeapHead],
+        leap_heads: LeapHeads | nn.Module,
         offsets: Sequence[int],
         context_widths: Sequence[int],
         embeddings: nn.Module,
-        unembeddings: Sequence[Any],
+        unembeddings: Sequence[HeadUnembedding],
         draft_token_ids: torch.Tensor | None,
         tree: DraftTree,
     ) -> None:
@@ -66,7 +62,7 @@ class LeapHeadDrafter(Drafter):
         self.tree = tree
         self.schedule = drafts(offsets)[: tree.depth]
         self.num_states = max(1, num_draft_states(self.schedule))
-        self._plans: dict[int, _Plan] = {}
+        self._plans: dict[int, list[_HeadInputs]] = {}
         self._trees: dict[int, tuple[DraftTree, torch.Tensor, torch.Tensor]] = {}
 
     def draft(
@@ -100,18 +96,15 @@ class LeapHeadDrafter(Drafter):
     def _token_ids(self, indices: torch.Tensor) -> torch.Tensor:
         return indices if self.draft_token_ids is None else self.draft_token_ids[indices]
 
-    def _plan(self, depth: int, device: torch.device) -> _Plan:
-        by_head: list[list[Draft]] = [[] for _ in self.leap_heads]
-        for draft in self.schedule[:depth]:
-            by_head[draft.head].append(draft)
-        distances = [draft.distance for drafts_of_head in by_head for draft in drafts_of_head]
-        return _Plan(
-            tuple(
-                _head_inputs([draft.look_back for draft in drafts_of_head], width, device)
-                for drafts_of_head, width in zip(by_head, self.context_widths, strict=True)
-            ),
-            torch.tensor([distances.index(1 + a) for a in range(depth)], device=device),
-        )
+    def _plan(self, depth: int, device: torch.device) -> list[_HeadInputs]:
+        """What the heads read that serve the distances `1 … depth`: each some that follow each other."""
+        by_head = groupby(self.schedule[:depth], key=lambda draft: draft.head)
+        return [
+            _head_inputs(
+                head, [draft.look_back for draft in served], self.context_widths[head], device
+            )
+            for head, served in by_head
+        ]
 
     def _logits(
         self, input_ids: torch.Tensor, hidden_states: torch.Tensor, depth: int
@@ -120,21 +113,13 @@ class LeapHeadDrafter(Drafter):
         if depth not in self._plans:
             self._plans[depth] = self._plan(depth, hidden_states.device)
         plan = self._plans[depth]
-        features, unembeddings = [], []
-        for head, unembedding, read in zip(
-            self.leap_heads, self.unembeddings, plan.inputs, strict=True
-        ):
-            if not len(read.states):
-                continue
+        features = []
+        for read in plan:
             context = None
-            if head.context is not None:
+            if self.context_widths[read.head]:
                 context = embed_context(self.embeddings, input_ids[:, read.tokens], read.visible)
-            features.append(head(hidden_states[:, read.states], context))
-            unembeddings.append(unembedding)
-        if all(unembedding is unembeddings[0] for unembedding in unembeddings):
-            return unembeddings[0](torch.cat(features, dim=1)[:, plan.rows])
-        logits = [unembed(part) for unembed, part in zip(unembeddings, features, strict=True)]
-        return torch.cat(logits, dim=1)[:, plan.rows]
+            features.append(self.leap_heads(read.head, hidden_states[:, read.states], context))
+        return unembed([self.unembeddings[read.head] for read in plan], features)
 
 
 class DynamicLeapHeadDrafter(LeapHeadDrafter):
@@ -175,12 +160,15 @@ def from_ranks(
     return Candidates.of_rows(trees, rows, input_ids)
 
 
-def _head_inputs(look_backs: Sequence[int], width: int, device: torch.device) -> _HeadInputs:
+def _head_inputs(
+    head: int, look_backs: Sequence[int], width: int, device: torch.device
+) -> _HeadInputs:
     """From the state `s = t - j` the known tokens are `x_{s+1} … x_{t+1}`, the last one the root."""
     tokens = [[-1 - look_back + g for g in range(width)] for look_back in look_backs]
     shape = (len(look_backs), width)
     indices = torch.tensor(tokens, dtype=torch.long, device=device).reshape(shape)
     return _HeadInputs(
+        head,
         states=torch.tensor([-1 - j for j in look_backs], dtype=torch.long, device=device),
         tokens=indices.clamp(max=-1),
         visible=indices < 0,

@@ -4,18 +4,39 @@ Shapes: `B` batch, `L` length, `H` hidden size, `V` vocabulary size, `N` tokens 
 leap heads, `c` context width, `E` embedding size.
 """
 
-from typing import Any
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
 from .backbone_lmtp import unembedding_size
-from .context_lmtp import embed_context
+from .context_lmtp import embed_context, num_visible
 from .leaps_lmtp import drafts
-from .vocabulary_lmtp import DraftUnembedding, draft_labels
+from .unembeddings_lmtp import HeadUnembedding
+from .vocabulary_lmtp import draft_labels
 
 IGNORE_INDEX = -100
 CHUNK_SIZE = 256  # larger ones are no faster, and slower where they leave the processor's cache
+
+
+# `leap_losses`, or a function with its arguments that returns as many sums and counts
+LeapObjective = Callable[..., tuple[torch.Tensor, torch.Tensor]]
+
+
+class HeadTokens(NamedTuple):
+    """What one leap head learns from a batch.
+
+    Args:
+        features: `(N, H)`, what the head's unembedding reads.
+        targets: `(N,)`, numbered by the draft vocabulary if there is one.
+        rows, positions: `(N,)` each, where the states lie; the targets lie `offset` further.
+    """
+
+    features: torch.Tensor
+    targets: torch.Tensor
+    rows: torch.Tensor
+    positions: torch.Tensor
 
 
 def leap_losses(
@@ -23,6 +44,7 @@ def leap_losses(
     hidden_states: torch.Tensor,
     input_ids: torch.Tensor | None,
     labels: torch.Tensor,
+    position_ids: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Sum each leap head's cross-entropy at its offset.
 
@@ -31,24 +53,52 @@ def leap_losses(
         hidden_states: `(B, L, H)`, the backbone's last hidden states.
         input_ids: `(B, L)`; None will do without grounded heads.
         labels: `(B, L)`, not shifted.
+        position_ids: `(B, L)`; where they start anew, as in packed sequences, no target is seen from
+            before.
 
     Returns:
         The sums `(m,)`, and how many targets each has `(m,)`, at least 1.
     """
-    config = model.config
-    if config.draft_token_ids is not None:
-        vocab_size, _ = unembedding_size(model.backbone)
-        labels = draft_labels(labels, config.draft_token_ids, vocab_size, IGNORE_INDEX)
+    labels = number_targets(model, labels)
     totals, counts = [], []
-    unembeddings = model.draft_unembeddings()
-    for index, offset in enumerate(config.leap_offsets):
-        rows, positions = leap_positions(labels, offset)
-        context = _training_context(model, index, input_ids, rows, positions)
-        features = model.leap_heads[index](hidden_states[rows, positions], context)
-        targets = labels[rows, positions + offset]
-        totals.append(chunked_cross_entropy(unembeddings[index], features, targets))
-        counts.append(max(targets.numel(), 1))
+    for index, unembedding in enumerate(model.draft_unembeddings()):
+        tokens = head_tokens(model, index, hidden_states, input_ids, labels, position_ids)
+        totals.append(chunked_cross_entropy(unembedding, tokens.features, tokens.targets))
+        counts.append(max(tokens.targets.numel(), 1))
     return torch.stack(totals), torch.tensor(counts, device=labels.device)
+
+
+def number_targets(model: Any, labels: torch.Tensor) -> torch.Tensor:
+    """Number labels by the model's draft vocabulary, if it has one; a token outside is no target."""
+    token_ids = model.config.draft_token_ids
+    if token_ids is None:
+        return labels
+    vocab_size, _ = unembedding_size(model.backbone)
+    return draft_labels(labels, token_ids, vocab_size, IGNORE_INDEX)
+
+
+def head_tokens(
+    model: Any,
+    index: int,
+    hidden_states: torch.Tensor,
+    input_ids: torch.Tensor | None,
+    labels: torch.Tensor,
+    position_ids: torch.Tensor | None = None,
+) -> HeadTokens:
+    """Run one leap head on the states that have a target.
+
+    Args:
+        model, hidden_states, input_ids, position_ids: see `leap_losses`.
+        index: the head's.
+        labels: `(B, L)`, from `number_targets`.
+    """
+    offset = model.config.leap_offsets[index]
+    if position_ids is not None and position_ids.dim() == 2:  # some have several axes
+        labels = labels.masked_fill(position_ids < offset, IGNORE_INDEX)
+    rows, positions = leap_positions(labels, offset)
+    context = _training_context(model, index, input_ids, rows, positions)
+    features = model.leap_heads(index, hidden_states, context, (rows, positions))
+    return HeadTokens(features, labels[rows, positions + offset], rows, positions)
 
 
 def _training_context(
@@ -68,10 +118,13 @@ def _training_context(
         return None
     if input_ids is None:
         raise ValueError("Grounded heads (head_context > 0) need input_ids, got inputs_embeds.")
-    look_backs = sorted(d.look_back for d in drafts(model.config.leap_offsets) if d.head == index)
-    choices = len(look_backs) if model.training else 1
+    config = model.config
+    look_backs = sorted(d.look_back for d in drafts(config.leap_offsets) if d.head == index)
+    offset = config.leap_offsets[index]
+    visible = [num_visible(offset, look_back, config.head_context) for look_back in look_backs]
+    choices = len(visible) if model.training else 1
     drawn = torch.randint(choices, rows.shape, device=rows.device)
-    num_known = torch.tensor(look_backs, device=rows.device)[drawn] + 1
+    num_known = torch.tensor(visible, device=rows.device)[drawn]
     steps = torch.arange(width, device=rows.device)
     tokens = input_ids[rows[:, None], positions[:, None] + 1 + steps]
     return embed_context(model.get_input_embeddings(), tokens, steps < num_known[:, None])
@@ -92,7 +145,7 @@ def leap_positions(labels: torch.Tensor, offset: int) -> tuple[torch.Tensor, tor
 
 
 def chunked_cross_entropy(
-    unembedding: nn.Module | DraftUnembedding,
+    unembedding: nn.Module | HeadUnembedding,
     hidden_states: torch.Tensor,
     targets: torch.Tensor,
     chunk_size: int = CHUNK_SIZE,
@@ -108,15 +161,42 @@ def chunked_cross_entropy(
     Returns:
         The float32 sum, a scalar.
     """
-    trained = [
-        parameter
-        for parameter in unembedding.parameters()
-        if parameter.requires_grad and torch.is_grad_enabled()
-    ]
-    return _ChunkedCrossEntropy.apply(unembedding, targets, chunk_size, hidden_states, *trained)
+
+    def loss_of_chunk(states: torch.Tensor, chunk: slice) -> torch.Tensor:
+        logits = at_least_float32(unembedding(states))
+        return nn.functional.cross_entropy(logits, targets[chunk], reduction="sum")
+
+    return chunked_sum(loss_of_chunk, hidden_states, unembedding.parameters(), chunk_size)
 
 
-class _ChunkedCrossEntropy(torch.autograd.Function):
+def chunked_sum(
+    loss_of_chunk: Callable[[torch.Tensor, slice], torch.Tensor],
+    hidden_states: torch.Tensor,
+    parameters: Iterable[nn.Parameter],
+    chunk_size: int = CHUNK_SIZE,
+) -> torch.Tensor:
+    """Sum a loss over tokens, chunk by chunk, each chunk's gradients along with it.
+
+    Args:
+        loss_of_chunk: maps states `(n, H)`, and which of the `N` tokens they are, to the sum of their
+            losses.
+        hidden_states: `(N, H)`.
+        parameters: those that the loss depends on besides; frozen ones are left alone.
+        chunk_size: tokens at a time.
+
+    Returns:
+        The sum, a float32 scalar (float64 for float64 states).
+    """
+    trained = [p for p in parameters if p.requires_grad and torch.is_grad_enabled()]
+    return _ChunkedSum.apply(loss_of_chunk, chunk_size, hidden_states, *trained)
+
+
+def at_least_float32(tensor: torch.Tensor) -> torch.Tensor:
+    """Return a tensor of 16-bit numbers in float32, others as they are."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
+class _ChunkedSum(torch.autograd.Function):
     """Computes the gradients along with the loss, chunk by chunk.
 
     The loss is the end of the graph, so its gradients are known up to a factor as soon as it is:
@@ -126,22 +206,21 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        unembedding: nn.Module | DraftUnembedding,
-        targets: torch.Tensor,
+        loss_of_chunk: Callable[[torch.Tensor, slice], torch.Tensor],
         chunk_size: int,
         hidden_states: torch.Tensor,
         *trained: nn.Parameter,
     ) -> torch.Tensor:
-        total = hidden_states.new_zeros((), dtype=torch.float32)
+        total = at_least_float32(hidden_states.new_zeros(()))
         state_gradients = []
         trained_gradients = [torch.zeros_like(parameter) for parameter in trained]
-        for states, chunk_targets in zip(
-            hidden_states.split(chunk_size), targets.split(chunk_size), strict=True
-        ):
+        start = 0
+        for states in hidden_states.split(chunk_size):
             states = states.detach().requires_grad_()
+            chunk = slice(start, start + len(states))
+            start = chunk.stop
             with torch.enable_grad():
-                logits = unembedding(states).float()
-                loss = nn.functional.cross_entropy(logits, chunk_targets, reduction="sum")
+                loss = loss_of_chunk(states, chunk)
             total += loss.detach()
             if any(ctx.needs_input_grad):
                 of_states, *of_trained = torch.autograd.grad(loss, (states, *trained))
@@ -156,4 +235,4 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         [factor] = gradients
         scaled = (gradient * factor.to(gradient.dtype) for gradient in ctx.saved_tensors)
-        return (None, None, None, *scaled)
+        return (None, None, *scaled)

@@ -5,6 +5,7 @@ Shapes: `B` batch, `L` length, `H` hidden size, `V` vocabulary size, `m` leap he
 
 import copy
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,25 +13,22 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
-from transformers import initialization as init
 from transformers.modeling_outputs import CausalLMOutputWithPast
-from transformers.utils import can_return_tuple
+from transformers.utils import can_return_tuple, logging
 
-from .backbone_lmtp import (
-    check_backbone,
-    copy_unembedding,
-    keep_rows,
-    unembedding_inputs,
-    unembedding_size,
-)
-from .checkpoints_lmtp import AUTO_MAP, check_loaded
+from .backbone_lmtp import check_backbone
 from .configuration_lmtp import LMTPConfig
-from .context_lmtp import context_widths, embed_context, following_tokens
+from .context_lmtp import context_widths, embed_context, following_tokens, num_visible
 from .generation_lmtp import LMTPGenerationMixin
-from .heads_lmtp import LeapHead, ZeroLinear
+from .heads_lmtp import new_leap_heads
 from .leaps_lmtp import resolve_offsets
-from .losses_lmtp import IGNORE_INDEX, leap_losses
+from .losses_lmtp import IGNORE_INDEX, LeapObjective, leap_losses
+from .pretrained_lmtp import LMTPPreTrainedModel
+from .states_lmtp import head_states
+from .unembeddings_lmtp import HeadUnembedding
 from .vocabulary_lmtp import DraftUnembedding
+
+logger = logging.get_logger(__name__)
 
 
 @dataclass
@@ -46,28 +44,6 @@ class LMTPCausalLMOutput(CausalLMOutputWithPast):
 
     leap_logits: tuple[torch.Tensor, ...] | None = None
     leap_losses: torch.Tensor | None = None
-
-
-class LMTPPreTrainedModel(PreTrainedModel):
-    """What Transformers needs to know about models with leap heads."""
-
-    config_class = LMTPConfig
-    base_model_prefix = "backbone"
-    supports_gradient_checkpointing = True
-    # Answered by the backbone itself when it is built; the wrapper has no attention of its own
-    _supports_sdpa = True
-    _supports_flash_attn = True
-    _supports_flex_attn = True
-    _supports_attention_backend = True
-
-    @torch.no_grad()
-    def _init_weights(self, module: nn.Module) -> None:
-        if isinstance(module, ZeroLinear):
-            init.zeros_(module.weight)
-            if module.bias is not None:
-                init.zeros_(module.bias)
-        else:
-            super()._init_weights(module)
 
 
 class LMTPForCausalLM(LMTPPreTrainedModel, LMTPGenerationMixin):
@@ -95,33 +71,11 @@ class LMTPForCausalLM(LMTPPreTrainedModel, LMTPGenerationMixin):
         check_backbone(backbone)
         self.backbone = backbone
         self.config.backbone_config = backbone.config
-        widths = context_widths(config.leap_offsets, config.head_context)
-        self.leap_heads = nn.ModuleList(self._new_head(width) for width in widths)
+        self.leap_heads = new_leap_heads(config, backbone)
         self.post_init()
         self._freeze_backbone()
         if not config.share_lm_head:
-            for head in self.leap_heads:
-                head.lm_head = self._unembedding_copy()
-
-    def _freeze_backbone(self) -> None:
-        """Keep optimizers away from the backbone in stage 1."""
-        if self.leap_heads and not self.config.train_backbone:
-            self.backbone.requires_grad_(False)
-
-    def _new_head(self, context_width: int) -> LeapHead:
-        _, hidden_size = unembedding_size(self.backbone)
-        embedding_size = self.backbone.get_input_embeddings().weight.shape[1]
-        head = LeapHead(
-            hidden_size,
-            self.config.num_head_layers,
-            context_size=context_width * embedding_size,
-            lm_head=None if self.config.share_lm_head else self._unembedding_copy(),
-        )
-        device = self.backbone.get_output_embeddings().weight.device
-        return head.to(device=device, dtype=self.backbone.dtype)
-
-    def _unembedding_copy(self) -> nn.Linear:
-        return copy_unembedding(self.backbone, self.config.draft_token_ids)
+            self.leap_heads.start_unembeddings(backbone, config.draft_token_ids)
 
     @classmethod
     def from_backbone(
@@ -131,9 +85,11 @@ class LMTPForCausalLM(LMTPPreTrainedModel, LMTPGenerationMixin):
         leap_stride: int | None = None,
         *,
         leap_offsets: Sequence[int] | None = None,
-        head_context: int = 0,
+        head_context: int | str = 0,
+        head_input: str = "last",
         num_head_layers: int = 1,
         share_lm_head: bool = True,
+        lm_head_rank: int = 0,
         draft_token_ids: Sequence[int] | None = None,
         leap_loss_weight: float = 0.1,
         train_backbone: bool = False,
@@ -147,8 +103,8 @@ class LMTPForCausalLM(LMTPPreTrainedModel, LMTPGenerationMixin):
             leap_stride: `k`, 2 by default; the offsets are `1 + k, 1 + 2k, …`; 1 is multi-token
                 prediction.
             leap_offsets: the offsets themselves, instead of the two above.
-            head_context, num_head_layers, share_lm_head, draft_token_ids, leap_loss_weight,
-                train_backbone: see `LMTPConfig`.
+            head_context, head_input, num_head_layers, share_lm_head, lm_head_rank, draft_token_ids,
+                leap_loss_weight, train_backbone: see `LMTPConfig`.
             backbone_kwargs: for `AutoModelForCausalLM.from_pretrained`, if `backbone` is an id.
 
         Raises:
@@ -171,8 +127,10 @@ class LMTPForCausalLM(LMTPPreTrainedModel, LMTPGenerationMixin):
             backbone_config=backbone.config,
             leap_offsets=offsets,
             head_context=head_context,
+            head_input=head_input,
             num_head_layers=num_head_layers,
             share_lm_head=share_lm_head,
+            lm_head_rank=lm_head_rank,
             draft_token_ids=None if draft_token_ids is None else tuple(draft_token_ids),
             leap_loss_weight=leap_loss_weight,
             train_backbone=train_backbone,
@@ -196,6 +154,7 @@ class LMTPForCausalLM(LMTPPreTrainedModel, LMTPGenerationMixin):
         labels: torch.Tensor | None = None,
         output_leap_logits: bool = False,
         num_items_in_batch: torch.Tensor | int | None = None,
+        leap_objective: LeapObjective = leap_losses,
         **backbone_kwargs: Any,
     ) -> LMTPCausalLMOutput:
         """Run the backbone and, where asked for, the leap heads.
@@ -206,11 +165,12 @@ class LMTPForCausalLM(LMTPPreTrainedModel, LMTPGenerationMixin):
         Args:
             input_ids: `(B, L)`, or `inputs_embeds`: `(B, L, H)`.
             attention_mask: `(B, L)`, 0 at padding.
-            position_ids: `(B, L)`.
+            position_ids: `(B, L)`; a packed sequence's start anew with each part.
             labels: `(B, L)`, not shifted, -100 where a token is not a target. If all are, the loss is 0.
             output_leap_logits: also return `(B, L, V)` logits of each leap head.
             num_items_in_batch: what sums of token losses are divided by; by default, for each loss,
                 the number of its targets.
+            leap_objective: what the heads learn, in place of `leap_losses`.
             backbone_kwargs: anything else that the backbone's `forward` takes.
         """
         inputs = {
@@ -223,7 +183,7 @@ class LMTPForCausalLM(LMTPPreTrainedModel, LMTPGenerationMixin):
         inputs = {name: value for name, value in inputs.items() if value is not None}
         if labels is None:
             outputs, hidden_states = self._run_backbone(inputs)
-        elif self.config.train_backbone or not self.leap_heads:
+        elif self.config.train_backbone or not self.config.num_leap_heads:
             outputs, hidden_states = self._run_backbone_with_loss(
                 inputs, labels, num_items_in_batch
             )
@@ -233,9 +193,9 @@ class LMTPForCausalLM(LMTPPreTrainedModel, LMTPGenerationMixin):
         result = LMTPCausalLMOutput()
         for name, value in outputs.items():
             result[name] = value
-        if labels is not None and self.leap_heads:
+        if labels is not None and self.config.num_leap_heads:
             loss, result["leap_losses"] = self.leap_loss(
-                hidden_states, input_ids, labels, num_items_in_batch
+                hidden_states, input_ids, labels, num_items_in_batch, position_ids, leap_objective
             )
             if "loss" in result:
                 loss = result["loss"] + self.config.leap_loss_weight * loss
@@ -243,12 +203,12 @@ class LMTPForCausalLM(LMTPPreTrainedModel, LMTPGenerationMixin):
         if output_leap_logits:
             result["leap_logits"] = tuple(
                 self.leap_logits(head, hidden_states, input_ids)
-                for head in range(len(self.leap_heads))
+                for head in range(self.config.num_leap_heads)
             )
         return result
 
     def _run_backbone(self, inputs: dict[str, Any]) -> tuple[dict[str, Any], torch.Tensor]:
-        with unembedding_inputs(self.backbone) as states:
+        with self.head_states() as states:
             outputs = self.backbone(**inputs, return_dict=True)
         return outputs, states[-1]
 
@@ -267,7 +227,12 @@ class LMTPForCausalLM(LMTPPreTrainedModel, LMTPGenerationMixin):
         )
 
     def _run_frozen_backbone(self, inputs: dict[str, Any]) -> tuple[dict[str, Any], torch.Tensor]:
-        with torch.no_grad(), unembedding_inputs(self.backbone, num_logits=1) as states:
+        if torch.is_grad_enabled() and any(p.requires_grad for p in self.backbone.parameters()):
+            logger.warning_once(
+                "The backbone has parameters that ask for gradients, such as an adapter's, and "
+                "train_backbone=False: they get none. Set config.train_backbone=True to train them."
+            )
+        with torch.no_grad(), self.head_states(num_logits=1) as states:
             outputs = self.backbone(**{"use_cache": False, **inputs}, return_dict=True)
         return {name: outputs[name] for name in outputs if name != "logits"}, states[-1]
 
@@ -277,6 +242,8 @@ class LMTPForCausalLM(LMTPPreTrainedModel, LMTPGenerationMixin):
         input_ids: torch.Tensor | None,
         labels: torch.Tensor,
         num_items_in_batch: torch.Tensor | int | None = None,
+        position_ids: torch.Tensor | None = None,
+        leap_objective: LeapObjective = leap_losses,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the sum of the heads' losses and each head's mean cross-entropy, detached.
 
@@ -284,26 +251,32 @@ class LMTPForCausalLM(LMTPPreTrainedModel, LMTPGenerationMixin):
             hidden_states: `(B, L, H)`, the backbone's last hidden states.
             input_ids: `(B, L)`; None will do without grounded heads.
             labels: `(B, L)`, not shifted.
-            num_items_in_batch: see `forward`.
+            num_items_in_batch, position_ids, leap_objective: see `forward`.
 
         Returns:
             A scalar, and `(m,)`.
         """
-        totals, counts = leap_losses(self, hidden_states, input_ids, labels)
+        totals, counts = leap_objective(self, hidden_states, input_ids, labels, position_ids)
         means = totals.detach() / counts
         return (totals / (num_items_in_batch or counts)).sum(), means
+
+    def head_states(
+        self, num_logits: int | None = None
+    ) -> AbstractContextManager[list[torch.Tensor]]:
+        """Collect what the heads read in each pass of the backbone inside the block, see `states_lmtp`."""
+        return head_states(self.backbone, self.config.head_input, num_logits)
 
     @property
     def context_widths(self) -> tuple[int, ...]:
         """How many following tokens each head sees at most, `(m,)`."""
         return context_widths(self.config.leap_offsets, self.config.head_context)
 
-    def draft_unembeddings(self) -> list[Any]:
+    def draft_unembeddings(self) -> list[HeadUnembedding]:
         """Return, for each head, what maps `(…, H)` to logits of the draft vocabulary `(…, D)`."""
         shared: Any = self.get_output_embeddings()
         if self.config.share_lm_head and self.config.draft_token_ids is not None:
             shared = DraftUnembedding(shared, self.config.draft_token_ids)
-        return [head.lm_head or shared for head in self.leap_heads]
+        return self.leap_heads.unembeddings(shared)
 
     def leap_logits(
         self,
@@ -318,7 +291,8 @@ class LMTPForCausalLM(LMTPPreTrainedModel, LMTPGenerationMixin):
             head: the head's index.
             hidden_states: `(B, L, H)`, the backbone's last hidden states.
             input_ids: `(B, L)`; None will do without grounded heads.
-            look_back: a grounded head sees `look_back + 1` following tokens, or fewer.
+            look_back: a grounded head sees `look_back + 1` following tokens, or fewer; a path-grounded
+                one all up to its target.
 
         Returns:
             `(B, L, V)`, or `(B, L, D)` with a draft vocabulary; `[:, s]` predicts the token at
@@ -330,33 +304,11 @@ class LMTPForCausalLM(LMTPPreTrainedModel, LMTPGenerationMixin):
                 raise ValueError("Grounded heads (head_context > 0) need input_ids.")
             # Fewer states than tokens, with `logits_to_keep`: the last ones
             tokens, exists = following_tokens(input_ids[:, -hidden_states.shape[1] :], width)
-            visible = exists & (torch.arange(width, device=tokens.device) <= look_back)
+            offset = self.config.leap_offsets[head]
+            seen = num_visible(offset, look_back, self.config.head_context)
+            visible = exists & (torch.arange(width, device=tokens.device) < seen)
             context = embed_context(self.get_input_embeddings(), tokens, visible)
-        return self.draft_unembeddings()[head](self.leap_heads[head](hidden_states, context))
-
-    @classmethod
-    def from_pretrained(
-        cls, pretrained_model_name_or_path: str | Path, *args: Any, **kwargs: Any
-    ) -> Any:
-        """Load a checkpoint as Transformers does, and refuse one that is incomplete.
-
-        Raises:
-            ValueError: tensors of the checkpoint are missing, or tensors of its leap heads are
-                extra or of the wrong shape; the message names them.
-        """
-        with_info = kwargs.pop("output_loading_info", False)
-        kwargs["ignore_mismatched_sizes"] = True  # reported below, with all else that is wrong
-        model, info = super().from_pretrained(
-            pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs
-        )
-        check_loaded(info, pretrained_model_name_or_path)
-        model._freeze_backbone()  # loading has made new parameters
-        return (model, info) if with_info else model
-
-    def save_pretrained(self, save_directory: str | Path, *args: Any, **kwargs: Any) -> None:
-        """Save weights, configuration, generation settings and the code that loads them."""
-        self.config.auto_map = dict(AUTO_MAP)
-        super().save_pretrained(save_directory, *args, **kwargs)
+        return self.draft_unembeddings()[head](self.leap_heads(head, hidden_states, context))
 
     def get_input_embeddings(self) -> nn.Module:
         """Return the backbone's input embeddings."""
@@ -377,9 +329,9 @@ class LMTPForCausalLM(LMTPPreTrainedModel, LMTPGenerationMixin):
     def resize_token_embeddings(
         self, new_num_tokens: int | None = None, *args: Any, **kwargs: Any
     ) -> nn.Embedding:
-        """Resize the backbone's vocabulary, and that of heads with an unembedding of their own.
+        """Resize the backbone's vocabulary, and what heads have of their own of it.
 
-        Rows that such a head did not have start as the backbone's. A draft vocabulary stays as it is.
+        Rows that a head did not have start as the backbone's. A draft vocabulary stays as it is.
 
         Raises:
             ValueError: the new vocabulary would not hold the draft vocabulary.
@@ -391,8 +343,6 @@ class LMTPForCausalLM(LMTPPreTrainedModel, LMTPGenerationMixin):
                 "Keep more tokens, or start from a model with another draft vocabulary."
             )
         embeddings = self.backbone.resize_token_embeddings(new_num_tokens, *args, **kwargs)
-        if not self.config.share_lm_head and draft_ids is None:
-            for head in self.leap_heads:
-                trained, head.lm_head = head.lm_head, self._unembedding_copy()
-                keep_rows(trained, head.lm_head)
+        if draft_ids is None:
+            self.leap_heads.resize_vocabulary(self.backbone)
         return embeddings

@@ -15,6 +15,7 @@ from transformers.generation import GenerateDecoderOnlyOutput
 from transformers.utils import ModelOutput
 
 from .cache_lmtp import join_rows, move_left, stop_rollback, take_row
+from .replay_lmtp import has_recurrent_states
 from .texts_lmtp import Texts
 from .walking_lmtp import Walk
 
@@ -168,21 +169,22 @@ class ReturnedCache:
         self.model_kwargs = dict(model_kwargs)
         self.texts = texts
         self.prompt_slots = cache.get_seq_length()
+        self.replays = has_recurrent_states(cache)  # then rows are never moved, but may lack tokens
         self.rows: dict[int, Cache] = {}
 
-    def take(self, places: Sequence[int], rows: Sequence[int], num_replayed: int) -> None:
+    def take(self, places: Sequence[int], rows: Sequence[int]) -> None:
         """Take rows that have ended out of the cache, as long as it holds them.
 
         Args:
             places: where the rows stand among those still in the cache.
             rows: their numbers among those of the call.
-            num_replayed: how many of their tokens, beside the last, the cache lacks.
         """
         for place, row in zip(places, rows, strict=True):
             taken = take_row(self.cache, place)
-            # The last token is not in it yet, and the slots on the left are as the prompt had them
-            slots = self.prompt_slots + len(self.texts.emitted[row]) - 1 - num_replayed
-            move_left(taken, taken.get_seq_length() - slots)
+            if not self.replays:
+                # The last token is not in it yet; the slots on the left become as the prompt had them
+                slots = self.prompt_slots + len(self.texts.emitted[row]) - 1
+                move_left(taken, taken.get_seq_length() - slots)
             self.rows[row] = taken
 
     def put_together(self) -> None:

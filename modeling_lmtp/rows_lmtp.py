@@ -25,6 +25,8 @@ class Rows:
         hidden_states: states of the prompts' tokens, `(A, S, H)`, the latest last.
         num_states: how many states to keep.
         model_kwargs: what `generate` keeps between steps.
+        may_move: whether slots that have a meaning in no row may be dropped; not where the backbone
+            counts its positions in slots.
 
     Attributes:
         numbers: each row's number among those of the call.
@@ -37,7 +39,9 @@ class Rows:
         hidden_states: torch.Tensor,
         num_states: int,
         model_kwargs: dict[str, Any],
+        may_move: bool = True,
     ) -> None:
+        self.may_move = may_move
         self.numbers = list(range(input_ids.shape[0]))
         self.input_ids = input_ids
         self.num_states = num_states
@@ -128,7 +132,7 @@ class Rows:
 
     def _move_left(self, num_slots: int) -> None:
         """Drop slots that have a meaning in no row."""
-        if num_slots == 0:
+        if num_slots == 0 or not self.may_move:
             return
         move_left(self.cache, num_slots)
         self.input_ids = self.input_ids[:, num_slots:]

@@ -189,15 +189,20 @@ class StepwiseWalker(Walker):
         logits = logits.to(copy=True, dtype=torch.float32, device=self.input_ids.device)
         scores = self.chooser.scores(self.input_ids, logits)
         if self._scores is not None:
-            self._scores.append(scores)
+            self._scores.append(self._of_unfinished(scores))
         if self._logits is not None:
-            self._logits.append(logits)
+            self._logits.append(self._of_unfinished(logits))
         tokens = self._choose(scores, offered)
         if self.chooser.pads_finished_rows:
             tokens = torch.where(self.unfinished, tokens, self.chooser.pad_token_id)
         self.input_ids = torch.cat([self.input_ids, tokens[:, None]], dim=-1)
         self.unfinished = self.unfinished & ~self.chooser.stops(self.input_ids, self.scores)
         return tokens.tolist(), self.unfinished.tolist()
+
+    def _of_unfinished(self, scores: torch.Tensor) -> torch.Tensor:
+        if self.chooser.pads_finished_rows:
+            return scores.masked_fill(~self.unfinished[:, None], 0.0)
+        return scores
 
     def _choose(self, scores: torch.Tensor, offered: Sequence[int]) -> torch.Tensor:
         token = None if self.rule is None else self.rule.take(scores, offered)
@@ -261,7 +266,8 @@ class RowByRowWalker(Walker):
         rule: TypicalRule | None = None,
     ) -> None:
         self.walkers = [
-            StepwiseWalker(row[None], chooser, keep_scores, keep_logits, rule) for row in input_ids
+            StepwiseWalker(row[None], chooser.of_row(number), keep_scores, keep_logits, rule)
+            for number, row in enumerate(input_ids)
         ]
 
     def walk(self, candidates: Candidates, logits: torch.Tensor, rows: Sequence[int]) -> list[Walk]:

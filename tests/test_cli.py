@@ -90,9 +90,7 @@ def test_verify_finds_equal_texts_and_writes_the_figures(folder, checkpoint, tmp
     results = json.loads(figures.read_text())["results"]
     assert set(results) == {"greedy, chain", "greedy, tree", "sampling, chain", "sampling, tree"}
     assert all(result["equal"] == result["prompts"] == 3 for result in results.values())
-    assert result.output.startswith(
-        "Tier: tree (trees come out exact; float32, cpu, sdpa attention)"
-    )
+    assert "Tier: tree (trees come out exact; float32, cpu, sdpa" in result.output
 
 
 def test_verify_in_sixteen_bits_fails_only_where_rounding_is_no_excuse(

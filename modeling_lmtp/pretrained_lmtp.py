@@ -1,0 +1,67 @@
+"""What Transformers needs to know of models with leap heads: how weights start, load and are saved."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers import initialization as init
+
+from .checkpoints_lmtp import AUTO_MAP, check_loaded
+from .configuration_lmtp import LMTPConfig
+from .states_lmtp import LayerMix
+from .zero_lmtp import ZeroLinear
+
+
+class LMTPPreTrainedModel(PreTrainedModel):
+    """A model with a `backbone` and leap heads."""
+
+    config_class = LMTPConfig
+    base_model_prefix = "backbone"
+    supports_gradient_checkpointing = True
+    # Answered by the backbone itself when it is built; the wrapper has no attention of its own
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        if isinstance(module, ZeroLinear):
+            init.zeros_(module.weight)
+            if module.bias is not None:
+                init.zeros_(module.bias)
+        elif isinstance(module, LayerMix):
+            init.zeros_(module.weights)
+        else:
+            super()._init_weights(module)
+
+    def _freeze_backbone(self) -> None:
+        """Keep optimizers away from the backbone in stage 1."""
+        if self.config.num_leap_heads and not self.config.train_backbone:
+            self.backbone.requires_grad_(False)
+
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str | Path, *args: Any, **kwargs: Any
+    ) -> Any:
+        """Load a checkpoint as Transformers does, and refuse one that is incomplete.
+
+        Raises:
+            ValueError: tensors of the checkpoint are missing, or tensors of its leap heads are
+                extra or of the wrong shape; the message names them.
+        """
+        with_info = kwargs.pop("output_loading_info", False)
+        kwargs["ignore_mismatched_sizes"] = True  # reported below, with all else that is wrong
+        model, info = super().from_pretrained(
+            pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs
+        )
+        check_loaded(info, pretrained_model_name_or_path)
+        model._freeze_backbone()  # loading has made new parameters
+        return (model, info) if with_info else model
+
+    def save_pretrained(self, save_directory: str | Path, *args: Any, **kwargs: Any) -> None:
+        """Save weights, configuration, generation settings and the code that loads them."""
+        self.config.auto_map = dict(AUTO_MAP)
+        super().save_pretrained(save_directory, *args, **kwargs)

@@ -1,0 +1,127 @@
+"""Every architecture of `architectures`: what is found out about it, and that its text is plain decoding's.
+
+`benchmarks/architectures.md` shows the same examinations as a table.
+"""
+
+from __future__ import annotations
+
+import inspect
+from pathlib import Path
+
+import matrix
+import pytest
+from architectures import ARCHITECTURES
+from matrix import Comparison, Examination, examine
+from transformers.masking_utils import create_chunked_causal_mask
+
+from modeling_lmtp.support_lmtp import Tier
+
+# Transformers 5.15 scripts functions of gpt_bigcode, which torch is about to give up
+pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")
+
+# All others verify trees
+CHAINS = {
+    *("bamba", "bloom", "falcon_alibi", "falcon_h1", "gpt_neo", "granitemoehybrid", "lfm2", "mpt"),
+    *("nemotron_h", "olmo_hybrid", "qwen3_5_text", "qwen3_next", "roformer", "zamba2"),
+}
+# In all others, each row of a batch goes on as far as its own draft was right
+IN_STEP = CHAINS - {"bloom", "falcon_alibi", "gpt_neo", "lfm2", "mpt"}
+REFUSED = {
+    *("falcon_mamba", "jamba", "mamba", "mamba2", "minimax", "openai-gpt", "recurrent_gemma"),
+    *("rwkv", "xlstm"),
+}
+if "block_sequence_ids" not in inspect.signature(create_chunked_causal_mask).parameters:
+    CHAINS.add("llama4_text")  # such a release of Transformers cannot make masks of chunks
+TREES = ARCHITECTURES.keys() - CHAINS - REFUSED
+
+EXAMINED: dict[str, Examination] = {}
+
+
+def examined(architecture: str) -> Examination:
+    """Examine each once, and skip those for which Transformers' own text depends on its cache."""
+    if architecture not in EXAMINED:
+        EXAMINED[architecture] = examine(architecture)
+    if not EXAMINED[architecture].plain_is_consistent:
+        pytest.skip("plain decoding with a cache differs from a pass over its whole text")
+    return EXAMINED[architecture]
+
+
+def parts(comparisons: dict[str, Comparison]) -> list[str]:
+    return [name for name, comparison in comparisons.items() if not comparison.equal]
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_what_it_can_verify_is_found_out(architecture):
+    found = examined(architecture)
+    expected = Tier.CHAIN if architecture in CHAINS else Tier.TREE
+    if architecture in REFUSED:
+        expected = Tier.REFUSED
+    assert found.tier == expected.value, found.reason
+    assert found.ragged == (architecture not in REFUSED | IN_STEP)
+
+
+@pytest.mark.parametrize("architecture", sorted(REFUSED))
+def test_what_is_refused_is_refused_before_a_forward_pass(architecture):
+    refusal = examined(architecture).refusal
+    assert refusal is not None
+    assert refusal.startswith(("use_lmtp=True is not possible with", "use_lmtp=True needs a"))
+
+
+@pytest.mark.parametrize("architecture", sorted(TREES | CHAINS))
+def test_greedy_texts_are_plain_decoding_s(architecture):
+    greedy = examined(architecture).greedy
+    shapes = ("tree", "chain") if architecture in TREES else ("chain",)
+    assert not parts(greedy)
+    for shape in shapes:
+        [never] = greedy[f"{shape}, never right"].acceptance_lengths
+        [always] = greedy[f"{shape}, always right"].acceptance_lengths
+        [some] = greedy[f"{shape}, sometimes"].acceptance_lengths
+        assert set(never) == {1}
+        assert set(always[:-1]) == {5}
+        assert set(some) == {1, 2, 3, 4, 5}
+    assert max(examined(architecture).distinct_tokens) >= 4, "a text that only repeats itself"
+
+
+@pytest.mark.parametrize("architecture", sorted(TREES | CHAINS))
+def test_samples_are_plain_decoding_s_from_the_same_seed(architecture):
+    sampling = examined(architecture).sampling
+    assert not parts(sampling)
+    for comparison in sampling.values():
+        assert set(comparison.acceptance_lengths[0]) == {1, 2, 3, 4, 5}
+
+
+@pytest.mark.parametrize("architecture", sorted(TREES | CHAINS))
+def test_batches_are_plain_decoding_s_and_their_rows_are_as_alone(architecture):
+    found = examined(architecture)
+    assert not parts(found.batch)
+    assert found.plain_rows_are_independent
+    for comparison in found.batch.values():
+        lengths = comparison.acceptance_lengths
+        by_row = {tuple(row) for row in lengths}
+        assert len(by_row) == (1 if architecture in IN_STEP else 3)
+        assert {length for row in lengths for length in row} >= {1, 2, 3}
+
+
+def test_every_architecture_is_of_one_kind():
+    names = [name for names in matrix.KINDS.values() for name in names.split()]
+    assert sorted(names) == sorted(ARCHITECTURES)
+
+
+def test_the_page_tells_what_differs():
+    same, other = Comparison(True, [[5]]), Comparison(False, [[1]])
+    found = Examination("a", "dense", "chain", "no trees: a|b", True, True)
+    found.greedy = {"chain, never right": same, "chain, sometimes": other}
+    found.sampling, found.batch = {"chain": same}, {"chain": same}
+    versions = {"transformers": "5.0", "torch": "2.0"}
+    page = matrix.report([found], versions)
+    assert "Of 1 architectures, 0 verify trees, 1 chains, and 0 are refused." in page
+    row = "| `a` | dense | chain | ragged | differs: chain, sometimes | equal | equal, but not to"
+    assert row in page
+    assert page.endswith("| a\\|b |\n")
+
+
+def test_the_page_in_the_repository_is_of_these_architectures():
+    page = (Path(matrix.BENCHMARKS) / "architectures.md").read_text()
+    rows = [line.split("`")[1] for line in page.splitlines() if line.startswith("| `")]
+    assert rows == list(ARCHITECTURES)
+    assert "differs" not in page
