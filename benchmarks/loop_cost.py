@@ -73,28 +73,43 @@ def measure(
 ) -> dict[str, object]:
     """Let the three ways take turns."""
     loop_cost, speed_up, plain_ms = [], [], []
-    equal = True
+    num_equal = 0
+    own_texts = [own_text(model, prompt, new_tokens) for prompt in prompts]
     for _ in range(rounds):
-        for prompt in prompts:
+        for prompt, own in zip(prompts, own_texts, strict=True):
             options = {"max_new_tokens": new_tokens}
             plain, text = seconds_per_token(model, prompt, use_lmtp=False, **options)
             off, off_text = seconds_per_token(
                 model, prompt, use_lmtp=True, draft_length=0, **options
             )
             known, known_text = seconds_per_token(
-                model, prompt, use_lmtp=True, drafter=KnownText(text), **options
+                model, prompt, use_lmtp=True, drafter=KnownText(own), **options
             )
-            equal &= torch.equal(text, off_text)
+            assert torch.equal(known_text, own)
             plain_ms.append(plain * 1e3)
             loop_cost.append(off / plain)
             speed_up.append(plain / known)
-            equal &= torch.equal(text, known_text)
+            num_equal += torch.equal(text, off_text) and torch.equal(text, own)
     return {
         "plain_ms_per_token": spread(plain_ms),
         "loop_cost": spread(loop_cost),
         "speed_up_of_a_known_chain": spread(speed_up),
-        "equal_texts": equal,
+        "equal_texts": f"{num_equal} of {rounds * len(prompts)}",
     }
+
+
+def own_text(model: LMTPForCausalLM, prompt: torch.Tensor, new_tokens: int) -> torch.Tensor:
+    """Generate the text whose every candidate is right when it is known.
+
+    In 16 bits that may be another than plain decoding's: passes over nine tokens round differently.
+    """
+    options = {"max_new_tokens": new_tokens}
+    _, text = seconds_per_token(model, prompt, use_lmtp=False, **options)
+    while True:
+        _, own = seconds_per_token(model, prompt, use_lmtp=True, drafter=KnownText(text), **options)
+        if torch.equal(own, text):
+            return own
+        text = own
 
 
 def main() -> None:

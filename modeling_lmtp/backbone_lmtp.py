@@ -5,6 +5,7 @@ Shapes: `B` batch, `L` length, `H` hidden size.
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from threading import get_ident
 from typing import Any
 
 import torch
@@ -83,8 +84,13 @@ def unembedding_inputs(
         RuntimeError: on leaving the block, if the forward pass never called the unembedding.
     """
     states: list[torch.Tensor] = []
+    own_thread = get_ident()  # others may be running the same model
 
-    def collect(module: nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+    def collect(
+        module: nn.Module, args: tuple[torch.Tensor, ...]
+    ) -> tuple[torch.Tensor, ...] | None:
+        if not torch.compiler.is_compiling() and get_ident() != own_thread:
+            return None
         states.append(args[0])
         return (args[0][..., :num_logits, :], *args[1:])
 

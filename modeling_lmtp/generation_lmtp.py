@@ -80,7 +80,7 @@ class LMTPGenerationMixin(GenerationMixin):
                 inputs, generation_config, logits_processor, stopping_criteria, *args, **kwargs
             )
 
-        _refuse_other_strategies(kwargs)
+        _refuse_other_strategies(kwargs, generation_config, self.generation_config)
         _refuse_bad_inputs(inputs, kwargs)
         settings.check(horizon=len(drafts(self.config.leap_offsets)))
         stopping_criteria = _with_stop_strings(
@@ -217,7 +217,16 @@ def _walker(
     return StepwiseWalker(input_ids, chooser, keep_scores, keep_logits)
 
 
-def _refuse_other_strategies(kwargs: dict[str, Any]) -> None:
+def _refuse_other_strategies(
+    kwargs: dict[str, Any], *generation_configs: GenerationConfig | None
+) -> None:
+    caches = [kwargs.get("cache_implementation")]
+    caches += [config.cache_implementation for config in generation_configs if config is not None]
+    if "paged" in caches:
+        raise ValueError(
+            "use_lmtp=True does not support cache_implementation='paged', which is continuous "
+            "batching. Leave it out, or pass 'dynamic'."
+        )
     given = [name for name in OTHER_STRATEGIES if kwargs.get(name)]
     if given:
         raise ValueError(

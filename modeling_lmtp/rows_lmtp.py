@@ -76,6 +76,9 @@ class Rows:
             num_slots: `1 + N`, the slots that the last pass appended to the cache.
         """
         lengths = [len(walked.path) for walked in walks]
+        going = {len(walked.path) for walked in walks if not walked.finished}
+        if self._snapshot is not None and len(going) > 1:
+            raise RuntimeError("recurrent states are kept for all rows at once: rows go in step")
         if self._snapshot is None:
             keep_paths(self.cache, [walked.path for walked in walks], num_slots)
         elif min(lengths) == num_slots:

@@ -32,6 +32,8 @@ TRACE_TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-10}
 PLAIN_TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-8}
 LOW_PRECISION_TRACE_TOLERANCE = 1e-2
 LOW_PRECISION_PLAIN_TOLERANCE = 2e-1
+# How configurations call a window; `max_window_layers` and `sliding_window_pattern` are none
+WINDOW_SETTINGS = ("window", "window_size", "attention_chunk_size")
 TREE = DraftTree.from_paths([(0,), (1,), (1, 0)])
 
 
@@ -66,7 +68,9 @@ _known: "weakref.WeakKeyDictionary[PreTrainedModel, dict[Any, Support]]" = (
 def decoding_support(backbone: PreTrainedModel) -> Support:
     """Return what `backbone` can verify; tried once per model, attention, dtype and device."""
     known = _known.setdefault(backbone, {})
-    key = (backbone.config._attn_implementation, backbone.dtype, backbone.device)
+    device = backbone.device
+    autocast = torch.is_autocast_enabled(device.type) and torch.get_autocast_dtype(device.type)
+    key = (backbone.config._attn_implementation, backbone.dtype, device, autocast)
     if key not in known:
         known[key] = _try_tiers(backbone)
     return known[key]
@@ -128,7 +132,8 @@ def _why_no_trees(backbone: PreTrainedModel) -> str:
 
 
 def _forward_parameters(backbone: PreTrainedModel) -> Collection[str]:
-    return inspect.signature(backbone.forward).parameters
+    # torch.compile(model) wraps a module in one that takes anything
+    return inspect.signature(getattr(backbone, "_orig_mod", backbone).forward).parameters
 
 
 def _new_cache(backbone: PreTrainedModel) -> DynamicCache:
@@ -141,7 +146,7 @@ def _windows(backbone: PreTrainedModel) -> list[int]:
     return [
         value
         for name, value in settings.items()
-        if ("window" in name or "chunk_size" in name) and type(value) is int and value > 0
+        if name.endswith(WINDOW_SETTINGS) and type(value) is int and value > 0
     ]
 
 

@@ -9,6 +9,7 @@ import torch
 from architectures import tiny_causal_lm
 from drafters import CHAIN, TREE, Oracle
 from transformers import GenerationConfig
+from transformers.utils import logging
 
 from modeling_lmtp import LMTPForCausalLM
 from modeling_lmtp.composition_lmtp import ForwardDrafter, MergedDrafter, merge_trees
@@ -252,6 +253,7 @@ def test_forward_decoding_runs_a_plain_pass_before_each_draft():
 
 
 def test_typical_acceptance_warns_that_it_is_lossy(caplog):
+    logging.warning_once.cache_clear()  # another test may have been warned
     model = wrapped()
     generate(model, use_lmtp=True, acceptance_rule="typical", **GREEDY)
     assert "acceptance_rule='typical' is lossy" in caplog.text
