@@ -1,41 +1,189 @@
-"""`lmtp distill`: gather prompts, then let the backbone answer them."""
+"""`lmtp distill`: gather prompts, then let the backbone, or a server, answer them."""
 
+from __future__ import annotations
+
+import os
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass
+from datetime import timedelta
 from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from modeling_lmtp.conversion.loading import load_backbone, load_tokenizer
-from modeling_lmtp.training.distill import DistillReport, DistillSettings, append_rows, distill
+from modeling_lmtp.training.distill import DistillReport, DistillSettings, distill, run_identity
+from modeling_lmtp.training.distill_files import (
+    check_output_name,
+    check_same_run,
+    claimed,
+    replace_rows,
+)
+from modeling_lmtp.training.distill_server import Server, distill_from_server
+from modeling_lmtp.training.processes import on_main, processes
+from modeling_lmtp.training.prompt_datasets import DatasetSource, read_dataset_prompts
 from modeling_lmtp.training.prompts import Prompt, read_prompts, self_written_prompts
+from modeling_lmtp.training.sample_log import SampleLog
+from modeling_lmtp.training.saving import file_sha256
+
+
+@dataclass(frozen=True)
+class PromptChoice:
+    """Which prompts to answer: those of a file or a dataset, self-written ones, or both.
+
+    Raises ValueError for a choice that means nothing.
+    """
+
+    file: Path | None = None
+    dataset: DatasetSource | None = None
+    field: str = "prompt"  # of the file
+    self_written: int = 0
+    limit: int | None = None  # of the file or dataset
+
+    def __post_init__(self) -> None:
+        """Refuse no source and two sources at once."""
+        if self.file is not None and self.dataset is not None:
+            raise ValueError("Pass --prompts FILE or --dataset NAME, not both.")
+        if self.file is None and self.dataset is None and not self.self_written:
+            raise ValueError(
+                "There is nothing to answer: pass --prompts FILE, --dataset NAME or "
+                "--self-written N (which goes with either)."
+            )
+
+    def read(self) -> tuple[list[Prompt], dict[str, Any]]:
+        """Return the prompts of the file or dataset, and a record of where they are from.
+
+        Raises:
+            ValueError: a row has no prompt, or another mistake that the message names.
+        """
+        if self.file is not None:
+            prompts = read_prompts(self.file, self.field)[: self.limit]
+            sha256 = file_sha256(self.file)
+            record = {"path": str(self.file), "sha256": sha256, "field": self.field}
+            return prompts, {"file": {**record, "rows": len(prompts)}}
+        if self.dataset is not None:
+            prompts, record = read_dataset_prompts(self.dataset, self.limit)
+            return prompts, {"dataset": record}
+        return [], {}
+
+
+def choose_prompts(
+    file: Path | None,
+    dataset: str | None,
+    config: str | None,
+    split: str | None,
+    field: str,
+    self_written: int,
+    limit: int | None,
+) -> PromptChoice:
+    """Return the choice that the options of `lmtp distill` make.
+
+    Raises:
+        ValueError: they mean nothing together.
+    """
+    if dataset is None:
+        for option, value in (("--dataset-config", config), ("--split", split)):
+            if value is not None:
+                raise ValueError(f"{option} {value} goes with --dataset NAME, which is missing.")
+        return PromptChoice(file, None, field, self_written, limit)
+    chosen = DatasetSource(dataset, config, split, field)
+    return PromptChoice(file, chosen, field, self_written, limit)
+
+
+def choose_server(model: str, url: str | None, name: str | None, dtype: str) -> Server | None:
+    """Return the server that the options of `lmtp distill` name, or None.
+
+    Raises:
+        ValueError: they mean nothing together.
+    """
+    if url is None:
+        if name is not None:
+            raise ValueError(f"--server-model {name} goes with --server URL, which is missing.")
+        return None
+    if dtype != "auto":
+        raise ValueError(f"--dtype {dtype} has no effect on a server: leave it out.")
+    return Server(url, name or model, os.environ.get("OPENAI_API_KEY"))
 
 
 def distill_from(
     source: str,
     output: Path,
     settings: DistillSettings,
+    choice: PromptChoice,
     *,
-    prompts: Path | None,
-    field: str,
-    self_written: int,
-    limit: int | None,
-    dtype: str,
+    dtype: str = "auto",
+    server: Server | None = None,
 ) -> DistillReport:
-    """Answer the prompts of a file, those that the model writes itself, or both.
+    """Answer the chosen prompts with the model `source`, or with the server that serves it.
 
-    Self-written prompts are kept in a file beside `output`, so that a stopped run goes on with the
-    same ones.
+    Self-written prompts, and until then a log of what was sampled, are kept in files beside
+    `output`, so that a stopped run goes on with the same ones.
+
+    Args:
+        source: folder or Hub id of the backbone; only named in the manifest if a server answers.
+        output: a .jsonl file, new or of the same run.
+        settings: how to answer.
+        choice: which prompts.
+        dtype: of the loaded model.
+        server: answers instead of a loaded model.
 
     Raises:
-        ValueError: no prompts were asked for, or a row of the file has none (names file and line).
+        ValueError: something is wrong with the prompts, or `output` was made by another run.
     """
-    if prompts is None and not self_written:
+    check_output_name(output)
+    if server is not None and choice.self_written:
         raise ValueError(
-            "There is nothing to answer: pass --prompts FILE, --self-written N, or both."
+            "--self-written needs the model itself, not a server. Let `lmtp distill` write "
+            "prompts with a smaller model first, and pass them with --prompts."
         )
-    gathered: list[Prompt] = read_prompts(prompts, field)[:limit] if prompts is not None else []
+    # What travels is small and may be waited for long, as in the end for the slowest process.
+    processes(backend="gloo", timeout=timedelta(weeks=1))
+    prompts, sources = on_main(choice.read)
+    if server is not None:
+        return distill_from_server(server, prompts, output, settings, model=source, sources=sources)
     model, tokenizer = load_backbone(source, dtype), load_tokenizer(source)
-    if self_written:
-        written = Path(f"{output}.prompts.jsonl")
-        if not written.exists():
-            found = self_written_prompts(model, tokenizer, self_written, settings)
-            append_rows(written, [{"prompt": p.text, "kind": p.kind} for p in found])
-        gathered += read_prompts(written)[:self_written]
-    return distill(model, tokenizer, gathered, output, settings)
+    if not choice.self_written:
+        return distill(model, tokenizer, prompts, output, settings, sources=sources)
+    log = SampleLog(Path(f"{output}.samples.jsonl"), run_identity(model, tokenizer), settings)
+    prompts += _self_written(model, tokenizer, output, settings, choice.self_written, log)
+    sources["self_written"] = choice.self_written
+    report = distill(model, tokenizer, prompts, output, settings, sources=sources)
+    on_main(lambda: log.path.unlink(missing_ok=True))
+    return report
+
+
+def _self_written(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    output: Path,
+    settings: DistillSettings,
+    count: int,
+    log: SampleLog,
+) -> list[Prompt]:
+    """Return the prompts that the run began to answer, or else let the model write them."""
+    written = Path(f"{output}.prompts.jsonl")
+    identity = {**run_identity(model, tokenizer), "settings": asdict(settings)}
+    earlier = on_main(lambda: _earlier_prompts(output, written, identity, count))
+    if earlier is not None:
+        return earlier
+    with claimed(log.path) if processes().is_main_process else nullcontext():
+        prompts = self_written_prompts(model, tokenizer, count, settings, log=log, progress=True)
+    rows = [{"prompt": prompt.text, "kind": prompt.kind} for prompt in prompts]
+    on_main(lambda: replace_rows(written, rows))
+    return prompts
+
+
+def _earlier_prompts(
+    output: Path, written: Path, identity: dict[str, Any], count: int
+) -> list[Prompt] | None:
+    # Before hours of sampling, not after them, `output` is known to be of this run.
+    manifest = check_same_run(output, identity, tuple(identity))
+    if not manifest:
+        return None
+    asked = (manifest.get("prompt_sources") or {}).get("self_written", count)
+    if asked != count or not written.exists():
+        found = f"with --self-written {asked}" if written.exists() else f"without {written.name}"
+        raise ValueError(
+            f"{output}: was made {found}. Choose another output or delete this one with its manifest"
+        )
+    return read_prompts(written)

@@ -2,18 +2,21 @@
 
 import shutil
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoConfig
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from modeling_lmtp.backbone_lmtp import unembedding_size
 from modeling_lmtp.conversion.loading import load_backbone, load_lmtp, load_tokenizer
 from modeling_lmtp.modeling_lmtp import LMTPForCausalLM
 from modeling_lmtp.training.examples import Example, draft_vocabulary, read_examples, split_examples
+from modeling_lmtp.training.processes import processes
 from modeling_lmtp.training.prompts import end_ids
 from modeling_lmtp.training.saving import check_output_folder, file_sha256, save_checkpoint
+from modeling_lmtp.training.sharding import take_over_fsdp
+from modeling_lmtp.training.training_log import save_training_log
 from modeling_lmtp.training.warmup import WarmupReport, WarmupSettings, warm_up
 
 
@@ -24,9 +27,11 @@ class HeadShape:
     num_leap_heads: int | None = None
     leap_stride: int | None = None
     leap_offsets: tuple[int, ...] | None = None
-    head_context: int = 0
+    head_context: int | str = 0
+    head_input: str = "last"
     num_head_layers: int = 1
     share_lm_head: bool = True
+    lm_head_rank: int = 0
     draft_vocab_size: int | None = None  # the most frequent tokens of the answers; None is all
 
 
@@ -41,16 +46,19 @@ def train_heads(
     held_out: int,
     dtype: str,
 ) -> WarmupReport:
-    """Warm up heads and save the checkpoint in `output`.
+    """Warm up heads and save the checkpoint in `output`, with its log as a file and as a picture.
 
     Checkpoints of the run itself are kept in `<output>.training` until then; called again after a
-    stop, it goes on from the last.
+    stop, it goes on from the last. Of several processes, the main one writes.
 
     Raises:
         ValueError: `output` holds something, heads are described for a checkpoint that has some, or
             the answers are unusable.
     """
     check_output_folder(output)
+    if take_over_fsdp():
+        settings = replace(settings, shard_backbone=True)
+    this_process = processes()  # before models are loaded: each process takes its own device
     has_heads = AutoConfig.from_pretrained(source).model_type == "lmtp"
     if has_heads and shape != HeadShape():
         raise ValueError(
@@ -58,25 +66,52 @@ def train_heads(
             "options out to train them on, or start from the plain backbone."
         )
     tokenizer = load_tokenizer(source)
-    model = load_lmtp(source, dtype, train_backbone=False) if has_heads else None
-    backbone = load_backbone(source, dtype) if model is None else model.backbone
-    end_id = next(iter(end_ids(backbone, tokenizer)), None)
+    model = _load(source, dtype, on_cpu=settings.shard_backbone)  # then no device holds it all
+    end_id = next(iter(end_ids(getattr(model, "backbone", model), tokenizer)), None)
     examples = read_examples(answers, tokenizer, end_id, max_length)
     training, evaluation = split_examples(examples, held_out)
-    model = model or add_heads(backbone, shape, training)
+    if not has_heads:
+        model = add_heads(model, shape, training)
     run_folder = output.with_name(f"{output.name}.training")
     report = warm_up(model, training, evaluation, run_folder, settings)
-    record = {
-        "command": "lmtp train",
-        "answers_sha256": file_sha256(answers),
-        "examples": len(training),
-        "settings": asdict(settings),
-        "held_out": report.held_out.as_dict() if report.held_out else None,
-        "log": report.log,
-    }
-    save_checkpoint(model, tokenizer, output, record)
-    shutil.rmtree(run_folder)
+    if this_process.is_main_process:
+        record = {
+            "command": "lmtp train",
+            "answers_sha256": file_sha256(answers),
+            "examples": len(training),
+            "processes": this_process.num_processes,
+            "settings": asdict(settings),
+            "held_out": report.held_out.as_dict() if report.held_out else None,
+            "log": report.log,
+        }
+        if settings.shard_backbone:
+            model = _gathered(model, _load(source, dtype, on_cpu=True))
+        save_checkpoint(model, tokenizer, output, record)
+        save_training_log(output, report.log, model.config.leap_offsets)
+        shutil.rmtree(run_folder)
+    this_process.wait_for_everyone()
     return report
+
+
+def _load(source: str, dtype: str, *, on_cpu: bool) -> Any:
+    """Load a checkpoint with heads, or a plain backbone."""
+    has_heads = AutoConfig.from_pretrained(source).model_type == "lmtp"
+    if not on_cpu:
+        if has_heads:
+            return load_lmtp(source, dtype, train_backbone=False)
+        return load_backbone(source, dtype)
+    if has_heads:
+        return LMTPForCausalLM.from_pretrained(source, dtype=dtype, train_backbone=False).eval()
+    return AutoModelForCausalLM.from_pretrained(source, dtype=dtype).eval()
+
+
+def _gathered(model: LMTPForCausalLM, loaded: Any) -> LMTPForCausalLM:
+    """Return a model to save: the trained heads with the backbone as it was loaded, not sharded."""
+    backbone = loaded.backbone if isinstance(loaded, LMTPForCausalLM) else loaded
+    whole = LMTPForCausalLM(model.config, backbone=backbone)
+    whole.generation_config = model.generation_config
+    whole.leap_heads.load_state_dict(model.leap_heads.state_dict())
+    return whole
 
 
 def add_heads(backbone: Any, shape: HeadShape, examples: Sequence[Example]) -> LMTPForCausalLM:

@@ -9,7 +9,7 @@ Shapes: `B` rows, `L` prompt length with padding, `T` prompt and new tokens.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections import Counter
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from architectures import ARCHITECTURES, tiny_causal_lm
 from drafters import CHAIN, RULES, TREE, Oracle, sometimes
+from torch.nn.functional import pad
 from transformers.utils import logging
 
 from modeling_lmtp import LMTPForCausalLM
@@ -65,9 +66,7 @@ KINDS = {
         "cohere2 exaone4 gemma2 gemma3_text gemma3n_text gpt_neo ministral mistral "
         "modernbert-decoder olmo3 phi3_sliding qwen2_sliding smollm3_sliding starcoder2_sliding"
     ),
-    "experts": (
-        "aria_text dbrx glm4_moe granitemoe mixtral olmoe phimoe qwen2_moe qwen3_moe"
-    ),
+    "experts": "aria_text dbrx glm4_moe granitemoe mixtral olmoe phimoe qwen2_moe qwen3_moe",
     "experts, sliding window": "gpt_oss",
     "experts, attention in chunks": "llama4_text",
     "latent attention": "minicpm3",
@@ -132,25 +131,15 @@ class Examination:
 
 def prompts() -> list[torch.Tensor]:
     """Return prompts of different lengths, each `(1, length)`, without a token used for padding."""
-    return [
-        (torch.arange(length)[None] * 7 + 5 * row) % 95 + 1
-        for row, length in enumerate(PROMPT_LENGTHS)
-    ]
+    return [(torch.arange(n)[None] * 7 + 5 * row) % 95 + 1 for row, n in enumerate(PROMPT_LENGTHS)]
 
 
 def left_padded(rows: list[torch.Tensor]) -> dict[str, torch.Tensor]:
     """Return prompts as one batch: `input_ids` and `attention_mask`, both `(B, L)`."""
     length = max(row.shape[1] for row in rows)
-    missing = [(length - row.shape[1], 0) for row in rows]
-    pad = torch.nn.functional.pad
-    return {
-        "input_ids": torch.cat(
-            [pad(row, sizes, value=PADDING) for row, sizes in zip(rows, missing, strict=True)]
-        ),
-        "attention_mask": torch.cat(
-            [pad(torch.ones_like(row), sizes) for row, sizes in zip(rows, missing, strict=True)]
-        ),
-    }
+    padded = [pad(row, (length - row.shape[1], 0), value=PADDING) for row in rows]
+    input_ids = torch.cat(padded)
+    return {"input_ids": input_ids, "attention_mask": (input_ids != PADDING).long()}
 
 
 def generate(model: Any, inputs: dict[str, torch.Tensor], **options: Any) -> Any:
@@ -299,23 +288,17 @@ on one thread of a {device}, with Transformers {transformers} and torch {torch}.
 def report(examinations: list[Examination], found_versions: dict[str, str]) -> str:
     """Return the page that shows the examinations as a table."""
     lengths = "{}, {} and {}".format(*PROMPT_LENGTHS)
-    header = HEADER.format(
-        **{**CONDITIONS, "prompt_lengths": lengths},
-        **found_versions,
-        command=COMMAND,
-        summary=summary(examinations),
-    )
+    conditions = {**CONDITIONS, **found_versions, "command": COMMAND, "prompt_lengths": lengths}
+    header = HEADER.format(**conditions, summary=summary(examinations))
     return header + "".join(_table_row(examination) for examination in examinations)
 
 
 def summary(examinations: list[Examination]) -> str:
     """Say in a sentence how many architectures are in which tier."""
-    counts = {
-        tier: sum(examination.tier == tier.value for examination in examinations) for tier in Tier
-    }
+    tiers = Counter(examination.tier for examination in examinations)
     return (
-        f"Of {len(examinations)} architectures, {counts[Tier.TREE]} verify trees, "
-        f"{counts[Tier.CHAIN]} chains, and {counts[Tier.REFUSED]} are refused."
+        f"Of {len(examinations)} architectures, {tiers['tree']} verify trees, {tiers['chain']} "
+        f"chains, and {tiers['refused']} are refused."
     )
 
 
@@ -346,20 +329,20 @@ def _verdict(comparisons: dict[str, Comparison]) -> str:
     return f"differs: {'; '.join(different)}" if different else "equal"
 
 
-def main(say: Callable[[str], None] = print) -> None:
+def main() -> None:
     """Examine all architectures and write the two files."""
     logging.set_verbosity_error()
     examinations = []
     for architecture in ARCHITECTURES:
         examinations.append(examine(architecture))
-        say(f"{architecture}: {examinations[-1].tier}")
+        print(f"{architecture}: {examinations[-1].tier}")
     record = {"command": COMMAND, "conditions": CONDITIONS, "versions": versions()}
     lines = ",\n".join(json.dumps(asdict(examination)) for examination in examinations)
     (BENCHMARKS / "results" / "architectures.json").write_text(
         f'{json.dumps(record, indent=1)[:-2]},\n "results": [\n{lines}\n ]\n}}\n'
     )
     (BENCHMARKS / "architectures.md").write_text(report(examinations, versions()))
-    say(summary(examinations))
+    print(summary(examinations))
 
 
 if __name__ == "__main__":

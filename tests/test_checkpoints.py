@@ -30,6 +30,14 @@ SAVED = {
     "sharded": ("llama", {"num_head_layers": 2}, torch.float32, {"max_shard_size": "20KB"}),
     "bf16": ("llama", {}, torch.bfloat16, {}),
     "mistral": ("mistral", {"train_backbone": True}, torch.float32, {}),
+    "path-grounded": ("llama", {"head_context": "path"}, torch.float32, {}),
+    "weighted": ("gpt2", {"head_input": "weighted", "head_context": 1}, torch.float32, {}),
+    "low rank": (
+        "llama_tied",
+        {"lm_head_rank": 3, "draft_token_ids": tuple(range(0, 96, 3))},
+        torch.float32,
+        {},
+    ),
 }
 
 # A consumer: only Transformers, no modeling_lmtp. Loads folders, saves each again beside it.
@@ -94,6 +102,7 @@ def consume(folders: list[Path], scratch: Path) -> dict[str, dict]:
 
 def wrapped(name: str) -> LMTPForCausalLM:
     architecture, settings, dtype, _ = SAVED[name]
+    torch.manual_seed(8)  # not every weight of a new head is zero
     model = LMTPForCausalLM.from_backbone(tiny_causal_lm(architecture, dtype=dtype), **settings)
     generator = torch.Generator().manual_seed(8)
     for parameter in model.leap_heads.parameters():

@@ -102,23 +102,24 @@ class Case:
 
 @st.composite
 def cases(draw: st.DrawFn) -> Case:
-    num_rows = draw(st.sampled_from([1, 3, 3, 4]))
-    prompt_lengths = draw(st.lists(st.integers(1, 22), min_size=num_rows, max_size=num_rows))
+    # What makes rows part comes first, and often
+    num_rows = draw(st.sampled_from([3, 4, 2, 1, 1]))
+    has_heads = draw(st.sampled_from([False, False, True]))
     # Rows that walk apart draw in another order, see test_sampling_distribution.py
     sampling = SAMPLING if num_rows == 1 else []
     offsets = st.sets(st.integers(2, 8), min_size=1, max_size=3)
     return Case(
-        prompt_lengths,
+        draw(st.lists(st.integers(1, 22), min_size=num_rows, max_size=num_rows)),
         common_padding=draw(st.sampled_from([0, 0, 3])),
-        max_new_tokens=draw(st.sampled_from([1, 2, 3, 7, 16, 23, 30])),
-        ends=draw(st.lists(st.tuples(st.integers(0, 3), st.integers(0, 29)), max_size=2)),
+        max_new_tokens=draw(st.sampled_from([24, 30, 16, 9, 2, 1])),
+        ends=draw(st.lists(st.tuples(st.integers(0, 3), st.integers(5, 29)), max_size=2)),
         processors=draw(st.lists(st.sampled_from(PROCESSORS), max_size=2, unique_by=id)),
         sampling=draw(st.sampled_from([{"do_sample": False}, *sampling])),
         outputs=draw(st.sets(st.sampled_from(OUTPUTS))),
-        offsets=draw(st.none() | offsets.map(sorted).map(tuple)),
+        offsets=tuple(sorted(draw(offsets))) if has_heads else None,
         draft=draw(st.sampled_from(DRAFTS)),
-        accuracy=draw(st.sampled_from([0.8, 0.5, 0.9, 1.0, 0.0])),
-        max_nodes=draw(st.sampled_from([14, 9, 5, 1, 0])),
+        accuracy=draw(st.sampled_from([0.8, 0.7, 0.9, 1.0, 0.0])),
+        max_nodes=draw(st.sampled_from([14, 9, 5, 1])),
         seed=draw(st.integers(0, 2**20)),
     )
 
@@ -197,7 +198,7 @@ class RandomDrafter(Oracle):
     "architecture", ["llama", "gpt2", "mistral", "gemma2", "bloom", "lfm2", "qwen3_next"]
 )
 @settings(
-    max_examples=10,
+    max_examples=12,
     deadline=None,
     derandomize=True,
     database=None,

@@ -1,7 +1,9 @@
 import json
+from contextlib import contextmanager
 
 import pytest
 import torch
+from architectures import tiny_causal_lm
 from safetensors.torch import load_file
 from tiny import tiny_llama
 from transformers import TrainerCallback
@@ -24,10 +26,10 @@ def examples(count=24, seed=0):
     return [Example(row.tolist(), 2) for row in rows]
 
 
-def new_model(dtype=torch.float32):
+def new_model(dtype=torch.float32, **heads):
     torch.manual_seed(1)
     backbone = tiny_llama(vocab_size=64).to(dtype)
-    return LMTPForCausalLM.from_backbone(backbone, leap_offsets=(2, 3))
+    return LMTPForCausalLM.from_backbone(backbone, **{"leap_offsets": (2, 3), **heads})
 
 
 def settings(**changes):
@@ -62,32 +64,56 @@ def test_checkpoints_of_a_run_hold_the_heads_alone(tmp_path):
     assert all(name.startswith("leap_heads.") for name in saved)
 
 
-def test_a_stopped_run_goes_on_to_the_same_weights(tmp_path, monkeypatch):
-    whole = new_model()
-    warm_up(whole, examples(), [], tmp_path / "whole", settings(), progress=False)
+@contextmanager
+def killed_after(step):
+    """Stop the run inside, as a kill would."""
 
     class KilledError(Exception):
         pass
 
     class Kill(TrainerCallback):
         def on_step_end(self, args, state, control, **kwargs):
-            if state.global_step == 8:  # after the checkpoint of step 6
+            if state.global_step == step:
                 raise KilledError
 
-    stopped = new_model()
     original = LeapTrainer.__init__
 
     def with_kill(self, *args, callbacks, **kwargs):
         original(self, *args, callbacks=[*callbacks, Kill()], **kwargs)
 
-    with monkeypatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch:
         patch.setattr(LeapTrainer, "__init__", with_kill)
         with pytest.raises(KilledError):
-            warm_up(stopped, examples(), [], tmp_path / "stopped", settings(), progress=False)
-    resumed = new_model()
-    warm_up(resumed, examples(), [], tmp_path / "stopped", settings(), progress=False)
-    for name, value in whole.leap_heads.state_dict().items():
-        torch.testing.assert_close(resumed.leap_heads.state_dict()[name], value, rtol=0, atol=0)
+            yield
+
+
+@pytest.mark.parametrize("step", [5, 8], ids=["within an epoch", "after an epoch"])
+@pytest.mark.parametrize(
+    ("heads", "changes"),
+    [
+        ({}, {}),
+        ({"leap_offsets": (3, 5), "head_context": 2}, {"distillation_weight": 0.5}),
+        ({"dtype": torch.bfloat16, "share_lm_head": False}, {"weight_decay": 0.1}),
+        ({}, {"pack_length": 50, "batch_size": 1, "gradient_accumulation_steps": 2}),
+        ({"lm_head_rank": 2}, {"curriculum": "reverse", "eval_steps": 1}),
+    ],
+    ids=["plain", "grounded", "bfloat16, own unembedding", "packed", "curriculum"],
+)
+def test_a_stopped_run_goes_on_to_the_same_weights(tmp_path, heads, changes, step):
+    whole, stopped, resumed = (new_model(**heads) for _ in range(3))
+    answers = [examples(), examples(2, 1)]
+    warm_up(whole, *answers, tmp_path / "whole", settings(**changes), progress=False)
+    with killed_after(step):
+        warm_up(stopped, *answers, tmp_path / "stopped", settings(**changes), progress=False)
+    report = warm_up(resumed, *answers, tmp_path / "stopped", settings(**changes), progress=False)
+    torch.testing.assert_close(
+        resumed.leap_heads.state_dict(), whole.leap_heads.state_dict(), rtol=0, atol=0
+    )
+    start = new_model(**heads).leap_heads.state_dict()
+    assert any(not torch.equal(start[n], v) for n, v in whole.leap_heads.state_dict().items())
+    held_out = [entry["step"] for entry in report.log if "held_out_top1" in entry]
+    assert held_out[-1] == report.log[-1]["step"]
+    assert len(held_out) == len(set(held_out)) >= 2
 
 
 def test_a_run_folder_of_another_run_is_refused_and_kept(tmp_path):
@@ -99,6 +125,62 @@ def test_a_run_folder_of_another_run_is_refused_and_kept(tmp_path):
         warm_up(new_model(), examples(seed=5), [], tmp_path, settings(), progress=False)
     assert (tmp_path / "run.json").read_text() == record
     assert json.loads(record)["learning_rate"] == 1e-3
+
+
+def test_a_run_goes_on_only_with_as_many_answers_a_step(tmp_path):
+    warm_up(new_model(), examples(), [], tmp_path, settings(), progress=False)
+    again = settings(batch_size=2, gradient_accumulation_steps=2)
+    warm_up(new_model(), examples(), [], tmp_path, again, progress=False)
+    with pytest.raises(ValueError, match="another global_batch_size"):
+        warm_up(new_model(), examples(), [], tmp_path, settings(batch_size=8), progress=False)
+
+
+def test_accumulated_gradients_are_those_of_one_batch(tmp_path):
+    answers = [Example(row.input_ids[: 12 + i % 9], 2) for i, row in enumerate(examples(count=21))]
+    runs = []
+    for batch_size, steps in [(8, 1), (2, 4)]:
+        model = new_model()
+        shared = settings(batch_size=batch_size, gradient_accumulation_steps=steps, logging_steps=1)
+        report = warm_up(model, answers, [], tmp_path / str(steps), shared, progress=False)
+        losses = [entry["loss"] for entry in report.log if "loss" in entry]
+        runs.append((torch.tensor(losses), model.leap_heads.state_dict()))
+    assert len(runs[0][0]) == 2 * 3  # the third step of an epoch has five answers
+    torch.testing.assert_close(runs[1], runs[0], rtol=1e-4, atol=1e-5)
+
+
+def test_heads_learn_from_states_without_dropout(tmp_path):
+    model = LMTPForCausalLM.from_backbone(
+        tiny_llama(vocab_size=64, attention_dropout=0.5), leap_offsets=(2, 3)
+    )
+    tokens = torch.tensor([example.input_ids for example in examples()])
+    labels = tokens.clone()
+    labels[:, :2] = -100
+    expected = model.eval()(tokens, labels=labels, num_items_in_batch=(labels != -100).sum()).loss
+    once = settings(epochs=1, batch_size=24, logging_steps=1)
+    report = warm_up(model, examples(), [], tmp_path, once, progress=False)
+    assert report.log[0]["loss"] == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_a_backbone_that_cannot_keep_packed_answers_apart_is_refused_before_all_else(tmp_path):
+    model = LMTPForCausalLM.from_backbone(tiny_causal_lm("mamba"), leap_offsets=(2, 3))
+    with pytest.raises(ValueError, match="does not keep packed answers apart"):
+        warm_up(model, examples(), [], tmp_path / "run", settings(pack_length=64))
+    with pytest.raises(ValueError, match="pack_length is 10, but an example has 20 tokens"):
+        warm_up(new_model(), examples(), [], tmp_path / "run", settings(pack_length=10))
+    assert not (tmp_path / "run").exists()
+
+
+def test_packed_answers_are_learned_in_fewer_rows(tmp_path):
+    packed = settings(pack_length=64, batch_size=2, logging_steps=1, epochs=6, learning_rate=1e-2)
+    report = warm_up(new_model(), examples(), [], tmp_path, packed, progress=False)
+    losses = [entry["loss_head_2"] for entry in report.log if "loss_head_2" in entry]
+    assert len(losses) == 6 * 4  # 24 answers, three a pack and two packs a step
+    assert sum(losses[-4:]) < 0.95 * sum(losses[:4])
+
+
+def test_one_process_has_nothing_to_share_its_backbone_with(tmp_path):
+    with pytest.raises(ValueError, match="shard_backbone shares out the backbone among processes"):
+        warm_up(new_model(), examples(), [], tmp_path, settings(shard_backbone=True))
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
@@ -116,6 +198,12 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
         ({"batch_size": 0}, "batch_size: expected 1 or more, got 0"),
         ({"learning_rate": -1.0}, "learning_rate: expected more than 0"),
         ({"warmup_share": 1.0}, "warmup_share: expected 0 or more, below 1"),
+        ({"eval_steps": 0}, "eval_steps: expected None, or 1 or more, got 0"),
+        ({"pack_length": 0}, "pack_length: expected None, or 1 or more, got 0"),
+        ({"distillation_weight": 1.5}, "distillation_weight: expected from 0 to 1, got 1.5"),
+        ({"distillation_temperature": 0}, "distillation_temperature: expected more than 0, got 0"),
+        ({"curriculum": "up"}, "curriculum: expected one of none, forward, reverse, got 'up'"),
+        ({"curriculum_share": 0}, "curriculum_share: expected above 0 and at most 1, got 0"),
     ],
     ids=str,
 )

@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass
 import torch
 from tqdm.auto import tqdm
 
-from modeling_lmtp.backbone_lmtp import unembedding_inputs, unembedding_size
+from modeling_lmtp.backbone_lmtp import unembedding_size
 from modeling_lmtp.leaps_lmtp import drafts
 from modeling_lmtp.losses_lmtp import IGNORE_INDEX
 from modeling_lmtp.modeling_lmtp import LMTPForCausalLM
@@ -57,7 +57,7 @@ def draft_ranks(model: LMTPForCausalLM, example: Example) -> torch.Tensor:
     length = input_ids.shape[1]
     schedule = drafts(model.config.leap_offsets)
     ranks = torch.full((len(schedule), length), MAX_RANK, device=model.device)
-    with unembedding_inputs(model.backbone, num_logits=1) as states:
+    with model.head_states(num_logits=1) as states:
         model.backbone(input_ids=input_ids, use_cache=False)
     targets = _draft_targets(model, input_ids)
     for draft in schedule:

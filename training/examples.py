@@ -115,6 +115,8 @@ def draft_vocabulary(examples: Sequence[Example], size: int, vocab_size: int) ->
 class AnswerDataset(Dataset[dict[str, list[int]]]):
     """Examples as a Trainer takes them: `input_ids` and unshifted `labels`.
 
+    The row behind the last one is empty: a token that is no target, to fill up batches.
+
     Args:
         examples: the examples.
         train_on_prompts: also learn to predict the prompts' tokens.
@@ -130,6 +132,8 @@ class AnswerDataset(Dataset[dict[str, list[int]]]):
 
     def __getitem__(self, index: int) -> dict[str, list[int]]:
         """Return one example's token ids and labels."""
+        if index == len(self.examples):
+            return {"input_ids": [0], "labels": [IGNORE_INDEX]}
         example = self.examples[index]
         masked = 0 if self.train_on_prompts else example.answer_start
         labels = [IGNORE_INDEX] * masked + example.input_ids[masked:]

@@ -7,21 +7,24 @@ both use it, so that the heads see a prompt exactly as the backbone did when it 
 from __future__ import annotations
 
 import gzip
-import hashlib
 import json
 import math
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
-import torch
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from accelerate.utils import gather_object
+from tqdm import tqdm
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from modeling_lmtp.training.batch_generation import Sampling, derived_seed, generate_ids
+from modeling_lmtp.training.processes import on_main, processes
 
 if TYPE_CHECKING:
     from modeling_lmtp.training.distill import DistillSettings
+    from modeling_lmtp.training.sample_log import SampleLog
 
 SELF_WRITTEN = "self-written"
 # A sampled user turn is dropped when it is empty, cut off or known already. Far more samples than
@@ -30,19 +33,6 @@ MAX_SAMPLES_PER_PROMPT = 10
 
 _SENTINEL = "lmtpsentinel"
 
-# Everything a checkpoint's generation_config may add to plain decoding, switched off: the answers
-# follow the settings alone.
-_PLAIN_DECODING = {
-    "num_beams": 1,
-    "num_return_sequences": 1,
-    "typical_p": 1.0,
-    "repetition_penalty": 1.0,
-    "no_repeat_ngram_size": 0,
-    "epsilon_cutoff": 0.0,
-    "eta_cutoff": 0.0,
-    "min_new_tokens": 0,  # it takes precedence over min_length
-}
-
 
 @dataclass(frozen=True)
 class Prompt:
@@ -50,16 +40,6 @@ class Prompt:
 
     text: str
     kind: str | None = None
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How `generate_ids` picks tokens: greedily where `temperature` is 0."""
-
-    max_new_tokens: int
-    temperature: float
-    top_p: float
-    seed: int
 
 
 def read_json_lines(path: Path | str) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -158,115 +138,48 @@ def end_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[
     return list(ids) if isinstance(ids, (list, tuple)) else [int(ids)]
 
 
-def generate_ids(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    prompts: list[list[int]],
-    sampling: Sampling,
-    *,
-    stop_ids: list[int],
-    stop_string: str | None = None,
-) -> list[list[int]]:
-    """Continue a batch of prompts and return the new ids of each row, the stop id included.
-
-    The result depends on the batch and on `sampling.seed`, not on the state of torch's random
-    generators, which is restored. `stop_string` ends a row without removing what follows in it.
-    """
-    length = max(len(ids) for ids in prompts)
-    pad_id = _pad_id(model, tokenizer, stop_ids)
-    input_ids = torch.tensor([[pad_id] * (length - len(ids)) + ids for ids in prompts])
-    mask = torch.tensor([[0] * (length - len(ids)) + [1] * len(ids) for ids in prompts])
-    config = _decoding_config(sampling, pad_id, stop_ids, stop_string)
-    was_training = model.training
-    model.eval()
-    try:
-        with _seeded(sampling.seed, model.device):
-            # PreTrainedModel's own type has no generate: its causal-LM classes mix it in.
-            output = cast(Any, model).generate(
-                input_ids.to(model.device),
-                attention_mask=mask.to(model.device),
-                generation_config=config,
-                tokenizer=tokenizer if stop_string else None,
-            )
-    finally:
-        model.train(was_training)
-    return [_up_to_stop(row, set(stop_ids)) for row in output[:, length:].tolist()]
-
-
-def _decoding_config(
-    sampling: Sampling, pad_id: int, stop_ids: list[int], stop_string: str | None
-) -> GenerationConfig:
-    sample = sampling.temperature > 0
-    return GenerationConfig(
-        **_PLAIN_DECODING,
-        max_new_tokens=sampling.max_new_tokens,
-        do_sample=sample,
-        # Greedy decoding ignores these three; Transformers' defaults keep it from warning.
-        temperature=sampling.temperature if sample else 1.0,
-        top_p=sampling.top_p if sample else 1.0,
-        top_k=0 if sample else 50,
-        pad_token_id=pad_id,
-        eos_token_id=stop_ids or None,
-        stop_strings=stop_string,
-    )
-
-
-def _pad_id(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, stop_ids: list[int]) -> int:
-    """Return an id to pad with. Any does: the attention mask hides it."""
-    for candidate in (model.generation_config.pad_token_id, tokenizer.pad_token_id, *stop_ids):
-        if candidate is not None:
-            return int(candidate)
-    return 0
-
-
-@contextmanager
-def _seeded(seed: int, device: torch.device) -> Iterator[None]:
-    """Seed torch inside the block and restore its random state after it."""
-    devices = [device] if device.type == "cuda" else []
-    with torch.random.fork_rng(devices):
-        torch.manual_seed(seed)
-        yield
-
-
-def derived_seed(seed: int, *parts: object) -> int:
-    """Return a seed that depends on `seed` and `parts` alone (no process, no order of calls)."""
-    digest = hashlib.sha256(json.dumps([seed, *map(str, parts)]).encode()).digest()
-    return int.from_bytes(digest[:8], "big") >> 1  # torch takes signed 64-bit seeds
-
-
-def _up_to_stop(row: list[int], stop_ids: set[int]) -> list[int]:
-    stop = next((i for i, token in enumerate(row) if token in stop_ids), len(row) - 1)
-    return row[: stop + 1]
-
-
 def self_written_prompts(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     count: int,
     settings: DistillSettings,
+    *,
+    log: SampleLog | None = None,
+    progress: bool = False,
 ) -> list[Prompt]:
     """Let the model write `count` different user turns (Magpie, arXiv 2406.08464).
 
     The model continues the bare header of a user turn of its chat template, until it closes the
     turn. Empty, cut-off and repeated turns are dropped and sampled anew, up to
     `MAX_SAMPLES_PER_PROMPT` samples for each prompt asked for; then a warning says how many were
-    found. The same model, settings and count give the same prompts.
+    found. The same model, settings and count give the same prompts, on any number of processes.
+
+    Args:
+        model, tokenizer: what writes.
+        count: how many prompts to write.
+        settings: how to sample (`magpie_…`, `batch_size`, `seed`).
+        log: keeps the samples, so that a stopped run goes on after them.
+        progress: show a bar.
 
     Raises:
         ValueError: if `count` is below 1, or the tokenizer's chat template is missing or does not
-            show where a user turn begins and ends.
+            show where a user turn begins and ends, or `log` was made differently.
         RuntimeError: if no usable turn was sampled at all.
     """
     if count < 1:
         raise ValueError(f"count: expected at least 1, got {count}")
     turn = _user_turn(tokenizer)
     found: dict[str, None] = {}  # a dict keeps the order
-    for batch in range(math.ceil(count * MAX_SAMPLES_PER_PROMPT / settings.batch_size)):
-        for text in _sample_user_turns(model, tokenizer, turn, batch, settings):
-            if text and len(found) < count:
-                found.setdefault(text)
-        if len(found) == count:
-            break
+    bar = tqdm(total=count, unit="prompt", disable=not (progress and processes().is_main_process))
+    limit = math.ceil(count * MAX_SAMPLES_PER_PROMPT / settings.batch_size)
+    with bar:
+        for texts in _sampled_batches(model, tokenizer, turn, limit, settings, log):
+            for text in texts:
+                if text and len(found) < count:
+                    found.setdefault(text)
+            bar.update(len(found) - bar.n)
+            if len(found) == count:
+                break
     shortage = f"{len(found)} of {count} prompts in {count * MAX_SAMPLES_PER_PROMPT} samples"
     if not found:
         raise RuntimeError(
@@ -314,6 +227,28 @@ def _user_turn(tokenizer: PreTrainedTokenizerBase) -> _UserTurn:
 def _special_ids(tokenizer: PreTrainedTokenizerBase) -> set[int]:
     added = tokenizer.added_tokens_decoder
     return {*tokenizer.all_special_ids, *(i for i, token in added.items() if token.special)}
+
+
+def _sampled_batches(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    turn: _UserTurn,
+    limit: int,
+    settings: DistillSettings,
+    log: SampleLog | None,
+) -> Iterator[list[str]]:
+    """Yield batch 0, 1, … of sampled turns, `limit` of them: the logged ones, then new ones."""
+    state = processes()
+    logged = on_main(log.read)[:limit] if log else []
+    yield from logged
+    for start in range(len(logged), limit, state.num_processes):
+        # In each round every process samples one batch and gets those of the others.
+        batch = start + state.process_index
+        texts = _sample_user_turns(model, tokenizer, turn, batch, settings)
+        batches = gather_object([texts])[: limit - start]
+        if log and state.is_main_process:
+            log.append(batches)
+        yield from batches
 
 
 def _sample_user_turns(

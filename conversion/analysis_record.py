@@ -1,0 +1,178 @@
+"""An analysis written down: `analysis.json`, and the tables that the command prints."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from rich.table import Table
+
+from modeling_lmtp.training.advice import advise
+from modeling_lmtp.training.analysis import (
+    HeadAnalysis,
+    marginal_attenuations,
+    marginal_estimates,
+)
+from modeling_lmtp.training.attenuation import (
+    SCHEDULES,
+    Attenuation,
+    expected_tokens_per_step,
+    leap_break_even,
+)
+from modeling_lmtp.training.marginalization import Marginals
+from modeling_lmtp.training.resampling import Estimate
+from modeling_lmtp.training.saving import versions
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What was measured, before it is written down.
+
+    Args:
+        heads: the checkpoints' analyses by name.
+        marginals: of their backbone, if asked for.
+        notes: what a reader should know before trusting the figures.
+        conditions: device, dtype and the like.
+    """
+
+    heads: dict[str, HeadAnalysis]
+    marginals: Marginals | None
+    notes: list[str]
+    conditions: dict[str, Any]
+
+
+def analysis_record(
+    measured: Measured,
+    sources: Sequence[str],
+    answers: Mapping[str, Any],
+    settings: Mapping[str, Any],
+) -> dict[str, Any]:
+    """Return everything, JSON-serialisable.
+
+    Args:
+        measured: the figures.
+        sources: the folders or ids as given.
+        answers: the file's name and hash.
+        settings: what was asked for.
+    """
+    fits = None
+    if measured.marginals is not None:
+        fits = marginal_attenuations(measured.marginals, settings["seed"])
+    return {
+        "command": "lmtp analyze",
+        "sources": list(sources),
+        "answers": dict(answers),
+        "settings": dict(settings),
+        "conditions": measured.conditions,
+        "versions": versions(),
+        "checkpoints": [
+            _checkpoint_record(name, analysis) for name, analysis in measured.heads.items()
+        ],
+        "marginalization": _marginalization_record(measured.marginals, fits, settings),
+        "schedules": _schedules(measured.heads, fits),
+        "leap_2_break_even": {str(m): leap_break_even(m) for m in (2, 3, 4, 5, 6)},
+        "advice": advise(measured.heads, fits),
+        "notes": measured.notes,
+        "pictures": [],
+    }
+
+
+def _checkpoint_record(name: str, analysis: HeadAnalysis) -> dict[str, Any]:
+    record = asdict(analysis)
+    record["top_k"] = {str(k): values for k, values in analysis.top_k.items()}
+    offsets = ", ".join(map(str, analysis.leap_offsets))
+    label = f"{name}: {offsets} ({analysis.kind})"
+    return {"name": name, "label": label, "kind": analysis.kind, **record}
+
+
+def _marginalization_record(
+    marginals: Marginals | None,
+    fits: tuple[Attenuation, Attenuation] | None,
+    settings: Mapping[str, Any],
+) -> dict[str, Any] | None:
+    if marginals is None or fits is None:
+        return None
+    rows = [
+        {
+            "distance": distance,
+            **{k: asdict(v) if isinstance(v, Estimate) else v for k, v in estimates.items()},
+        }
+        for distance, estimates in enumerate(
+            marginal_estimates(marginals, settings["seed"]), start=1
+        )
+    ]
+    return {
+        "what": (
+            "The reference ceiling for heads that see no token after their state. Grounded heads see "
+            "x_{t+1} and more, so it does not bound them: theirs is the distance that ceiling_distances "
+            "names, 1 being the model's own next-token distribution."
+        ),
+        "positions": len(marginals.ranks),
+        "continuations": settings["num_continuations"],
+        "distances": rows,
+        "attenuation": asdict(fits[0]),
+        "top1_attenuation": asdict(fits[1]),
+    }
+
+
+def _schedules(
+    heads: dict[str, HeadAnalysis], model: tuple[Attenuation, Attenuation] | None
+) -> list[dict[str, Any]]:
+    """Return what chains of the paper's heads would emit if each fitted top-1 curve held."""
+    curves = {name: analysis.top1_attenuation.gamma for name, analysis in heads.items()}
+    if model is not None:
+        curves["model"] = model[1].gamma
+    return [
+        {
+            "name": name,
+            "leap_offsets": list(offsets),
+            "expected_tokens_per_step": {
+                curve: expected_tokens_per_step(offsets, gamma) for curve, gamma in curves.items()
+            },
+        }
+        for name, offsets in SCHEDULES.items()
+    ]
+
+
+def tables(record: Mapping[str, Any]) -> list[Table]:
+    """Lay out the figures that a person wants first."""
+    shown = []
+    if record["checkpoints"] or record["marginalization"]:
+        shown.append(accuracy_table(record))
+    if record["checkpoints"]:
+        shown.append(steps_table(record))
+    return shown
+
+
+def accuracy_table(record: Mapping[str, Any]) -> Table:
+    """Lay out top-1 accuracies per draft distance, and the model's own."""
+    rows = [(found["name"], found["top_k"]["1"]) for found in record["checkpoints"]]
+    if record["marginalization"]:
+        known = record["marginalization"]["distances"][1:]
+        rows.append(("the model itself*", [row["top1"]["value"] for row in known]))
+    longest = max(len(values) for _, values in rows)
+    caption = "* by numerical marginalization: what it knows having seen x_≤t"
+    table = Table(title="Top-1 accuracy", caption=caption if record["marginalization"] else None)
+    table.add_column("draft of", overflow="fold")
+    for distance in range(1, 1 + longest):
+        table.add_column(f"t+{1 + distance}", no_wrap=True)
+    for name, values in rows:
+        table.add_row(name, *(f"{value:.2f}" for value in values))
+    return table
+
+
+def steps_table(record: Mapping[str, Any]) -> Table:
+    """Lay out each checkpoint's heads, γ and tokens per step."""
+    table = Table(title="Tokens per step, simulated: chain, and trees by number of candidates")
+    for heading in ("checkpoint", "offsets", "heads", "γ"):
+        table.add_column(heading, overflow="fold")
+    for draft in record["checkpoints"][0]["tokens_per_step"]:
+        table.add_column(draft, no_wrap=True)
+    for found in record["checkpoints"]:
+        table.add_row(
+            found["name"],
+            ",".join(map(str, found["leap_offsets"])),
+            found["kind"],
+            f"{found['attenuation']['gamma']:.2f}",
+            *(f"{estimate['value']:.2f}" for estimate in found["tokens_per_step"].values()),
+        )
+    return table

@@ -1,0 +1,86 @@
+"""`lmtp joint`: from a checkpoint and answers to an adapter that tunes backbone and heads together."""
+
+import shutil
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from modeling_lmtp.conversion.loading import load_lmtp, load_tokenizer
+from modeling_lmtp.conversion.quantized import load_quantized
+from modeling_lmtp.training.examples import read_examples, split_examples
+from modeling_lmtp.training.joint import JointReport, joint_tune
+from modeling_lmtp.training.joint_settings import JointSettings
+from modeling_lmtp.training.processes import processes
+from modeling_lmtp.training.prompts import end_ids
+from modeling_lmtp.training.saving import check_output_folder, file_sha256, save_checkpoint
+from modeling_lmtp.training.training_log import save_training_log
+
+
+def tune_jointly(
+    source: str,
+    answers: Path,
+    output: Path,
+    settings: JointSettings,
+    *,
+    max_length: int,
+    held_out: int,
+    dtype: str,
+    merge: bool = False,
+    bits: int | None = None,
+) -> JointReport:
+    """Tune backbone and heads, and save the adapter, or with `merge` the tuned checkpoint, in `output`.
+
+    Checkpoints of the run itself are kept in `<output>.training` until then; called again after a
+    stop, it goes on from the last. Of several processes, the main one writes.
+
+    Args:
+        source: a checkpoint with leap heads.
+        answers: rows with `prompt` and `response`.
+        output: a new folder; an adapter there loads with
+            `PeftModel.from_pretrained(LMTPForCausalLM.from_pretrained(source), output)`.
+        settings: how to tune.
+        max_length: tokens of an example.
+        held_out: answers kept out of training.
+        dtype: of the backbone.
+        merge: save a full checkpoint instead of the adapter.
+        bits: 4 or 8 to quantize the backbone, see `load_quantized`.
+
+    Raises:
+        ValueError: `output` holds something, the checkpoint has no heads, the answers are unusable,
+            or a quantized backbone is to be merged.
+    """
+    check_output_folder(output)
+    if merge and bits is not None:
+        raise ValueError(
+            f"merge would round the adapter into {bits} bits. Save the adapter, and merge it into the "
+            "checkpoint loaded whole."
+        )
+    this_process = processes()  # before the model is loaded: each process takes its own device
+    tokenizer = load_tokenizer(source)
+    model = load_lmtp(source, dtype) if bits is None else load_quantized(source, bits, dtype)
+    end_id = next(iter(end_ids(model.backbone, tokenizer)), None)
+    examples = read_examples(answers, tokenizer, end_id, max_length)
+    training, evaluation = split_examples(examples, held_out)
+    run_folder = output.with_name(f"{output.name}.training")
+    revision = getattr(model.config, "_commit_hash", None)
+    tuned, report = joint_tune(model, training, evaluation, run_folder, settings)
+    if this_process.is_main_process:
+        record: dict[str, Any] = {
+            "command": "lmtp joint",
+            "checkpoint": source,
+            "checkpoint_revision": revision,
+            "bits": bits,
+            "merged": merge,
+            "answers_sha256": file_sha256(answers),
+            "examples": len(training),
+            "processes": this_process.num_processes,
+            "settings": asdict(settings),
+            "held_out": report.held_out(),
+            "log": report.log,
+        }
+        saved: Any = tuned.merge_and_unload() if merge else tuned
+        save_checkpoint(saved, tokenizer, output, record)
+        save_training_log(output, report.log, model.config.leap_offsets)
+        shutil.rmtree(run_folder)
+    this_process.wait_for_everyone()
+    return report

@@ -1,0 +1,351 @@
+"""Self-distillation through a server: what is asked, what is tried again, what an error leaves."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from contextlib import contextmanager
+from dataclasses import replace
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+from typer.testing import CliRunner
+
+from modeling_lmtp.conversion.cli import app
+from modeling_lmtp.training.distill import DistillSettings, manifest_path, read_rows
+from modeling_lmtp.training.distill_server import Server, distill_from_server
+from modeling_lmtp.training.examples import read_examples
+from modeling_lmtp.training.prompts import Prompt
+
+TEXTS = ["Hi", "the sea", "A spider asks", "é?", "Paris", "What is the capital of France?"]
+PROMPTS = [Prompt(text, "tiny") for text in TEXTS]
+SETTINGS = DistillSettings(max_new_tokens=9, batch_size=3)
+SAMPLED = replace(SETTINGS, temperature=0.7, top_p=0.9, num_answers=2, seed=5)
+
+
+def completion(request, **changes):
+    """Return what an OpenAI-compatible server answers: the prompt and the seed, said again."""
+    text = f"{request['messages'][0]['content']}! {request['seed']}"
+    message = {"role": "assistant", "content": text, **changes.pop("message", {})}
+    choice = {"index": 0, "message": message, "finish_reason": changes.pop("reason", "stop")}
+    return {"choices": [choice], "usage": {"completion_tokens": len(text)}, **changes}
+
+
+class FakeServer:
+    """A server in a thread; `faults` holds what it does instead of answering, first come first."""
+
+    def __init__(self):
+        self.requests, self.headers, self.faults = [], [], []
+        self.under_way = self.most_under_way = 0
+        self.delay = 0.0
+        self.lock = threading.Lock()
+
+    def reply(self, handler):
+        body = handler.rfile.read(int(handler.headers["Content-Length"]))
+        request = json.loads(body)
+        with self.lock:
+            self.requests.append((handler.path, request))
+            self.headers.append(dict(handler.headers))
+            self.under_way += 1
+            self.most_under_way = max(self.under_way, self.most_under_way)
+            fault = self.faults.pop(0) if self.faults else None
+        time.sleep(self.delay)
+        with self.lock:
+            self.under_way -= 1
+        if callable(fault):
+            fault(handler, request)
+        else:
+            send(handler, 200, completion(request))
+
+
+def send(handler, status, value, headers=(), length=None):
+    body = value if isinstance(value, bytes) else json.dumps(value).encode()
+    handler.send_response(status)
+    for name, text in headers:
+        handler.send_header(name, text)
+    handler.send_header("Content-Length", str(length or len(body)))
+    handler.end_headers()
+    handler.wfile.write(body)
+
+
+def status(code, text="", **headers):
+    return lambda handler, _request: send(handler, code, text.encode(), headers.items())
+
+
+def answers(**changes):
+    return lambda handler, request: send(handler, 200, completion(request, **dict(changes)))
+
+
+def raw(body):
+    return lambda handler, _request: send(handler, 200, body)
+
+
+def hang_up(_handler, _request):
+    """Close the connection without a word."""
+
+
+def break_off(handler, request):
+    body = json.dumps(completion(request)).encode()
+    send(handler, 200, body[:30], length=len(body))
+
+
+@contextmanager
+def serving(fake):
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self):
+            fake.reply(self)
+
+        def log_message(self, *args):
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    thread = threading.Thread(target=server.serve_forever, args=(0.01,))
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{server.server_port}/v1"
+    finally:
+        server.shutdown()
+        thread.join()
+        server.server_close()
+
+
+@pytest.fixture
+def fake():
+    return FakeServer()
+
+
+@pytest.fixture
+def server(fake):
+    with serving(fake) as url:
+        yield Server(url, "served", backoff=0.0)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """What an undisturbed server makes of `SAMPLED`: the answers and the manifest."""
+    output = tmp_path_factory.mktemp("whole") / "out.jsonl"
+    with serving(FakeServer()) as url:
+        run(Server(url, "served"), output, SAMPLED)
+    return output.read_bytes()
+
+
+def run(server, output, settings=SETTINGS, prompts=PROMPTS):
+    return distill_from_server(server, prompts, output, settings, progress=False)
+
+
+def test_a_server_is_asked_each_prompt_once_with_the_settings(server, fake, tmp_path):
+    output = tmp_path / "out.jsonl"
+    report = run(replace(server, url=server.url + "/"), output, SAMPLED)
+    assert {path for path, _ in fake.requests} == {"/v1/chat/completions"}
+    asked = [request for _, request in fake.requests]
+    assert sorted(request["messages"][0]["content"] for request in asked) == sorted(TEXTS * 2)
+    seeds = {request.pop("seed") for request in asked}
+    assert len(seeds) == 2 * len(TEXTS)
+    assert all(0 <= seed < 2**31 for seed in seeds)
+    for request in asked:
+        (message,) = request.pop("messages")
+        assert message["role"] == "user"
+        assert request == {"model": "served", "temperature": 0.7, "top_p": 0.9, "max_tokens": 9}
+    rows = read_rows(output)
+    lengths = [len(row["prompt"]) for row in rows]
+    assert lengths == sorted(lengths, reverse=True)
+    assert all(row["response"].startswith(f"{row['prompt']}! ") for row in rows)
+    assert {row["kind"] for row in rows} == {"tiny"}
+    assert report.rows == report.new_rows == 2 * len(TEXTS)
+    assert report.tokens == sum(len(row["response"]) for row in rows)
+
+
+def test_the_manifest_names_the_model_of_the_server(server, tmp_path):
+    output = tmp_path / "out.jsonl"
+    distill_from_server(server, PROMPTS, output, SETTINGS, model="me/big", progress=False)
+    manifest = json.loads(manifest_path(output).read_text())
+    assert manifest["model"] == "me/big"
+    assert (manifest["server"], manifest["server_model"]) == (server.url, "served")
+    assert manifest["settings"] == {
+        "max_new_tokens": 9,
+        "temperature": 0.0,
+        "top_p": 1.0,
+        "num_answers": 1,
+        "seed": 0,
+    }
+    assert manifest["rows"] == len(TEXTS)
+
+
+def test_an_answer_is_finished_if_the_server_says_that_it_stopped(server, fake, tmp_path):
+    fake.faults = [answers(reason="length"), answers(reason="stop"), answers(reason="length")]
+    run(server, tmp_path / "out.jsonl")
+    finished = [row["finished"] for row in read_rows(tmp_path / "out.jsonl")]
+    assert sorted(finished) == [False] * 2 + [True] * (len(TEXTS) - 2)
+
+
+@pytest.mark.parametrize("batch_size", [1, 4])
+def test_no_more_requests_run_at_once_than_asked_for(server, fake, tmp_path, batch_size):
+    fake.delay = 0.05
+    run(server, tmp_path / "out.jsonl", replace(SAMPLED, batch_size=batch_size))
+    assert fake.most_under_way == batch_size
+
+
+def test_a_key_is_sent_only_where_there_is_one(server, fake, tmp_path):
+    run(server, tmp_path / "without.jsonl")
+    assert not any("Authorization" in headers for headers in fake.headers)
+    fake.headers.clear()
+    run(replace(server, api_key="s3cret"), tmp_path / "with.jsonl")
+    assert {headers["Authorization"] for headers in fake.headers} == {"Bearer s3cret"}
+    assert "s3cret" not in repr(replace(server, api_key="s3cret"))
+    assert not any("s3cret" in path.read_text() for path in tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        status(429),
+        status(429, **{"Retry-After": "0"}),
+        status(500),
+        status(503),
+        status(408),
+        hang_up,
+        break_off,
+    ],
+    ids=["429", "429 with Retry-After", "500", "503", "408", "hung up", "broken off"],
+)
+def test_a_fault_that_passes_is_tried_again(server, fake, tmp_path, whole, fault):
+    fake.faults = [None, fault, None, fault, fault]
+    run(server, tmp_path / "out.jsonl", SAMPLED)
+    assert (tmp_path / "out.jsonl").read_bytes() == whole
+    assert len(fake.requests) == 2 * len(TEXTS) + 3
+
+
+def test_pauses_grow_unless_the_server_says_how_long_to_wait(server, fake, tmp_path, monkeypatch):
+    pauses = []
+
+    class Impatient(threading.Event):
+        def wait(self, timeout=None):
+            pauses.append(timeout)
+            return False
+
+    monkeypatch.setattr("modeling_lmtp.training.distill_server.Event", Impatient)
+    fake.faults = [status(429, **{"Retry-After": "7"}), hang_up, status(503), None, status(500)]
+    run(replace(server, backoff=0.5), tmp_path / "out.jsonl", replace(SETTINGS, batch_size=1))
+    assert pauses == [7.0, 1.0, 2.0, 0.5]
+    pauses.clear()
+    fake.faults = [status(503, **{"Retry-After": "99999"})]
+    run(server, tmp_path / "capped.jsonl")
+    assert pauses == [60.0]
+
+
+PERMANENT = {
+    "not found": (
+        status(404, "no model x"),
+        r"refused the prompt '.+': HTTP 404 .*no model x.*--serv",
+    ),
+    "bad key": (status(401), r"refused the prompt .*: HTTP 401 .*OPENAI_API_KEY"),
+    "redirect": (status(302, Location="http://127.0.0.1:1/"), "refused the prompt .*: HTTP 302"),
+    "no JSON": (raw(b"<html>"), r"expected a chat completion .* got '<html>'"),
+    "no object": (raw(b"[]"), r"expected a chat completion .* got '\[\]'"),
+    "no choices": (answers(choices=[]), "expected a chat completion"),
+    "no usage": (answers(usage=None), "expected a chat completion"),
+    "no text": (answers(message={"content": None}), "expected a chat completion"),
+    "no finish_reason": (answers(reason=None), "expected a chat completion"),
+    "reasoning": (answers(message={"reasoning_content": "hm"}), "without a reasoning parser"),
+}
+
+
+@pytest.mark.parametrize("name", PERMANENT)
+def test_another_fault_is_an_error_that_loses_nothing(server, fake, tmp_path, whole, name):
+    fault, message = PERMANENT[name]
+    output = tmp_path / "out.jsonl"
+    fake.faults = [None, None, None, None, fault]
+    with pytest.raises(ValueError, match=f"server: .*{message}"):
+        run(server, output, SAMPLED)
+    kept = len(read_rows(output))
+    assert 4 <= kept < 2 * len(TEXTS)
+    assert len(fake.requests) == kept + 1, "an answer under way was lost"
+    fake.requests.clear()
+    assert run(server, output, SAMPLED).new_rows == len(fake.requests) == 2 * len(TEXTS) - kept
+    assert output.read_bytes() == whole
+
+
+def test_a_server_that_stays_at_fault_is_given_up(server, fake, tmp_path, whole):
+    output = tmp_path / "out.jsonl"
+    fake.faults = [None] * 2 + [status(503, "overloaded")] * 99
+    with pytest.raises(
+        ConnectionError, match=r"no answer \(tries: 3\), at last: HTTP 503 .*overload"
+    ):
+        run(replace(server, tries=3), output, SAMPLED)
+    fake.faults = []
+    assert run(server, output, SAMPLED).new_rows == 2 * len(TEXTS) - 2
+    assert output.read_bytes() == whole
+
+
+def test_a_server_that_is_not_there_is_given_up(tmp_path):
+    with serving(FakeServer()) as url:
+        pass
+    server = Server(url, "served", tries=2, backoff=0.0)
+    with pytest.raises(ConnectionError, match=r"\(tries: 2\), at last: URLError: .*[Rr]efused"):
+        run(server, tmp_path / "out.jsonl")
+
+
+def test_a_server_that_is_silent_is_given_up(server, fake, tmp_path):
+    fake.delay = 0.3
+    hasty = replace(server, timeout=0.05, tries=1)
+    with pytest.raises(ConnectionError, match=r"\(tries: 1\), at last: TimeoutError"):
+        run(hasty, tmp_path / "out.jsonl", prompts=PROMPTS[:1])
+
+
+def test_a_killed_run_goes_on_like_one_that_was_never_killed(server, tmp_path, whole):
+    output = tmp_path / "out.jsonl"
+    run(server, output, SAMPLED)
+    for offset in (0, 9, len(whole) // 2, len(whole) - 1):
+        output.write_bytes(whole[:offset])
+        report = run(server, output, SAMPLED)
+        assert report.new_rows == 2 * len(TEXTS) - whole[:offset].count(b"\n")
+        assert output.read_bytes() == whole
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"server": {"model": "other"}}, "server_model is 'served' there and 'other' now"),
+        ({"settings": {"max_new_tokens": 10}}, "settings.max_new_tokens is 9 there and 10 now"),
+        ({"prompts": PROMPTS[1:]}, "prompts_sha256 is "),
+    ],
+    ids=["model", "settings", "prompts"],
+)
+def test_answers_of_another_run_are_refused(server, tmp_path, change, message):
+    output = tmp_path / "out.jsonl"
+    run(server, output)
+    other = replace(server, **change.get("server", {}))
+    settings = replace(SETTINGS, **change.get("settings", {}))
+    with pytest.raises(ValueError, match=message):
+        run(other, output, settings, change.get("prompts", PROMPTS))
+
+
+def test_batch_size_and_address_may_change_between_runs(server, tmp_path):
+    output = tmp_path / "out.jsonl"
+    run(server, output)
+    with serving(FakeServer()) as url:
+        moved = Server(url, "served")
+        assert run(moved, output, replace(SETTINGS, batch_size=7)).new_rows == 0
+
+
+def test_a_server_answers_for_the_command_line(server, fake, tmp_path, monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", "s3cret")
+    prompts = tmp_path / "p.jsonl"
+    prompts.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in TEXTS))
+    command = ["distill", "me/big", tmp_path / "out.jsonl", "--prompts", prompts]
+    command += ["--server", server.url]
+    result = CliRunner().invoke(app, [str(argument) for argument in command])
+    assert result.exit_code == 0, result.output
+    assert "6 answers" in result.stdout
+    assert {request["model"] for _, request in fake.requests} == {"me/big"}
+    assert {headers["Authorization"] for headers in fake.headers} == {"Bearer s3cret"}
+
+
+def test_answers_of_a_server_are_what_training_reads(server, tmp_path):
+    from tiny import tiny_tokenizer
+
+    run(server, tmp_path / "out.jsonl")
+    examples = read_examples(tmp_path / "out.jsonl", tiny_tokenizer(), end_id=2)
+    assert len(examples) == len(TEXTS)
+    assert all(example.input_ids[-1] == 2 for example in examples)

@@ -1,0 +1,314 @@
+"""Joint tuning: what is learned, how fast, and how far the backbone may drift."""
+
+import json
+import math
+
+import pytest
+import torch
+from joint_runs import OFFSETS, examples, naive_sums, new_model, settings
+from peft import get_peft_model_state_dict
+from transformers import TrainerCallback
+
+from modeling_lmtp.training import drift
+from modeling_lmtp.training.drift import measure_drift, next_token_kl, original_model
+from modeling_lmtp.training.joint import joint_tune
+from modeling_lmtp.training.joint_settings import JointSettings
+from modeling_lmtp.training.joint_trainer import JointTrainer
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning"),  # PEFT asks
+    # Trainer resumes with torch.load of its own files, optimizer state among them
+    pytest.mark.filterwarnings("ignore:.*torch.load.*:FutureWarning"),
+]
+
+
+def tune(folder, model=None, answers=None, held_out=(), **changes):
+    return joint_tune(
+        model if model is not None else new_model(),
+        answers or examples(),
+        held_out,
+        folder,
+        settings(**changes),
+        progress=False,
+    )
+
+
+def logged(report, name="loss"):
+    return [entry[name] for entry in report.log if name in entry]
+
+
+@pytest.mark.parametrize("beta", [0.1, 0.7])
+@pytest.mark.parametrize("accumulation", [1, 3])
+def test_the_loss_is_ntp_and_weighted_heads(tmp_path, beta, accumulation):
+    sums = [naive_sums(new_model(), example) for example in examples()]
+    count = sum(tokens for _, _, tokens in sums)
+    ntp = sum(loss for loss, _, _ in sums) / count
+    heads = [sum(losses[i] for _, losses, _ in sums) / count for i in range(len(OFFSETS))]
+    _, report = tune(
+        tmp_path,
+        epochs=1,
+        batch_size=24 // accumulation,
+        gradient_accumulation_steps=accumulation,
+        leap_loss_weight=beta,
+    )
+    [loss] = logged(report)
+    assert loss == pytest.approx(ntp + beta * sum(heads), rel=1e-5)
+    if accumulation == 1:  # otherwise means of means
+        found = [logged(report, name)[0] for name in ("loss_ntp", "loss_head_2", "loss_head_3")]
+        assert found == pytest.approx([ntp, *heads], rel=1e-5)
+
+
+def test_the_parts_that_are_logged_add_up_to_the_loss(tmp_path):
+    _, report = tune(tmp_path, kl_weight=0.5, leap_loss_weight=0.2, epochs=1)
+    names = ("loss_ntp", "loss_head_2", "loss_head_3", "kl")
+    for ntp, first, second, kl, loss in zip(
+        *(logged(report, name) for name in names), logged(report), strict=True
+    ):
+        assert loss == pytest.approx(ntp + 0.2 * (first + second) + 0.5 * kl, rel=1e-5)
+    assert logged(report, "kl")[0] == 0
+    assert logged(report, "kl")[-1] > 0
+
+
+@pytest.mark.parametrize("rates", [(1e-3, 1e-2), (1e-2, 1e-3), (1e-3, None)], ids=str)
+def test_backbone_and_heads_learn_at_their_own_rates(tmp_path, rates):
+    rate, head_rate = rates
+    tuned, _ = tune(
+        tmp_path,
+        epochs=1,
+        batch_size=24,
+        learning_rate=rate,
+        head_learning_rate=head_rate,
+        warmup_share=0,
+    )
+    # B starts at 0, and a first step of Adam is the learning rate wherever there is a gradient
+    steps = {True: [], False: []}
+    for name, tensor in get_peft_model_state_dict(tuned).items():
+        if "lora_B" in name:
+            steps["leap_heads" in name].append(tensor.abs().max().item())
+    assert steps[False] == pytest.approx([rate] * len(steps[False]), rel=1e-3)
+    assert steps[True] == pytest.approx([head_rate or rate] * len(OFFSETS), rel=1e-3)
+
+
+def test_the_kl_and_its_gradient_are_the_naive_ones(monkeypatch):
+    monkeypatch.setattr(drift, "CHUNK_SIZE", 5)
+    generator = torch.Generator().manual_seed(3)
+    original, tuned = torch.randn(2, 3, 9, 16, generator=generator)
+    labels = torch.randint(0, 16, (3, 9), generator=generator)
+    labels[0, :4] = labels[2, 6:] = -100
+    tuned.requires_grad_()
+    total, count = next_token_kl(original, tuned, labels)
+    total.backward()
+    gradient, tuned.grad = tuned.grad, None
+    naive = torch.zeros(())
+    for row in range(3):
+        for position in range(8):
+            if labels[row, position + 1] != -100:
+                p, q = original[row, position].softmax(0), tuned[row, position].softmax(0)
+                naive = naive + (p * (p.log() - q.log())).sum()
+    naive.backward()
+    assert count == int((labels[:, 1:] != -100).sum())
+    torch.testing.assert_close(total, naive)
+    torch.testing.assert_close(gradient, tuned.grad)
+
+
+def test_the_kl_keeps_the_backbone_near_the_original(tmp_path):
+    held_out = examples(4, 1)
+    free, held = (
+        tune(tmp_path / str(weight), held_out=held_out, kl_weight=weight)[1].drift
+        for weight in (0.0, 20.0)
+    )
+    assert held.kl < free.kl / 2
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_drift_report_compares_with_the_original(tmp_path, dtype):
+    held_out = examples(5, 1)
+    tuned, report = tune(tmp_path, new_model(dtype), held_out=held_out)
+    kl, nlls, agreeing, count = 0.0, [0.0, 0.0], 0, 0
+    for example in held_out:
+        ids = torch.tensor([example.input_ids])
+        with torch.no_grad():
+            logits = [model(input_ids=ids).logits[0].float() for model in (new_model(dtype), tuned)]
+        for target in range(example.answer_start, len(example.input_ids)):
+            p, q = (each[target - 1].softmax(0) for each in logits)
+            kl += float((p * (p.log() - q.log())).sum())
+            nlls = [
+                nll - float(x[ids[0, target]].log()) for nll, x in zip(nlls, (p, q), strict=True)
+            ]
+            agreeing += int(p.argmax() == q.argmax())
+            count += 1
+    found = report.drift
+    assert found.tokens == count
+    assert found.kl == pytest.approx(kl / count, rel=1e-4)
+    assert found.perplexity_original == pytest.approx(math.exp(nlls[0] / count), rel=1e-4)
+    assert found.perplexity_tuned == pytest.approx(math.exp(nlls[1] / count), rel=1e-4)
+    assert found.top1_agreement == agreeing / count
+    assert found.kl > 1e-3
+
+
+def test_before_any_step_there_is_no_drift(tmp_path):
+    answers = examples(4, 1)
+    tuned, _ = tune(tmp_path, learning_rate=1e-30, epochs=1)
+    found = measure_drift(tuned, answers)
+    assert (found.kl, found.top1_agreement) == (0, 1)
+    assert found.perplexity_original == found.perplexity_tuned
+    with pytest.raises(ValueError, match="hold out at least one answer"):
+        measure_drift(tuned, [])
+
+
+def test_the_original_is_there_only_inside_the_block(tmp_path):
+    tuned, _ = tune(tmp_path)
+    ids = torch.tensor([examples(1)[0].input_ids])
+    tuned.train()
+    with original_model(tuned):
+        inside = tuned(input_ids=ids).logits
+        assert not inside.requires_grad
+    assert tuned.training
+    torch.testing.assert_close(inside, new_model()(input_ids=ids).logits, rtol=0, atol=0)
+    after = tuned(input_ids=ids).logits
+    assert after.requires_grad
+    assert not torch.allclose(after, inside, atol=1e-3)
+
+
+@pytest.mark.parametrize("heads", ["lora", "full"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_both_learn_and_the_weights_below_the_adapters_stay(tmp_path, heads, dtype):
+    before = new_model(dtype).state_dict()
+    tuned, report = tune(tmp_path, new_model(dtype), held_out=examples(4, 1), heads=heads, epochs=3)
+    for name in ("loss_ntp", "loss_head_2", "loss_head_3"):
+        losses = logged(report, name)
+        assert sum(losses[-3:]) < sum(losses[:3])
+    assert len(logged(report, "held_out_kl")) == len(logged(report, "held_out_top1")) == 3
+    assert report.heads_after != report.heads_before
+    assert tuned(input_ids=torch.tensor([[3, 4, 5]])).logits.dtype is dtype
+    with original_model(tuned):
+        base = tuned.unload().state_dict()
+    assert base.keys() == before.keys()
+    changed = {name for name in before if not torch.equal(base[name], before[name])}
+    assert changed == ({n for n in before if "leap_heads" in n} if heads == "full" else set())
+    assert {tensor.dtype for tensor in base.values()} == {dtype}
+
+
+def test_without_a_weight_heads_stay_as_they_are(tmp_path):
+    tuned, report = tune(tmp_path, leap_loss_weight=0.0, heads="full")
+    assert not any("leap_heads" in name for name in get_peft_model_state_dict(tuned))
+    assert logged(report) == pytest.approx(logged(report, "loss_ntp"), rel=1e-5)
+
+
+def test_a_model_without_heads_is_the_ntp_baseline(tmp_path):
+    model = new_model(leap_offsets=())
+    _, report = tune(tmp_path, model, held_out=examples(2, 1))
+    assert logged(report) == pytest.approx(logged(report, "loss_ntp"), rel=1e-5)
+    assert report.drift is not None
+    assert report.heads_before is report.heads_after is None
+
+
+def test_recomputed_activations_change_nothing(tmp_path):
+    losses, passes = [], []
+    for recompute in (False, True):
+        calls, model = [], new_model()
+        model.backbone.model.layers[0].self_attn.register_forward_hook(
+            lambda *_, c=calls: c.append(1)
+        )
+        options = {"activation_checkpointing": recompute, "epochs": 1}
+        losses.append(logged(tune(tmp_path / str(recompute), model, **options)[1]))
+        passes.append(len(calls))
+    assert losses[1] == pytest.approx(losses[0], rel=1e-6)
+    assert passes == [3, 6]
+
+
+class KilledError(Exception):
+    pass
+
+
+class Watch(TrainerCallback):
+    """Notes each step, and kills the run at one of them."""
+
+    def __init__(self, last=None):
+        self.last = last
+        self.steps = []
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.steps.append(state.global_step)
+        if state.global_step == self.last:
+            raise KilledError
+
+
+@pytest.mark.parametrize("heads", ["lora", "full"])
+def test_a_stopped_run_goes_on_to_the_same_weights(tmp_path, monkeypatch, heads):
+    options = {"heads": heads, "kl_weight": 0.1, "dropout": 0.1, "save_steps": 2}
+    whole, _ = tune(tmp_path / "whole", **options)
+    original = JointTrainer.__init__
+
+    def watch(callback):
+        def with_callback(self, *args, callbacks, **kwargs):
+            original(self, *args, callbacks=[*callbacks, callback], **kwargs)
+
+        monkeypatch.setattr(JointTrainer, "__init__", with_callback)
+        return callback
+
+    watch(Watch(last=5))  # in the second epoch, after the checkpoint of step 4
+    with pytest.raises(KilledError):
+        tune(tmp_path / "stopped", **options)
+    watched = watch(Watch())
+    resumed, report = tune(tmp_path / "stopped", **options)
+    assert watched.steps == [5, 6]
+    assert [entry["step"] for entry in report.log if "loss" in entry] == list(range(1, 7))
+    expected = get_peft_model_state_dict(whole)
+    found = get_peft_model_state_dict(resumed)
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        torch.testing.assert_close(found[name], tensor, rtol=0, atol=0)
+
+
+def test_a_run_folder_of_another_run_is_refused_and_kept(tmp_path):
+    tune(tmp_path, epochs=1)
+    record = (tmp_path / "run.json").read_text()
+    with pytest.raises(ValueError, match="another kl_weight"):
+        tune(tmp_path, epochs=1, kl_weight=0.5)
+    with pytest.raises(ValueError, match="another examples_sha256"):
+        tune(tmp_path, answers=examples(seed=5), epochs=1)
+    with pytest.raises(ValueError, match="another checkpoint"):
+        tune(tmp_path, new_model(torch.bfloat16), epochs=1)
+    assert (tmp_path / "run.json").read_text() == record
+    assert json.loads(record)["leap_offsets"] == list(OFFSETS)
+
+
+def test_a_model_with_adapters_is_refused(tmp_path):
+    tuned, _ = tune(tmp_path / "first", epochs=1)
+    for model in (tuned, tuned.get_base_model()):
+        with pytest.raises(ValueError, match="has adapters already"):
+            tune(tmp_path / "second", model)
+    assert not (tmp_path / "second").exists()
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
+    model = new_model()
+    with torch.no_grad():
+        model.leap_heads[0].blocks[0].linear.bias.fill_(float("nan"))
+    with pytest.raises(RuntimeError, match="The loss is nan at step 1"):
+        tune(tmp_path, model)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"epochs": 0}, "epochs: expected more than 0, got 0"),
+        ({"rank": 0}, "rank: expected 1 or more, got 0"),
+        ({"head_learning_rate": 0.0}, "head_learning_rate: expected more than 0, got 0"),
+        ({"leap_loss_weight": -0.1}, "leap_loss_weight: expected 0 or more, got -0.1"),
+        ({"kl_weight": float("nan")}, "kl_weight: expected 0 or more, got nan"),
+        ({"dropout": 1.0}, "dropout: expected 0 or more, below 1, got 1.0"),
+        ({"heads": "none"}, "heads: expected 'lora' or 'full', got 'none'; leap_loss_weight=0"),
+    ],
+    ids=str,
+)
+def test_settings_that_mean_nothing_are_refused(change, message):
+    with pytest.raises(ValueError, match=message):
+        JointSettings(**change)
+
+
+def test_the_defaults_are_the_paper_s():
+    found = JointSettings()
+    assert (found.rank, found.alpha, found.heads) == (32, 16, "lora")
+    assert (found.leap_loss_weight, found.learning_rate, found.epochs) == (0.1, 1e-5, 3)

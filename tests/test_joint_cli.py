@@ -1,0 +1,131 @@
+"""`lmtp joint`, as a user types it, on a tiny model in a folder."""
+
+import json
+import re
+
+import pytest
+import torch
+from peft import PeftModel
+from tiny import tiny_llama, tiny_tokenizer
+from typer.testing import CliRunner
+
+from modeling_lmtp import LMTPForCausalLM
+from modeling_lmtp.conversion.cli import app
+from modeling_lmtp.training.saving import file_sha256
+
+# PEFT asks for what Transformers has renamed
+pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")
+SHORT = ["--held-out", 2, "--batch-size", 2, "--epochs", 1, "--rank", 4]
+PROMPT = torch.tensor([[5, 17, 60, 33, 41, 9]])
+
+
+def lmtp(*arguments):
+    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    return result
+
+
+def error_of(*arguments):
+    result = lmtp(*arguments)
+    assert result.exit_code == 1
+    return re.sub(r"\s+", " ", result.output)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("joint_cli")
+    model = LMTPForCausalLM.from_backbone(tiny_llama(), leap_offsets=(2, 3, 5))
+    model.config.base_model_name_or_path = "some/backbone"
+    model.config.base_model_revision = "abc123"
+    model.save_pretrained(folder / "checkpoint")
+    tiny_llama().save_pretrained(folder / "backbone")
+    for name in ("checkpoint", "backbone"):
+        tiny_tokenizer().save_pretrained(folder / name)
+    rows = [{"prompt": f"Question {i}?", "response": "The sea and the wind."} for i in range(8)]
+    (folder / "answers.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+def test_it_saves_an_adapter_with_its_record_and_nothing_else_beside_it(folder, tmp_path):
+    output = tmp_path / "adapter"
+    options = ["--learning-rate", "1e-2", "--kl-weight", "0.1", "--leap-loss-weight", "0.2"]
+    answers = folder / "answers.jsonl"
+    result = lmtp("joint", folder / "checkpoint", answers, output, *SHORT, *options)
+    assert result.exit_code == 0, result.output
+    told = " ".join(result.output.split())
+    assert re.search(r"drift from the original backbone: KL 0\.\d+ nats per token", told)
+    assert "Heads before: top-1" in told
+    assert "Heads after: top-1" in told
+    assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
+
+    record = json.loads((output / "provenance.json").read_text())
+    assert record["command"] == "lmtp joint"
+    assert record["checkpoint"] == str(folder / "checkpoint")
+    assert (record["base_model"], record["base_model_revision"]) == ("some/backbone", "abc123")
+    assert record["answers_sha256"] == file_sha256(answers)
+    assert (record["examples"], record["merged"], record["bits"]) == (6, False, None)
+    assert (record["settings"]["kl_weight"], record["settings"]["leap_loss_weight"]) == (0.1, 0.2)
+    assert record["held_out"]["drift"]["kl"] > 0
+    assert len(record["held_out"]["heads_after"]["accuracies"]) == 4
+    assert any("held_out_kl" in entry for entry in record["log"])
+
+    log = json.loads((output / "training_log.json").read_text())
+    assert log == {"leap_offsets": [2, 3, 5], "log": record["log"]}
+
+    base = LMTPForCausalLM.from_pretrained(folder / "checkpoint")
+    plain = base(PROMPT).logits
+    adapted = PeftModel.from_pretrained(base, output)
+    assert not torch.allclose(adapted(input_ids=PROMPT).logits, plain, atol=1e-3)
+
+
+def test_merged_it_is_a_checkpoint_that_generates_and_verifies(folder, tmp_path):
+    output = tmp_path / "tuned"
+    arguments = [folder / "checkpoint", folder / "answers.jsonl", output, *SHORT]
+    result = lmtp("joint", *arguments, "--merge", "--learning-rate", "1e-2", "--heads", "full")
+    assert result.exit_code == 0, result.output
+    assert "Saved the tuned checkpoint" in result.output
+    assert json.loads((output / "provenance.json").read_text())["merged"] is True
+    assert not (output / "adapter_config.json").exists()
+    before = LMTPForCausalLM.from_pretrained(folder / "checkpoint")
+    after = LMTPForCausalLM.from_pretrained(output)
+    assert after.config.leap_offsets == (2, 3, 5)
+    assert not torch.allclose(after(PROMPT).logits, before(PROMPT).logits, atol=1e-3)
+    plain = lmtp("generate", output, "The sea", "--max-new-tokens", 12, "--plain")
+    fast = lmtp("generate", output, "The sea", "--max-new-tokens", 12)
+    assert (plain.exit_code, fast.exit_code) == (0, 0)
+    assert fast.stdout == plain.stdout
+
+
+def test_without_held_out_answers_it_says_nothing_of_them(folder, tmp_path):
+    arguments = [folder / "checkpoint", folder / "answers.jsonl", tmp_path / "out", *SHORT]
+    result = lmtp("joint", *arguments, "--held-out", 0, "--leap-loss-weight", 0)
+    assert result.exit_code == 0, result.output
+    assert "drift" not in result.output
+    assert "Heads" not in result.output
+
+
+def test_errors_are_one_line_that_says_what_to_do(folder, tmp_path):
+    output = tmp_path / "out"
+    arguments = [folder / "checkpoint", folder / "answers.jsonl", output]
+    assert "heads: expected 'lora' or 'full'" in error_of("joint", *arguments, "--heads", "some")
+    assert "rank: expected 1 or more, got 0" in error_of("joint", *arguments, "--rank", 0)
+    assert "bits must be 4 or 8, got 3" in error_of("joint", *arguments, "--bits", 3)
+    both = error_of("joint", *arguments, "--bits", 4, "--merge")
+    assert "merge it into the checkpoint loaded whole" in both
+    plain = error_of("joint", folder / "backbone", folder / "answers.jsonl", output)
+    assert "has no leap heads" in plain
+    assert not any(tmp_path.iterdir())
+    output.mkdir()
+    (output / "mine.txt").write_text("mine")
+    assert "already holds something" in error_of("joint", *arguments)
+
+
+def test_without_bitsandbytes_a_quantized_backbone_is_refused(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(
+        "modeling_lmtp.conversion.quantized.is_bitsandbytes_available", lambda: False
+    )
+    arguments = [folder / "checkpoint", folder / "answers.jsonl", tmp_path / "out"]
+    message = error_of("joint", *arguments, "--bits", 4)
+    assert "bits=4 needs bitsandbytes" in message
+    assert "pip install -U bitsandbytes" in message

@@ -1,0 +1,175 @@
+"""Prompts from datasets: saved ones, folders and files, and what is refused."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+
+import pytest
+from tiny import tiny_llama, tiny_tokenizer
+from typer.testing import CliRunner
+
+from modeling_lmtp.conversion.cli import app
+from modeling_lmtp.training.distill import manifest_path, read_rows
+from modeling_lmtp.training.prompt_datasets import DatasetSource, read_dataset_prompts
+
+datasets = pytest.importorskip("datasets")
+
+COLUMNS = {
+    "prompt": ["One?", "Two?", "Three?"],
+    "messages": [
+        [{"role": "system", "content": "Be kind"}, {"role": "user", "content": f"Tell me {n}"}]
+        for n in range(3)
+    ],
+    "conversations": [
+        [{"from": "human", "value": f"Say {n}"}, {"from": "gpt", "value": "No"}] for n in range(3)
+    ],
+    "answers_only": [[{"role": "assistant", "content": "a"}]] * 3,
+    "blank": ["a", " ", "b"],
+    "number": [1, 2, 3],
+}
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path_factory, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
+    datasets.disable_progress_bars()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("datasets")
+    dataset = datasets.Dataset.from_dict(COLUMNS)
+    dataset.save_to_disk(folder / "single")
+    splits = {"train": dataset, "test": dataset.select([2])}
+    datasets.DatasetDict(splits).save_to_disk(folder / "splits")
+    dataset.select([]).save_to_disk(folder / "no_rows")
+    (folder / "files").mkdir()
+    rows = [{"prompt": text} for text in COLUMNS["prompt"]]
+    lines = "".join(json.dumps(row) + "\n" for row in rows)
+    (folder / "files" / "a.jsonl").write_text(lines)
+    (folder / "files" / "b.csv").write_text('question\n"One, two?"\nThree?\n')
+    (folder / "empty.csv").write_text("prompt\n")
+    (folder / "broken.jsonl").write_text('{"prompt": \n')
+    return folder
+
+
+def texts(folder, name, limit=None, **options):
+    source = DatasetSource(str(folder / name), **options)
+    return [prompt.text for prompt in read_dataset_prompts(source, limit)[0]]
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "expected"),
+    [
+        ("single", {}, ["One?", "Two?", "Three?"]),
+        ("single", {"limit": 2}, ["One?", "Two?"]),
+        ("single", {"field": "messages"}, ["Tell me 0", "Tell me 1", "Tell me 2"]),
+        ("single", {"field": "conversations", "limit": 1}, ["Say 0"]),
+        ("splits", {}, ["One?", "Two?", "Three?"]),
+        ("splits", {"split": "test"}, ["Three?"]),
+        ("files/a.jsonl", {}, ["One?", "Two?", "Three?"]),
+        ("files/a.jsonl", {"split": "train[1:]"}, ["Two?", "Three?"]),
+        ("files/b.csv", {"field": "question"}, ["One, two?", "Three?"]),
+    ],
+    ids=lambda value: ",".join(map(str, value.values())) if isinstance(value, dict) else None,
+)
+def test_prompts_are_read_from(folder, name, options, expected):
+    assert texts(folder, name, **options) == expected
+
+
+def test_a_folder_of_data_files_is_a_dataset(folder, tmp_path):
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "train.jsonl").write_bytes((folder / "files/a.jsonl").read_bytes())
+    assert texts(tmp_path, "data") == ["One?", "Two?", "Three?"]
+
+
+def test_the_record_tells_datasets_and_their_contents_apart(folder, tmp_path):
+    source = DatasetSource(str(folder / "files" / "a.jsonl"))
+    _, record = read_dataset_prompts(source)
+    assert record["fingerprint"]
+    assert record.pop("revision")
+    assert record == {
+        "name": source.name,
+        "config": None,
+        "split": "train",
+        "field": "prompt",
+        "rows": 3,
+        "fingerprint": record["fingerprint"],
+    }
+    assert read_dataset_prompts(source)[1]["fingerprint"] == record["fingerprint"]
+    _, other = read_dataset_prompts(DatasetSource(str(folder / "single")))
+    assert other["fingerprint"] not in (None, record["fingerprint"])
+    assert other["split"] is None
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("single", {"field": "text"}, "field: dataset .* has no field 'text'; choose one of .'ans"),
+        ("single", {"field": "blank"}, "single, row 1: expected a non-empty string .* got ' '"),
+        ("single", {"field": "number"}, "single, row 0: expected .* in field 'number', got '1'"),
+        ("single", {"field": "answers_only"}, "row 0: expected .* a turn of the user in field"),
+        (
+            "single",
+            {"split": "train"},
+            "single' can't be read: it was saved without splits, got split='train'",
+        ),
+        (
+            "single",
+            {"config": "de"},
+            "single' can't be read: it was saved without conf.*got config='de'",
+        ),
+        (
+            "splits",
+            {"config": "de"},
+            "splits' can't be read: it was saved without conf.*got config='de'",
+        ),
+        ("splits", {"split": "dev"}, r"it has no split 'dev'; choose one of \['test', 't"),
+        ("files/a.jsonl", {"split": "train[:0]"}, "can't be read: .* no data"),
+        ("no_rows", {}, "no_rows' can't be read"),
+        ("empty.csv", {}, "dataset: .*empty.csv' can't be read: .* no data"),
+        ("files/a.jsonl", {"split": "dev"}, 'dataset: .* can\'t be read: Unknown split "dev"'),
+        ("files/a.jsonl", {"config": "de"}, "can't be read: BuilderConfig 'de' not found"),
+        ("broken.jsonl", {}, "dataset: .*broken.jsonl' can't be read: "),
+    ],
+    ids=lambda value: "-".join(value.values()) if isinstance(value, dict) else None,
+)
+def test_what_holds_no_prompts_is_refused(folder, name, options, message):
+    with pytest.raises(ValueError, match=message):
+        texts(folder, name, **options)
+
+
+def test_a_dataset_that_is_not_there_is_an_error_of_the_system(folder):
+    with pytest.raises(OSError, match=r"Couldn't find any data file at .*nothing/here"):
+        texts(folder, "nothing/here")
+
+
+def test_without_the_package_the_error_says_how_to_install_it(folder, monkeypatch):
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(RuntimeError, match=r"pip install 'modeling-lmtp\[datasets\]'"):
+        texts(folder, "single")
+
+
+def test_lmtp_distill_asks_a_dataset(folder, tmp_path):
+    tiny_llama().save_pretrained(tmp_path / "backbone")
+    tiny_tokenizer().save_pretrained(tmp_path / "backbone")
+    output = tmp_path / "out.jsonl"
+    command = ["distill", tmp_path / "backbone", output, "--dataset", folder / "splits"]
+    command += ["--split", "test", "--field", "messages", "--max-new-tokens", 4]
+
+    def lmtp(*more):
+        return CliRunner().invoke(app, [str(argument) for argument in (*command, *more)])
+
+    assert lmtp().exit_code == 0
+    assert [row["prompt"] for row in read_rows(output)] == ["Tell me 2"]
+    source = json.loads(manifest_path(output).read_text())["prompt_sources"]["dataset"]
+    assert (source["name"], source["split"]) == (str(folder / "splits"), "test")
+    assert re.fullmatch("[0-9a-f]{16}", source["fingerprint"])
+    assert "0 of them new" in lmtp().stdout
+    other = lmtp("--field", "prompt")
+    assert other.exit_code == 1
+    assert "prompts_sha256 is " in other.output
+    wrong = lmtp("--field", "question")
+    assert wrong.output.count("error: field: dataset") == 1

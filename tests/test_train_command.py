@@ -1,0 +1,91 @@
+"""`lmtp train`: its options reach the training, and its log lies beside the checkpoint."""
+
+import json
+
+import pytest
+from tiny import tiny_llama, tiny_tokenizer
+from typer.testing import CliRunner
+
+from modeling_lmtp import LMTPForCausalLM
+from modeling_lmtp.conversion.cli import app
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*pin_memory.*:UserWarning")
+TEXTS = ["The sea and the wind.", "Eight legs.", "Paris", "Turn by turn", "A poem", "How many?"]
+
+
+@pytest.fixture
+def train(tmp_path):
+    """Train on six answers, two of them held out; return the result and the output folder."""
+    tiny_llama().save_pretrained(tmp_path / "backbone")
+    tiny_tokenizer().save_pretrained(tmp_path / "backbone")
+    rows = [{"prompt": text, "response": text * 3, "finished": True} for text in TEXTS]
+    answers = tmp_path / "answers.jsonl"
+    answers.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    def run(*options):
+        arguments = ["train", tmp_path / "backbone", answers, tmp_path / "out", "--held-out", 2]
+        result = CliRunner().invoke(app, [str(a) for a in [*arguments, *options]])
+        return result, tmp_path / "out"
+
+    return run
+
+
+def test_the_log_lies_beside_the_checkpoint(train):
+    result, output = train("--leap-offsets", "2,3", "--batch-size", 2, "--logging-steps", 1)
+    assert result.exit_code == 0, result.output
+    record = json.loads((output / "training_log.json").read_text())
+    assert record["leap_offsets"] == [2, 3]
+    losses = [entry for entry in record["log"] if "loss" in entry]
+    assert [entry["step"] for entry in losses] == [1, 2]
+    assert {"loss_head_2", "loss_head_3", "top1_head_2", "top1_head_3"} < losses[0].keys()
+    assert any("held_out_tokens_per_step" in entry for entry in record["log"])
+    assert LMTPForCausalLM.from_pretrained(output).config.leap_offsets == (2, 3)
+
+
+def test_options_reach_the_training(train):
+    result, output = train(
+        *("--pack", "--max-length", 60, "--train-on-prompts", "--epochs", 2, "--batch-size", 1),
+        *("--distillation-weight", 0.5, "--distillation-temperature", 2),
+        *("--curriculum", "forward", "--curriculum-share", 1, "--eval-steps", 1),
+        *("--head-context", "path", "--head-input", "weighted", "--lm-head-rank", 2),
+        *("--num-leap-heads", 2, "--leap-stride", 1, "--logging-steps", 1),
+    )
+    assert result.exit_code == 0, result.output
+    settings = json.loads((output / "provenance.json").read_text())["settings"]
+    expected = {
+        "pack_length": 60,
+        "train_on_prompts": True,
+        "distillation_weight": 0.5,
+        "distillation_temperature": 2,
+        "curriculum": "forward",
+        "curriculum_share": 1,
+        "eval_steps": 1,
+        "logging_steps": 1,
+    }
+    assert {name: settings[name] for name in expected} == expected
+    config = LMTPForCausalLM.from_pretrained(output).config
+    assert (config.head_context, config.head_input, config.lm_head_rank) == ("path", "weighted", 2)
+    log = json.loads((output / "training_log.json").read_text())["log"]
+    first = next(entry for entry in log if "loss" in entry)
+    assert "divergence_head_2" in first
+    assert "loss_head_3" not in first
+    assert log[-1]["step"] < 2 * 4  # packs, not answers
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--distillation-weight", 2], "distillation_weight: expected from 0 to 1, got 2.0"),
+        (["--curriculum", "up"], "curriculum: expected one of none, forward, reverse"),
+        (["--head-context", "all"], "--head-context takes a whole number, or path; got 'all'"),
+        (["--head-input", "first"], "head_input must be 'last'"),
+        (["--shard-backbone"], "Launch several, with `accelerate launch --num_processes`"),
+    ],
+    ids=str,
+)
+def test_errors_say_what_to_do_and_leave_nothing_behind(train, options, message):
+    result, output = train(*options)
+    assert result.exit_code == 1
+    assert message in " ".join(result.output.split())
+    assert not output.exists()
+    assert not output.with_name("out.training").exists()

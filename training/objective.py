@@ -1,0 +1,162 @@
+"""What leap heads learn in warm-up: the answers' tokens, the backbone's own distribution, or both.
+
+Shapes: `B` batch, `L` length, `H` hidden size, `N` targets of one head, `m` leap heads.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from modeling_lmtp.losses_lmtp import (
+    HeadTokens,
+    at_least_float32,
+    chunked_sum,
+    head_tokens,
+    number_targets,
+)
+from modeling_lmtp.vocabulary_lmtp import DraftUnembedding
+
+MEASURES = ("loss", "divergence", "correct", "targets")  # the columns of a tally
+
+
+class HeadObjective:
+    """The heads' loss, and what it says of each head; goes to `forward` as `leap_objective`.
+
+    The loss of one target is `(1 - w) · CE(target) + w · T² · KL(p ‖ q)`: `q` is the head's
+    distribution at temperature `T`, `p` the one that the frozen unembedding gives where the backbone
+    itself predicts that target, one position before it. With a draft vocabulary both are over its
+    tokens alone. `p` and `q` are the unembedding's own, before any cap or scale that an architecture
+    puts on its logits afterwards.
+
+    Args:
+        num_heads: `m`.
+        weight: `w`, the share of the backbone's distribution, from 0 (none, its tokens alone) to 1.
+        temperature: `T`; higher ones show more of the less likely tokens.
+    """
+
+    def __init__(self, num_heads: int, weight: float = 0.0, temperature: float = 1.0) -> None:
+        self.weight = weight
+        self.temperature = temperature
+        self.num_heads = num_heads
+        self.tally = self.new_tally()
+
+    def new_tally(self) -> torch.Tensor:
+        """Return `(m, 4)` zeros: sums of cross-entropy and divergence, hits at top 1, and targets."""
+        return torch.zeros(self.num_heads, len(MEASURES))
+
+    def take_tally(self) -> torch.Tensor:
+        """Return what has been counted since the last time, `(m, 4)`, and start anew."""
+        tally, self.tally = self.tally, self.new_tally()
+        return tally
+
+    def __call__(
+        self,
+        model: Any,
+        hidden_states: torch.Tensor,
+        input_ids: torch.Tensor | None,
+        labels: torch.Tensor,
+        position_ids: torch.Tensor | None = None,
+        *,
+        active: Sequence[bool] | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Sum the losses of each head and count its targets; arguments as for `leap_losses`.
+
+        Args:
+            active: which heads take part; by default all. The others' sums are 0, without gradient.
+
+        Returns:
+            The sums `(m,)`, and how many targets each has `(m,)`, at least 1.
+        """
+        labels = number_targets(model, labels)
+        self.tally = self.tally.to(labels.device)
+        teacher = _teacher(model) if self.weight else None
+        totals, counts = [], []
+        for index, unembedding in enumerate(model.draft_unembeddings()):
+            if active is not None and not active[index]:
+                totals.append(at_least_float32(hidden_states.new_zeros(())))
+                counts.append(1)
+                continue
+            tokens = head_tokens(model, index, hidden_states, input_ids, labels, position_ids)
+            offset = model.config.leap_offsets[index]
+            loss = _LossOfChunk(self, unembedding, tokens, teacher, hidden_states, offset)
+            totals.append(chunked_sum(loss, tokens.features, unembedding.parameters()))
+            self.tally[index] += loss.tally
+            counts.append(max(tokens.targets.numel(), 1))
+        return torch.stack(totals), torch.tensor(counts, device=labels.device)
+
+
+def _teacher(model: Any) -> Callable[[torch.Tensor], torch.Tensor]:
+    """Return what maps the backbone's states `(n, H)` to its logits of the draft vocabulary `(n, D)`."""
+    unembedding = model.get_output_embeddings()
+    token_ids = model.config.draft_token_ids
+    return unembedding if token_ids is None else DraftUnembedding(unembedding, token_ids)
+
+
+class _LossOfChunk:
+    """One head's loss, chunk by chunk (see `chunked_sum`); `tally` `(4,)` sums what it has seen.
+
+    Args:
+        objective: the weight and the temperature.
+        unembedding: the head's.
+        tokens: what the head learns from.
+        teacher: see `_teacher`; None where only tokens are learned.
+        hidden_states: `(B, L, H)`, the backbone's; or `(B, L, K·H)`, the last of `K` states the last.
+        offset: the head's.
+    """
+
+    def __init__(
+        self,
+        objective: HeadObjective,
+        unembedding: Any,
+        tokens: HeadTokens,
+        teacher: Callable[[torch.Tensor], torch.Tensor] | None,
+        hidden_states: torch.Tensor,
+        offset: int,
+    ) -> None:
+        self.objective = objective
+        self.unembedding = unembedding
+        self.tokens = tokens
+        self.teacher = teacher
+        self.hidden_states = hidden_states
+        self.offset = offset
+        self.tally = torch.zeros(len(MEASURES), device=tokens.targets.device)
+
+    def __call__(self, states: torch.Tensor, chunk: slice) -> torch.Tensor:
+        """Return the sum of the losses of `states` `(n, H)`, the head's targets `chunk`."""
+        targets = self.tokens.targets[chunk]
+        logits = at_least_float32(self.unembedding(states))
+        loss = hard = nn.functional.cross_entropy(logits, targets, reduction="sum")
+        soft = hard.new_zeros(())
+        if self.teacher is not None:
+            weight = self.objective.weight
+            soft = soft_loss(logits, self._teacher_logits(chunk), self.objective.temperature)
+            loss = (1 - weight) * hard + weight * soft
+        correct = (logits.detach().argmax(dim=-1) == targets).sum()
+        counted = [hard.detach(), soft.detach(), correct, torch.ones_like(targets).sum()]
+        self.tally += torch.stack([value.float() for value in counted])
+        return loss
+
+    @torch.no_grad()
+    def _teacher_logits(self, chunk: slice) -> torch.Tensor:
+        """Return `(n, D)`, from the states that lie one before the targets."""
+        assert self.teacher is not None
+        rows, positions = self.tokens.rows[chunk], self.tokens.positions[chunk]
+        before_target = positions + self.offset - 1
+        states = self.hidden_states[rows, before_target, -self.tokens.features.shape[-1] :]
+        return at_least_float32(self.teacher(states))
+
+
+def soft_loss(
+    logits: torch.Tensor, teacher_logits: torch.Tensor, temperature: float
+) -> torch.Tensor:
+    """Sum `T² · KL(softmax(teacher / T) ‖ softmax(logits / T))` over tokens (arXiv 1503.02531).
+
+    Args:
+        logits, teacher_logits: `(n, D)` each.
+        temperature: `T`; its square keeps the size of the gradient.
+    """
+    wanted = (teacher_logits / temperature).softmax(dim=-1)
+    cross_entropy = nn.functional.cross_entropy(logits / temperature, wanted, reduction="sum")
+    return (cross_entropy - torch.special.entr(wanted).sum()) * temperature**2
