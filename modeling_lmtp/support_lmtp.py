@@ -68,9 +68,8 @@ _known: "weakref.WeakKeyDictionary[PreTrainedModel, dict[Any, Support]]" = (
 def decoding_support(backbone: PreTrainedModel) -> Support:
     """Return what `backbone` can verify; tried once per model, attention, dtype and device."""
     known = _known.setdefault(backbone, {})
-    device = backbone.device
-    autocast = torch.is_autocast_enabled(device.type) and torch.get_autocast_dtype(device.type)
-    key = (backbone.config._attn_implementation, backbone.dtype, device, autocast)
+    attention = backbone.config._attn_implementation
+    key = (attention, backbone.dtype, _precision(backbone), backbone.device)
     if key not in known:
         known[key] = _try_tiers(backbone)
     return known[key]
@@ -87,22 +86,31 @@ def _try_tiers(backbone: PreTrainedModel) -> Support:
         return Support(Tier.REFUSED, "its forward takes no past_key_values")
     no_tree = _why_no_trees(backbone) or _why_not(backbone, [TREE], [(0, 2, 3)])
     if not no_tree:
-        ragged = not _why_not(backbone, [TREE, TREE], [(0, 2, 3), (0, 1)])
+        ragged = _takes_ragged(backbone, TREE, [(0, 2, 3), (0, 1)])
         return Support(Tier.TREE, "trees come out exact", ragged)
     chain = DraftTree.chain(3)
     no_chain = _why_not(backbone, [chain], [(0, 1)])
     if not no_chain:
-        ragged = not _why_not(backbone, [chain, chain], [(0, 1, 2), (0,)])
+        ragged = _takes_ragged(backbone, chain, [(0, 1, 2), (0,)])
         return Support(Tier.CHAIN, f"no trees: {no_tree}", ragged)
     return Support(Tier.REFUSED, no_chain)
 
 
+def _takes_ragged(backbone: PreTrainedModel, tree: DraftTree, paths: list[tuple[int, ...]]) -> bool:
+    """Whether rows that accept different paths come out right, within a window and beyond it."""
+    trees = [tree] * len(paths)
+    return not (_why_not(backbone, trees, paths) or _why_not(backbone, trees, paths, within=True))
+
+
 def _why_not(
-    backbone: PreTrainedModel, trees: list[DraftTree], paths: list[tuple[int, ...]]
+    backbone: PreTrainedModel,
+    trees: list[DraftTree],
+    paths: list[tuple[int, ...]],
+    within: bool = False,
 ) -> str:
     """Say why the model does not take such drafts exactly, one per row; nothing if it does."""
     try:
-        return _why_inexact(backbone, trees, paths)
+        return _why_inexact(backbone, trees, paths, within)
     except Exception as error:  # whatever it is that this model or its cache cannot do
         logger.info(f"{type(backbone).__name__} cannot verify {trees}: {error!r}")
         return (str(error).strip().splitlines() or [repr(error)])[0][:200]
@@ -126,9 +134,15 @@ def _why_no_trees(backbone: PreTrainedModel) -> str:
     if other:
         return f"cache layers of the kind {', '.join(sorted(other))} cannot be gathered"
     in_cache = {layer.sliding_window for layer in layers if hasattr(layer, "sliding_window")}
-    if backbone.dtype not in PLAIN_TOLERANCE and not set(_windows(backbone)) <= in_cache:
-        return f"in {backbone.dtype} it cannot be told how it measures its attention windows"
+    if _precision(backbone) not in PLAIN_TOLERANCE and not set(_windows(backbone)) <= in_cache:
+        return f"in {_precision(backbone)} it cannot be told how it measures its attention windows"
     return ""
+
+
+def _precision(backbone: PreTrainedModel) -> torch.dtype:
+    """What the backbone computes in, autocast considered."""
+    kind = backbone.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else backbone.dtype
 
 
 def _forward_parameters(backbone: PreTrainedModel) -> Collection[str]:
@@ -151,19 +165,26 @@ def _windows(backbone: PreTrainedModel) -> list[int]:
 
 
 def _why_inexact(
-    backbone: PreTrainedModel, trees: list[DraftTree], paths: list[tuple[int, ...]]
+    backbone: PreTrainedModel,
+    trees: list[DraftTree],
+    paths: list[tuple[int, ...]],
+    within: bool = False,
 ) -> str:
-    """Compare verified paths, and what follows them, with rejected candidates changed and with none."""
+    """Compare verified paths, and what follows them, with rejected candidates changed and with none.
+
+    The prompt is long enough to leave any window, or short, `within` every one.
+    """
     vocab_size = backbone.get_output_embeddings().weight.shape[0]
     windows = [window for window in _windows(backbone) if window < MAX_PROBE_LENGTH]
-    length = max(windows, default=0) + 8  # long enough to leave any window
+    length = 8 if within else max(windows, default=0) + 8
     numbers = torch.arange(length + max(len(path) for path in paths) + 1, device=backbone.device)
     tokens = torch.stack([(numbers * 7 + 5 * row) % vocab_size for row in range(len(trees))])
 
     logits = _verified_logits(backbone, trees, paths, tokens, rejected=1)
     others = _verified_logits(backbone, trees, paths, tokens, rejected=2 % vocab_size)
-    trace_tolerance = TRACE_TOLERANCE.get(backbone.dtype, LOW_PRECISION_TRACE_TOLERANCE)
-    plain_tolerance = PLAIN_TOLERANCE.get(backbone.dtype, LOW_PRECISION_PLAIN_TOLERANCE)
+    precision = _precision(backbone)
+    trace_tolerance = TRACE_TOLERANCE.get(precision, LOW_PRECISION_TRACE_TOLERANCE)
+    plain_tolerance = PLAIN_TOLERANCE.get(precision, LOW_PRECISION_PLAIN_TOLERANCE)
     for row, path in enumerate(paths):
         known = tokens[row : row + 1, : length + len(path) + 1]
         plain = backbone(input_ids=known, use_cache=False).logits[0, length:]
