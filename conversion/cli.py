@@ -36,6 +36,8 @@ def reports_errors(command: Callable[..., None]) -> Callable[..., None]:
     def wrapped(*args: Any, **kwargs: Any) -> None:
         try:
             command(*args, **kwargs)
+        except typer.Exit:  # a RuntimeError, but no error to print
+            raise
         except (ValueError, OSError, RuntimeError, StrictDataclassError) as error:
             # A configuration's own error is wrapped in the name of its validator
             shown = error.__cause__ if isinstance(error, StrictDataclassError) else error

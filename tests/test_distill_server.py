@@ -10,6 +10,7 @@ from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
+from tiny import tiny_tokenizer
 from typer.testing import CliRunner
 
 from modeling_lmtp.conversion.cli import app
@@ -123,7 +124,7 @@ def server(fake):
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-    """What an undisturbed server makes of `SAMPLED`: the answers and the manifest."""
+    """The answers that an undisturbed server makes of `SAMPLED`."""
     output = tmp_path_factory.mktemp("whole") / "out.jsonl"
     with serving(FakeServer()) as url:
         run(Server(url, "served"), output, SAMPLED)
@@ -343,8 +344,6 @@ def test_a_server_answers_for_the_command_line(server, fake, tmp_path, monkeypat
 
 
 def test_answers_of_a_server_are_what_training_reads(server, tmp_path):
-    from tiny import tiny_tokenizer
-
     run(server, tmp_path / "out.jsonl")
     examples = read_examples(tmp_path / "out.jsonl", tiny_tokenizer(), end_id=2)
     assert len(examples) == len(TEXTS)

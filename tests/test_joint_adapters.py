@@ -5,7 +5,7 @@ import torch
 from joint_runs import PROMPT, examples, new_model, settings
 from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
-from transformers import Trainer, TrainingArguments
+from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 from modeling_lmtp import LMTPForCausalLM
 from modeling_lmtp.training.adapters import add_adapters
@@ -65,9 +65,10 @@ def test_an_adapter_loads_onto_a_fresh_base(tuned):
     assert_equal_outputs(PeftModel.from_pretrained(base, folder / "adapter"), expected)
 
 
-def test_an_adapter_knows_its_base(tuned):
+@pytest.mark.parametrize("loader", [AutoPeftModelForCausalLM, AutoModelForCausalLM])
+def test_an_adapter_knows_its_base(tuned, loader):
     _, expected, folder = tuned
-    assert_equal_outputs(AutoPeftModelForCausalLM.from_pretrained(folder / "adapter"), expected)
+    assert_equal_outputs(loader.from_pretrained(folder / "adapter"), expected)
 
 
 def test_an_adapter_is_small_and_holds_the_heads(tuned):
