@@ -25,8 +25,12 @@ from modeling_lmtp.training.processes import MainProcessFailed, on_main, process
 from modeling_lmtp.training.prompts import Prompt, self_written_prompts
 from modeling_lmtp.training.sample_log import SampleLog
 
-# Python 3.12 and later warn of every fork beside other threads; torch keeps some.
-pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
+# Python 3.12 and later warn of every fork beside other threads; torch keeps some. Accelerate warns
+# where it chooses the number of threads.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:OMP_NUM_THREADS:UserWarning"),
+]
 
 PROMPTS = [
     Prompt(text) for text in ("Hi", "the sea", "a", "A spider asks", "é?", "Paris", "of", "to")
