@@ -175,6 +175,13 @@ def train(
     seed: int = 0,
     logging_steps: int = 10,
     save_steps: int = 200,
+    state_folder: Annotated[
+        Path | None,
+        typer.Option(
+            help="Keep the backbone's states of the answers here: it reads each once, whatever the "
+            "epochs and runs that share the folder."
+        ),
+    ] = None,
     shard_backbone: Annotated[
         bool, typer.Option("--shard-backbone", help="Among the processes (FSDP).")
     ] = False,
@@ -227,6 +234,7 @@ def train(
         max_length=max_length,
         held_out=held_out,
         dtype=dtype,
+        state_folder=state_folder,
     )
     if not processes().is_main_process:
         return

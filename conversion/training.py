@@ -45,6 +45,7 @@ def train_heads(
     max_length: int,
     held_out: int,
     dtype: str,
+    state_folder: Path | None = None,
 ) -> WarmupReport:
     """Warm up heads and save the checkpoint in `output`, with its log as a file and as a picture.
 
@@ -73,7 +74,7 @@ def train_heads(
     if not has_heads:
         model = add_heads(model, shape, training)
     run_folder = output.with_name(f"{output.name}.training")
-    report = warm_up(model, training, evaluation, run_folder, settings)
+    report = warm_up(model, training, evaluation, run_folder, settings, state_folder=state_folder)
     if this_process.is_main_process:
         record = {
             "command": "lmtp train",

@@ -155,6 +155,7 @@ class LMTPForCausalLM(LMTPPreTrainedModel, LMTPGenerationMixin):
         output_leap_logits: bool = False,
         num_items_in_batch: torch.Tensor | int | None = None,
         leap_objective: LeapObjective = leap_losses,
+        known_states: torch.Tensor | None = None,
         **backbone_kwargs: Any,
     ) -> LMTPCausalLMOutput:
         """Run the backbone and, where asked for, the leap heads.
@@ -171,6 +172,8 @@ class LMTPForCausalLM(LMTPPreTrainedModel, LMTPGenerationMixin):
             num_items_in_batch: what sums of token losses are divided by; by default, for each loss,
                 the number of its targets.
             leap_objective: what the heads learn, in place of `leap_losses`.
+            known_states: `(B, L, H)`, what a frozen backbone's heads read of these tokens (see
+                `head_states`), where that is known: with `labels`, the backbone is not run then.
             backbone_kwargs: anything else that the backbone's `forward` takes.
         """
         inputs = {
@@ -187,6 +190,8 @@ class LMTPForCausalLM(LMTPPreTrainedModel, LMTPGenerationMixin):
             outputs, hidden_states = self._run_backbone_with_loss(
                 inputs, labels, num_items_in_batch
             )
+        elif known_states is not None:
+            outputs, hidden_states = {}, known_states
         else:
             outputs, hidden_states = self._run_frozen_backbone(inputs)
 

@@ -4,10 +4,11 @@ Shapes: `B` batch, `L` length.
 """
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch.utils.data import Dataset
@@ -112,7 +113,10 @@ def draft_vocabulary(examples: Sequence[Example], size: int, vocab_size: int) ->
     return tuple(sorted([*chosen, *islice(unseen, size - len(chosen))]))
 
 
-class AnswerDataset(Dataset[dict[str, list[int]]]):
+Row = dict[str, Any]  # columns of one example's or pack's tokens
+
+
+class AnswerDataset(Dataset[Row]):
     """Examples as a Trainer takes them: `input_ids` and unshifted `labels`.
 
     The row behind the last one is empty: a token that is no target, to fill up batches.
@@ -120,28 +124,42 @@ class AnswerDataset(Dataset[dict[str, list[int]]]):
     Args:
         examples: the examples.
         train_on_prompts: also learn to predict the prompts' tokens.
+        load_states: returns an example's states `(L, K·H)`, which become `known_states`.
     """
 
-    def __init__(self, examples: Sequence[Example], *, train_on_prompts: bool = False) -> None:
+    def __init__(
+        self,
+        examples: Sequence[Example],
+        *,
+        train_on_prompts: bool = False,
+        load_states: Callable[[Example], torch.Tensor] | None = None,
+    ) -> None:
         self.examples = examples
         self.train_on_prompts = train_on_prompts
+        self.load_states = load_states
 
     def __len__(self) -> int:
         """Return the number of examples."""
         return len(self.examples)
 
-    def __getitem__(self, index: int) -> dict[str, list[int]]:
-        """Return one example's token ids and labels."""
+    def __getitem__(self, index: int) -> Row:
+        """Return one example's token ids and labels, and its states where they are known."""
         if index == len(self.examples):
             return {"input_ids": [0], "labels": [IGNORE_INDEX]}
         example = self.examples[index]
         masked = 0 if self.train_on_prompts else example.answer_start
         labels = [IGNORE_INDEX] * masked + example.input_ids[masked:]
-        return {"input_ids": example.input_ids, "labels": labels}
+        row: Row = {"input_ids": example.input_ids, "labels": labels}
+        if self.load_states is not None:
+            row["known_states"] = self.load_states(example)
+        return row
 
 
-def collate(rows: Sequence[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
-    """Pad rows on the right: `input_ids`, `attention_mask` and `labels`, each `(B, L)`."""
+def collate(rows: Sequence[Row]) -> dict[str, torch.Tensor]:
+    """Pad rows on the right: `input_ids`, `attention_mask` and `labels`, each `(B, L)`.
+
+    Known states become `known_states` `(B, L, K·H)`.
+    """
     length = max(len(row["input_ids"]) for row in rows)
 
     def padded(name: str, value: int) -> torch.Tensor:
@@ -153,4 +171,18 @@ def collate(rows: Sequence[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
         "input_ids": padded("input_ids", 0),  # hidden by the mask, so any id will do
         "attention_mask": mask,
         "labels": padded("labels", IGNORE_INDEX),
+        **padded_states(rows, length),
     }
+
+
+def padded_states(rows: Sequence[Row], length: int) -> dict[str, torch.Tensor]:
+    """Return `known_states` `(B, length, K·H)`, 0 where a row has none, or nothing if no row has any."""
+    known = [
+        (number, row["known_states"]) for number, row in enumerate(rows) if "known_states" in row
+    ]
+    if not known:
+        return {}
+    padded = known[0][1].new_zeros(len(rows), length, known[0][1].shape[1])
+    for number, states in known:
+        padded[number, : len(states)] = states
+    return {"known_states": padded}

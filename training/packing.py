@@ -17,7 +17,7 @@ from torch.utils.data import Dataset
 
 from modeling_lmtp.backbone_lmtp import unembedding_inputs
 from modeling_lmtp.losses_lmtp import IGNORE_INDEX, at_least_float32
-from modeling_lmtp.training.examples import AnswerDataset
+from modeling_lmtp.training.examples import AnswerDataset, Row, padded_states
 
 TRIED_LENGTHS = (7, 12, 9)
 # How far, relative to their size, states may lie from those of a part alone. Rounding in 16 bits
@@ -25,8 +25,8 @@ TRIED_LENGTHS = (7, 12, 9)
 TOLERANCES = {torch.float64: 1e-5, torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.1}
 
 
-class PackedDataset(Dataset[dict[str, list[int]]]):
-    """Rows of several examples each: `input_ids`, `labels`, and `position_ids` that restart.
+class PackedDataset(Dataset[Row]):
+    """Rows of several examples each: `input_ids`, `labels`, `position_ids` that restart, known states.
 
     Args:
         rows: the examples' rows.
@@ -44,14 +44,17 @@ class PackedDataset(Dataset[dict[str, list[int]]]):
         """Return the number of packs."""
         return len(self.packs)
 
-    def __getitem__(self, index: int) -> dict[str, list[int]]:
+    def __getitem__(self, index: int) -> Row:
         """Return one pack; the one behind the last is empty, see `AnswerDataset`."""
         parts = self.packs[index] if index < len(self.packs) else [len(self.rows)]
-        packed: dict[str, list[int]] = {"input_ids": [], "labels": [], "position_ids": []}
-        for row in (self.rows[part] for part in parts):
+        rows = [self.rows[part] for part in parts]
+        packed: Row = {"input_ids": [], "labels": [], "position_ids": []}
+        for row in rows:
             packed["input_ids"] += row["input_ids"]
             packed["labels"] += row["labels"]
             packed["position_ids"] += range(len(row["input_ids"]))
+        if "known_states" in rows[0]:
+            packed["known_states"] = torch.cat([row["known_states"] for row in rows])
         return packed
 
     def lengths(self) -> list[int]:
@@ -91,7 +94,7 @@ def pack(lengths: Sequence[int], pack_length: int) -> list[list[int]]:
     return packs
 
 
-def collate_packs(rows: Sequence[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
+def collate_packs(rows: Sequence[Row]) -> dict[str, torch.Tensor]:
     """Put packs in a batch: `input_ids`, `labels`, `position_ids`, each `(B, L)`, and no mask.
 
     Shorter packs end in one more part, which is no target.
@@ -105,7 +108,8 @@ def collate_packs(rows: Sequence[dict[str, list[int]]]) -> dict[str, torch.Tenso
             row["position_ids"] + list(range(n)) for row, n in zip(rows, fill, strict=True)
         ],
     }
-    return {name: torch.tensor(values) for name, values in columns.items()}
+    tensors = {name: torch.tensor(values) for name, values in columns.items()}
+    return {**tensors, **padded_states(rows, length)}
 
 
 @torch.no_grad()

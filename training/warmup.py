@@ -4,7 +4,7 @@
 the heads alone.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from modeling_lmtp.training.objective import HeadObjective
 from modeling_lmtp.training.packing import PackedDataset, check_isolation, collate_packs
 from modeling_lmtp.training.runs import claim_run_folder, examples_sha256
 from modeling_lmtp.training.sharding import shard_backbone, take_over_fsdp
+from modeling_lmtp.training.state_cache import StateCache
 from modeling_lmtp.training.trainer import HeldOutCallback, LeapTrainer, StopOnBadLoss
 
 HEAD_SETTINGS = (
@@ -94,6 +95,7 @@ def warm_up(
     run_folder: Path,
     settings: WarmupSettings,
     *,
+    state_folder: Path | None = None,
     resume: bool = True,
     progress: bool = True,
 ) -> WarmupReport:
@@ -109,6 +111,8 @@ def warm_up(
         run_folder: holds checkpoints while training; the caller removes it when all is saved.
         settings: how to train. A run that was stopped goes on if they are the same; the global batch
             may be shared among another number of processes.
+        state_folder: keeps the backbone's states of the answers, so that it reads each only once, in
+            this run and others; see `state_cache`.
         resume: go on from the last checkpoint in `run_folder`, if there is one.
         progress: show a progress bar.
 
@@ -120,15 +124,23 @@ def warm_up(
     _check_model(model)
     if take_over_fsdp():
         settings = replace(settings, shard_backbone=True)
+    if settings.shard_backbone and state_folder is not None:
+        raise ValueError(
+            "state_folder: expected None while the backbone is sharded, whose processes pass answers "
+            f"through it together; got {str(state_folder)!r}."
+        )
     backbone_dtype = model.backbone.dtype
     arguments = _arguments(run_folder, settings, backbone_dtype, progress)
-    dataset, row_lengths = _dataset(examples, settings)
     if settings.shard_backbone:
         shard_backbone(model, arguments.device, arguments.world_size)
-    if settings.pack_length is not None:
+    if settings.pack_length is not None and state_folder is None:
         check_isolation(model.backbone, settings.batch_size)
     with arguments.main_process_first(local=False):
         claim_run_folder(run_folder, _identity(model, settings, examples, arguments.world_size))
+    load_states = None
+    if state_folder is not None:
+        load_states = _known_states(model, examples, state_folder, arguments, progress)
+    dataset, row_lengths = _dataset(examples, settings, load_states)
     model.leap_heads.float()
     set_seed(settings.seed)
     trainer = LeapTrainer(
@@ -158,11 +170,30 @@ def warm_up(
     return WarmupReport(trainer.state.log_history, report)
 
 
+def _known_states(
+    model: LMTPForCausalLM,
+    examples: Sequence[Example],
+    folder: Path,
+    arguments: TrainingArguments,
+    progress: bool,
+) -> Callable[[Example], torch.Tensor]:
+    """Let the backbone read the answers, and return what looks their states up."""
+    model.to(arguments.device)
+    with arguments.main_process_first(local=False):
+        cache = StateCache(folder, model)
+    cache.fill(examples, progress=progress)
+    return cache.load
+
+
 def _dataset(
-    examples: Sequence[Example], settings: WarmupSettings
+    examples: Sequence[Example],
+    settings: WarmupSettings,
+    load_states: Callable[[Example], torch.Tensor] | None,
 ) -> tuple[AnswerDataset | PackedDataset, list[int]]:
     """Return the rows to train on, and how many tokens each has."""
-    rows = AnswerDataset(examples, train_on_prompts=settings.train_on_prompts)
+    rows = AnswerDataset(
+        examples, train_on_prompts=settings.train_on_prompts, load_states=load_states
+    )
     if settings.pack_length is None:
         return rows, [len(example.input_ids) for example in examples]
     packed = PackedDataset(rows, settings.pack_length)
