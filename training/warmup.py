@@ -131,16 +131,16 @@ def warm_up(
         )
     backbone_dtype = model.backbone.dtype
     arguments = _arguments(run_folder, settings, backbone_dtype, progress)
+    answers = AnswerDataset(examples, train_on_prompts=settings.train_on_prompts)
+    dataset, row_lengths = _dataset(answers, settings)
     if settings.shard_backbone:
         shard_backbone(model, arguments.device, arguments.world_size)
     if settings.pack_length is not None and state_folder is None:
         check_isolation(model.backbone, settings.batch_size)
     with arguments.main_process_first(local=False):
         claim_run_folder(run_folder, _identity(model, settings, examples, arguments.world_size))
-    load_states = None
     if state_folder is not None:
-        load_states = _known_states(model, examples, state_folder, arguments, progress)
-    dataset, row_lengths = _dataset(examples, settings, load_states)
+        answers.load_states = _known_states(model, examples, state_folder, arguments, progress)
     model.leap_heads.float()
     set_seed(settings.seed)
     trainer = LeapTrainer(
@@ -186,17 +186,12 @@ def _known_states(
 
 
 def _dataset(
-    examples: Sequence[Example],
-    settings: WarmupSettings,
-    load_states: Callable[[Example], torch.Tensor] | None,
+    answers: AnswerDataset, settings: WarmupSettings
 ) -> tuple[AnswerDataset | PackedDataset, list[int]]:
     """Return the rows to train on, and how many tokens each has."""
-    rows = AnswerDataset(
-        examples, train_on_prompts=settings.train_on_prompts, load_states=load_states
-    )
     if settings.pack_length is None:
-        return rows, [len(example.input_ids) for example in examples]
-    packed = PackedDataset(rows, settings.pack_length)
+        return answers, [len(example.input_ids) for example in answers.examples]
+    packed = PackedDataset(answers, settings.pack_length)
     return packed, packed.lengths()
 
 
