@@ -4,6 +4,8 @@ import hashlib
 import json
 import platform
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -44,21 +46,11 @@ def versions() -> dict[str, str]:
     return found
 
 
-def save_checkpoint(
-    model: LMTPForCausalLM,
-    tokenizer: PreTrainedTokenizerBase,
-    output: Path,
-    record: dict[str, Any],
-) -> None:
-    """Save model, tokenizer, code and `provenance.json` as the folder `output`.
+@contextmanager
+def new_folder(output: Path) -> Iterator[Path]:
+    """Give a folder to write into that becomes `output` at the end of the block, if nothing fails.
 
-    All is written beside it first and moved into place at the end, so that a full disk or a kill
-    leaves no half-made checkpoint under that name.
-
-    Args:
-        model, tokenizer: what to save.
-        output: a folder that does not exist yet, or is empty.
-        record: how it was made; the versions and the backbone are added.
+    It lies beside `output`, so that a full disk or a kill leaves nothing half-made under that name.
 
     Raises:
         ValueError: `output` holds something.
@@ -68,17 +60,42 @@ def save_checkpoint(
     shutil.rmtree(unfinished, ignore_errors=True)
     try:
         unfinished.mkdir(parents=True)
-        model.save_pretrained(unfinished)
-        tokenizer.save_pretrained(unfinished)
-        record = {
-            **record,
-            "base_model": model.config.base_model_name_or_path,
-            "base_model_revision": model.config.base_model_revision,
-            "versions": versions(),
-        }
-        (unfinished / PROVENANCE).write_text(json.dumps(record, indent=2) + "\n")
+        yield unfinished
         if output.exists():
             output.rmdir()
         unfinished.rename(output)
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def write_record(folder: Path, record: dict[str, Any], config: Any) -> None:
+    """Write `provenance.json`: `record`, the backbone that an `LMTPConfig` names, and the versions."""
+    record = {
+        **record,
+        "base_model": config.base_model_name_or_path,
+        "base_model_revision": config.base_model_revision,
+        "versions": versions(),
+    }
+    (folder / PROVENANCE).write_text(json.dumps(record, indent=2) + "\n")
+
+
+def save_checkpoint(
+    model: LMTPForCausalLM,
+    tokenizer: PreTrainedTokenizerBase,
+    output: Path,
+    record: dict[str, Any],
+) -> None:
+    """Save model, tokenizer, code and `provenance.json` as the folder `output`, whole or not at all.
+
+    Args:
+        model, tokenizer: what to save.
+        output: a folder that does not exist yet, or is empty.
+        record: how it was made; the versions and the backbone are added.
+
+    Raises:
+        ValueError: `output` holds something.
+    """
+    with new_folder(output) as folder:
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        write_record(folder, record, model.config)
