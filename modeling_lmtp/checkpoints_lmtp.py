@@ -27,7 +27,7 @@ def check_loaded(loading_info: dict[str, Any], source: str | Path) -> None:
     problems = {
         "missing": sorted(loading_info["missing_keys"]),
         "not part of the model that the configuration describes": sorted(
-            key for key in loading_info["unexpected_keys"] if key.startswith("leap_heads.")
+            loading_info["unexpected_keys"]
         ),
         "of another shape than the configuration says": sorted(
             str(key) for key in loading_info["mismatched_keys"]
@@ -38,6 +38,6 @@ def check_loaded(loading_info: dict[str, Any], source: str | Path) -> None:
         raise ValueError(
             f"The checkpoint {str(source)!r} does not hold the model of its configuration. "
             + "; ".join(found)
-            + ". Save it again from a complete model, or correct leap_offsets, num_head_layers and "
-            "share_lm_head in its config.json."
+            + ". Save it again from a complete model, or correct backbone_config, leap_offsets, "
+            "num_head_layers and share_lm_head in its config.json."
         )

@@ -37,6 +37,8 @@ class LMTPConfig(PreTrainedConfig):
         train_backbone: `False`, stage 1: the backbone is frozen and only the heads have a loss.
         base_model_name_or_path: where the backbone came from.
         base_model_revision: its commit, if known.
+        heads_only: this checkpoint holds the leap heads alone; loading it takes the backbone's weights
+            from where they came from.
     """
 
     model_type = "lmtp"
@@ -55,6 +57,7 @@ class LMTPConfig(PreTrainedConfig):
     train_backbone: bool = False
     base_model_name_or_path: str | None = None
     base_model_revision: str | None = None
+    heads_only: bool = False
 
     def __post_init__(self, **kwargs: Any) -> None:
         """Build the backbone's configuration from its dict and settle types."""

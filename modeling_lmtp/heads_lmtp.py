@@ -161,6 +161,6 @@ def new_leap_heads(config: Any, backbone: PreTrainedModel) -> LeapHeads:
         )
 
     widths = context_widths(config.leap_offsets, config.head_context)
-    heads = LeapHeads(new_head(width) for width in widths)
-    device = backbone.get_output_embeddings().weight.device
-    return heads.to(device=device, dtype=backbone.dtype)
+    with backbone.get_output_embeddings().weight.device:  # a loaded one's, in the midst of loading
+        heads = LeapHeads(new_head(width) for width in widths)
+    return heads.to(backbone.dtype)

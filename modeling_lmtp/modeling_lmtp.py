@@ -21,9 +21,9 @@ from .configuration_lmtp import LMTPConfig
 from .context_lmtp import context_widths, embed_context, following_tokens, num_visible
 from .generation_lmtp import LMTPGenerationMixin
 from .heads_lmtp import new_leap_heads
+from .heads_only_lmtp import HeadsOnlyMixin
 from .leaps_lmtp import resolve_offsets
 from .losses_lmtp import IGNORE_INDEX, LeapObjective, leap_losses
-from .pretrained_lmtp import LMTPPreTrainedModel
 from .states_lmtp import head_states
 from .unembeddings_lmtp import HeadUnembedding
 from .vocabulary_lmtp import DraftUnembedding
@@ -46,7 +46,7 @@ class LMTPCausalLMOutput(CausalLMOutputWithPast):
     leap_losses: torch.Tensor | None = None
 
 
-class LMTPForCausalLM(LMTPPreTrainedModel, LMTPGenerationMixin):
+class LMTPForCausalLM(HeadsOnlyMixin, LMTPGenerationMixin):
     """A causal language model with leap heads (arXiv 2505.17505).
 
     Args:

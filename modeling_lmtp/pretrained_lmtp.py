@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 from transformers import PreTrainedModel
 from transformers import initialization as init
@@ -37,11 +38,6 @@ class LMTPPreTrainedModel(PreTrainedModel):
         else:
             super()._init_weights(module)
 
-    def _freeze_backbone(self) -> None:
-        """Keep optimizers away from the backbone in stage 1."""
-        if self.config.num_leap_heads and not self.config.train_backbone:
-            self.backbone.requires_grad_(False)
-
     @classmethod
     def from_pretrained(
         cls, pretrained_model_name_or_path: str | Path, *args: Any, **kwargs: Any
@@ -49,16 +45,21 @@ class LMTPPreTrainedModel(PreTrainedModel):
         """Load a checkpoint as Transformers does, and refuse one that is incomplete.
 
         Raises:
-            ValueError: tensors of the checkpoint are missing, or tensors of its leap heads are
-                extra or of the wrong shape; the message names them.
+            ValueError: tensors of the checkpoint are missing, extra or of the wrong shape, or a file
+                is corrupt; the message names them.
         """
         with_info = kwargs.pop("output_loading_info", False)
         kwargs["ignore_mismatched_sizes"] = True  # reported below, with all else that is wrong
-        model, info = super().from_pretrained(
-            pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs
-        )
+        try:
+            model, info = super().from_pretrained(
+                pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs
+            )
+        except SafetensorError as error:
+            raise ValueError(
+                f"The weights of {str(pretrained_model_name_or_path)!r} cannot be read: {error}. A "
+                "file is truncated or corrupt: fetch or save the checkpoint again."
+            ) from error
         check_loaded(info, pretrained_model_name_or_path)
-        model._freeze_backbone()  # loading has made new parameters
         return (model, info) if with_info else model
 
     def save_pretrained(self, save_directory: str | Path, *args: Any, **kwargs: Any) -> None:

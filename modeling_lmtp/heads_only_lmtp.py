@@ -1,0 +1,228 @@
+"""Heads-only checkpoints: leap heads in a repository of their own, their backbone in another."""
+
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedConfig, PreTrainedModel
+from transformers.utils import logging
+
+from .heads_lmtp import new_leap_heads
+from .pretrained_lmtp import LMTPPreTrainedModel
+
+logger = logging.get_logger(__name__)
+
+HEADS = "leap_heads."
+HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "proxies", "token")
+HEADS_OPTIONS = ("revision", "subfolder", "variant")  # where in the repository of the heads
+# Consent to the code of one repository is none to that of another
+NOT_THE_BACKBONES = (
+    *HEADS_OPTIONS,
+    "generation_config",
+    "trust_remote_code",
+    "adapter_kwargs",
+    "_from_auto",
+)
+SAME_SIZES = ("hidden_size", "vocab_size", "num_hidden_layers")
+
+
+class LeapHeadsAlone(LMTPPreTrainedModel):
+    """The leap heads of a model whose backbone is loaded already, as Transformers loads a model.
+
+    Args:
+        config: the configuration of the whole model.
+        backbone: the model that the heads belong to; not a part of this one.
+    """
+
+    def __init__(self, config: Any, backbone: PreTrainedModel) -> None:
+        super().__init__(config)
+        self.leap_heads = new_leap_heads(config, backbone)
+        if not config.share_lm_head:
+            self.leap_heads.start_unembeddings(backbone, config.draft_token_ids)
+        self.post_init()
+
+
+class HeadsOnlyMixin(LMTPPreTrainedModel):
+    """Loads and saves checkpoints with, or without, the backbone's weights."""
+
+    def _freeze_backbone(self) -> None:
+        """Keep optimizers away from the backbone in stage 1."""
+        if self.config.num_leap_heads and not self.config.train_backbone:
+            self.backbone.requires_grad_(False)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | Path,
+        *args: Any,
+        backbone: PreTrainedModel | str | Path | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Load a checkpoint as Transformers does; of a heads-only one, fetch the backbone as well.
+
+        Args:
+            pretrained_model_name_or_path: a folder or Hub id.
+            args, kwargs: see `PreTrainedModel.from_pretrained`. For a heads-only checkpoint, those
+                that are not about finding the heads go to the backbone.
+            backbone: in place of the one that a heads-only checkpoint names: a loaded model, used as
+                it is, or an id or folder.
+
+        Raises:
+            ValueError: tensors are missing, extra or of the wrong shape, the backbone is not of the
+                sizes that the heads are for, or one is given that the checkpoint has no use for.
+        """
+        source = pretrained_model_name_or_path
+        if not _is_heads_only(cls, source, kwargs):
+            if backbone is not None:
+                raise ValueError(
+                    f"backbone was given, but {str(source)!r} holds a backbone of its own. Leave the "
+                    "argument out, or pass a heads-only checkpoint."
+                )
+            loaded = super().from_pretrained(source, *args, **kwargs)
+            (loaded[0] if isinstance(loaded, tuple) else loaded)._freeze_backbone()
+            return loaded
+        with_info = kwargs.pop("output_loading_info", False)
+        config, options = _config_and_options(cls, source, kwargs)
+        model = _load_backbone(config, backbone, options)
+        found = {name: kwargs[name] for name in (*HUB_OPTIONS, *HEADS_OPTIONS) if name in kwargs}
+        heads, info = LeapHeadsAlone.from_pretrained(
+            source,
+            config=config,
+            backbone=model,
+            dtype=model.dtype,
+            output_loading_info=True,
+            **found,
+        )
+        whole = _joined(cls, heads, model)
+        whole.generation_config = _generation_config(source, model, kwargs, found)
+        return (whole, info) if with_info else whole
+
+    def save_pretrained(
+        self, save_directory: str | Path, *args: Any, heads_only: bool = False, **kwargs: Any
+    ) -> None:
+        """Save weights, configuration, generation settings and the code that loads them.
+
+        Args:
+            save_directory, args, kwargs: see `PreTrainedModel.save_pretrained`.
+            heads_only: leave out the backbone's weights. Whoever loads the checkpoint gets them from
+                `config.base_model_name_or_path` at `config.base_model_revision`: the backbone must
+                still be what is there.
+
+        Raises:
+            ValueError: `heads_only`, and the configuration does not name the backbone.
+        """
+        if not heads_only:
+            super().save_pretrained(save_directory, *args, **kwargs)
+            return
+        if not self.config.base_model_name_or_path:
+            raise ValueError(
+                "config.base_model_name_or_path is not set, so a heads-only checkpoint could not be "
+                "loaded. Set it to the backbone's Hub id or folder, and base_model_revision to its "
+                "commit, or save with heads_only=False."
+            )
+        tensors = kwargs.pop("state_dict", None) or self.state_dict()
+        kwargs["state_dict"] = {key: t for key, t in tensors.items() if key.startswith(HEADS)}
+        self.config.heads_only = True
+        try:
+            super().save_pretrained(save_directory, *args, **kwargs)
+        finally:
+            self.config.heads_only = False
+
+
+def _is_heads_only(cls: Any, source: str | Path, kwargs: dict[str, Any]) -> bool:
+    if isinstance(kwargs.get("config"), PreTrainedConfig):
+        return kwargs["config"].heads_only
+    names = (*HUB_OPTIONS, *HEADS_OPTIONS)
+    where = {name: kwargs[name] for name in names if name in kwargs}
+    try:
+        config, _ = cls.config_class.get_config_dict(kwargs.get("config") or source, **where)
+    except OSError:  # an adapter, which Transformers loads with what it stands on, or its own error
+        return False
+    return config.get("heads_only", False)
+
+
+def _config_and_options(
+    cls: Any, source: str | Path, kwargs: dict[str, Any]
+) -> tuple[Any, dict[str, Any]]:
+    """Return the configuration, and what of the arguments goes on to the backbone."""
+    config = kwargs.pop("config", None)
+    dtype = kwargs.pop("dtype", "auto")
+    options = kwargs
+    if not isinstance(config, PreTrainedConfig):
+        config, options = cls.config_class.from_pretrained(
+            config or source, return_unused_kwargs=True, **kwargs
+        )
+    options = {name: value for name, value in options.items() if name not in NOT_THE_BACKBONES}
+    options |= {name: kwargs[name] for name in HUB_OPTIONS if name in kwargs}
+    options["dtype"] = config.dtype if dtype in ("auto", None) else dtype  # as of any checkpoint
+    if config._attn_implementation is not None:
+        options["attn_implementation"] = config._attn_implementation
+    return config, options
+
+
+def _load_backbone(
+    config: Any, backbone: PreTrainedModel | str | Path | None, options: dict[str, Any]
+) -> Any:
+    named, revision = config.base_model_name_or_path, config.base_model_revision
+    if isinstance(backbone, PreTrainedModel):
+        model = backbone
+    elif backbone is not None:
+        model = AutoModelForCausalLM.from_pretrained(backbone, **options)
+    else:
+        if not named:
+            raise ValueError(
+                "The checkpoint holds leap heads only, and does not name their backbone. Pass "
+                "backbone=, a model, id or folder."
+            )
+        logger.warning_once(
+            f"The checkpoint holds leap heads only; loading their backbone {named!r}, revision "
+            f"{revision or 'main (the checkpoint pins none)'}."
+        )
+        model = AutoModelForCausalLM.from_pretrained(named, revision=revision or "main", **options)
+    check_backbone_sizes(config, model)
+    found = getattr(model.config, "_commit_hash", None)
+    if revision and found and found != revision:
+        logger.warning_once(
+            f"The leap heads are for revision {revision} of {named!r}, the backbone is revision "
+            f"{found} of {model.config.name_or_path!r}: their drafts may be accepted less often."
+        )
+    return model
+
+
+def check_backbone_sizes(config: Any, backbone: PreTrainedModel) -> None:
+    """Raise a ValueError unless a backbone has the sizes that the heads of a configuration are for.
+
+    Args:
+        config: an `LMTPConfig`.
+        backbone: the model that the heads shall stand on.
+    """
+    wanted, found = config.get_text_config(), backbone.config.get_text_config()
+    differing = [
+        f"{name} {getattr(found, name, None)} instead of {getattr(wanted, name, None)}"
+        for name in SAME_SIZES
+        if getattr(found, name, None) != getattr(wanted, name, None)
+    ]
+    if differing:
+        raise ValueError(
+            f"The leap heads are for another backbone than {backbone.config.name_or_path!r}, which has "
+            f"{', '.join(differing)}. Pass backbone={config.base_model_name_or_path!r}, or leave the "
+            "argument out."
+        )
+
+
+def _joined(cls: Any, heads: LeapHeadsAlone, backbone: PreTrainedModel) -> Any:
+    heads.config.heads_only = False
+    whole = cls(heads.config, backbone=backbone)
+    device = backbone.get_output_embeddings().weight.device
+    whole.leap_heads = heads.leap_heads.to(device)
+    return whole.eval()
+
+
+def _generation_config(
+    source: str | Path, backbone: Any, kwargs: dict[str, Any], found: dict[str, Any]
+) -> GenerationConfig:
+    if kwargs.get("generation_config") is not None:
+        return kwargs["generation_config"]
+    try:
+        return GenerationConfig.from_pretrained(source, **found)
+    except OSError:  # as of any checkpoint without one: the model's own
+        return backbone.generation_config
