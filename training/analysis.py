@@ -12,13 +12,18 @@ from dataclasses import dataclass
 import torch
 from tqdm.auto import tqdm
 
-from modeling_lmtp.backbone_lmtp import unembedding_inputs, unembedding_size
+from modeling_lmtp.backbone_lmtp import unembedding_size
 from modeling_lmtp.context_lmtp import num_visible
 from modeling_lmtp.leaps_lmtp import Draft, drafts
 from modeling_lmtp.losses_lmtp import IGNORE_INDEX
 from modeling_lmtp.modeling_lmtp import LMTPForCausalLM
 from modeling_lmtp.training.attenuation import Attenuation, fit_attenuation
-from modeling_lmtp.training.evaluation import MAX_RANK, draft_ranks, simulated_steps
+from modeling_lmtp.training.evaluation import (
+    MAX_RANK,
+    answer_states,
+    draft_ranks,
+    simulated_steps,
+)
 from modeling_lmtp.training.examples import Example
 from modeling_lmtp.training.marginalization import Marginals
 from modeling_lmtp.training.resampling import Estimate, ratio
@@ -90,8 +95,13 @@ def attenuation_distance(draft: Draft, offsets: Sequence[int], head_context: int
 
 
 @torch.no_grad()
-def draft_probabilities(model: LMTPForCausalLM, example: Example) -> torch.Tensor:
+def draft_probabilities(
+    model: LMTPForCausalLM, example: Example, states: torch.Tensor | None = None
+) -> torch.Tensor:
     """Return what the heads give the right token, from every root of the answer.
+
+    Args:
+        model, example, states: see `evaluation.draft_ranks`.
 
     Returns:
         `(A, L)`, aligned with `evaluation.draft_ranks`; 0 where the token cannot be drafted.
@@ -103,15 +113,14 @@ def draft_probabilities(model: LMTPForCausalLM, example: Example) -> torch.Tenso
     if token_ids is not None:
         vocab_size, _ = unembedding_size(model.backbone)
         targets = draft_labels(targets, token_ids, vocab_size, IGNORE_INDEX)
-    with unembedding_inputs(model.backbone, num_logits=1) as states:
-        model.backbone(input_ids=input_ids, use_cache=False)
+    states = answer_states(model, example) if states is None else states
     schedule = drafts(offsets)
     probabilities = torch.zeros(len(schedule), length, device=model.device)
     for draft in schedule:
         offset = offsets[draft.head]
         if offset >= length:
             continue
-        logits = model.leap_logits(draft.head, states[0], input_ids, draft.look_back)
+        logits = model.leap_logits(draft.head, states[None], input_ids, draft.look_back)
         wanted = targets[offset:]
         chosen = logits[0, :-offset].float().log_softmax(dim=-1)
         given = chosen.gather(1, wanted.clamp(min=0)[:, None])[:, 0].exp()
@@ -217,10 +226,11 @@ def analyze_heads(
             "judged on the other."
         )
     bar = tqdm(examples, desc="analyze heads", unit="answer", disable=not progress)
-    measured = [
-        (draft_ranks(model, example).cpu(), draft_probabilities(model, example).cpu())
-        for example in bar
-    ]
+    measured = []
+    for example in bar:
+        states = answer_states(model, example)
+        drafted = (draft_ranks(model, example, states), draft_probabilities(model, example, states))
+        measured.append([of_answer.cpu() for of_answer in drafted])
     ranks = [of_answer for of_answer, _ in measured]
     totals, counts = sums_over_answers([given for _, given in measured], examples)
     hits, _ = sums_over_answers([of_answer == 0 for of_answer in ranks], examples)
@@ -228,8 +238,8 @@ def analyze_heads(
 
     offsets, head_context = model.config.leap_offsets, model.config.head_context
     chain = DraftTree.chain(len(schedule))
-    drafted = {CHAIN: (*simulated_tokens_per_step(ranks, examples, chain), len(schedule))}
-    drafted |= {str(count): cross_validated(ranks, examples, count) for count in node_counts}
+    simulated = {CHAIN: (*simulated_tokens_per_step(ranks, examples, chain), len(schedule))}
+    simulated |= {str(count): cross_validated(ranks, examples, count) for count in node_counts}
     return HeadAnalysis(
         leap_offsets=tuple(offsets),
         head_context=head_context,
@@ -239,9 +249,9 @@ def analyze_heads(
         attenuation=_fit(schedule, offsets, head_context, totals, counts, seed),
         top1_attenuation=_fit(schedule, offsets, head_context, hits, counts, seed),
         tokens_per_step={
-            name: ratio(tokens, steps, seed) for name, (tokens, steps, _) in drafted.items()
+            name: ratio(tokens, steps, seed) for name, (tokens, steps, _) in simulated.items()
         },
-        num_nodes={name: count for name, (_, _, count) in drafted.items()},
+        num_nodes={name: count for name, (_, _, count) in simulated.items()},
     )
 
 

@@ -7,7 +7,7 @@ acceptance is the decoder's, up to rounding.
 Shapes: `L` tokens of one example, `A` draft distances, `V` vocabulary size.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 
 import torch
@@ -45,8 +45,24 @@ class HeadReport:
 
 
 @torch.no_grad()
-def draft_ranks(model: LMTPForCausalLM, example: Example) -> torch.Tensor:
+def answer_states(model: LMTPForCausalLM, example: Example) -> torch.Tensor:
+    """Return what the heads read of an answer, teacher-forced, `(L, K·H)`."""
+    input_ids = torch.tensor([example.input_ids], device=model.device)
+    with model.head_states(num_logits=1) as states:
+        model.backbone(input_ids=input_ids, use_cache=False)
+    return states[0][0]
+
+
+@torch.no_grad()
+def draft_ranks(
+    model: LMTPForCausalLM, example: Example, states: torch.Tensor | None = None
+) -> torch.Tensor:
     """Rank the right token among what would be drafted, from every root of the answer.
+
+    Args:
+        model: the heads.
+        example: the answer.
+        states: `(L, K·H)`, if known; see `answer_states`.
 
     Returns:
         `(A, L)`: `[a - 1, r]` is the rank of token `r + a` among the candidates drafted for distance
@@ -57,14 +73,13 @@ def draft_ranks(model: LMTPForCausalLM, example: Example) -> torch.Tensor:
     length = input_ids.shape[1]
     schedule = drafts(model.config.leap_offsets)
     ranks = torch.full((len(schedule), length), MAX_RANK, device=model.device)
-    with model.head_states(num_logits=1) as states:
-        model.backbone(input_ids=input_ids, use_cache=False)
+    states = answer_states(model, example) if states is None else states
     targets = _draft_targets(model, input_ids)
     for draft in schedule:
         offset = model.config.leap_offsets[draft.head]
         if offset >= length:
             continue
-        logits = model.leap_logits(draft.head, states[0], input_ids, draft.look_back)
+        logits = model.leap_logits(draft.head, states[None], input_ids, draft.look_back)
         rank_of_target = _ranks(logits[0, :-offset], targets[offset:])
         first_root = 1 + draft.look_back  # the root whose state is the example's first
         ranks[draft.distance - 1, first_root:][: len(rank_of_target)] = rank_of_target
@@ -123,13 +138,27 @@ def tokens_per_step(
 
 
 def evaluate_heads(
-    model: LMTPForCausalLM, examples: Sequence[Example], *, progress: bool = False
+    model: LMTPForCausalLM,
+    examples: Sequence[Example],
+    *,
+    load_states: Callable[[Example], torch.Tensor] | None = None,
+    progress: bool = False,
 ) -> tuple[HeadReport, list[torch.Tensor]]:
-    """Evaluate the heads on held-out examples; return the report and each example's ranks."""
+    """Evaluate the heads on held-out examples; return the report and each example's ranks.
+
+    Args:
+        model: the heads.
+        examples: the answers.
+        load_states: returns an answer's states, where they are known; see `answer_states`.
+        progress: show a progress bar.
+    """
     was_training = model.training
     model.eval()
     bar = tqdm(examples, desc="evaluate heads", unit="answer", disable=not progress)
-    all_ranks = [draft_ranks(model, example).cpu() for example in bar]
+    all_ranks = []
+    for example in bar:
+        states = None if load_states is None else load_states(example).to(model.device)
+        all_ranks.append(draft_ranks(model, example, states).cpu())
     model.train(was_training)
     num_distances = len(drafts(model.config.leap_offsets))
     # A root may be any answer token, and its candidates may not lie beyond the end
