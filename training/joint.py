@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from peft import PeftModel
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments, set_seed
-from transformers.trainer_utils import get_last_checkpoint
 
 from modeling_lmtp.modeling_lmtp import LMTPForCausalLM
 from modeling_lmtp.training.adapters import add_adapters, cast_trained, check_trainable
@@ -20,10 +19,11 @@ from modeling_lmtp.training.drift import DriftReport, measure_drift
 from modeling_lmtp.training.evaluation import HeadReport, evaluate_heads
 from modeling_lmtp.training.examples import AnswerDataset, Example, collate
 from modeling_lmtp.training.fingerprints import model_fingerprint
+from modeling_lmtp.training.guarded_trainer import last_whole_checkpoint, take_off_autocast
 from modeling_lmtp.training.joint_settings import JointSettings
 from modeling_lmtp.training.joint_trainer import JointTrainer
 from modeling_lmtp.training.runs import claim_run_folder, examples_sha256
-from modeling_lmtp.training.trainer import HeldOutCallback, StopOnBadLoss
+from modeling_lmtp.training.trainer import HeldOutCallback
 from modeling_lmtp.training.warmup import HEAD_SETTINGS
 
 # Transformers has renamed it, and warns of the older name
@@ -108,7 +108,8 @@ def joint_tune(
 ) -> tuple[PeftModel, JointReport]:
     """Tune backbone and heads of `model` with LoRA adapters, in place.
 
-    Its configuration says afterwards what it was trained with (`train_backbone`, `leap_loss_weight`).
+    Its configuration says afterwards what it was trained with (`leap_loss_weight`), not that its backbone
+    trains (`train_backbone`): merged, it is a checkpoint whose heads can be warmed up further.
     A backbone in 16 bits stays so; what trains is kept in float32.
 
     Args:
@@ -129,7 +130,8 @@ def joint_tune(
     Raises:
         ValueError: `model` cannot be trained (see `check_trainable`), or `run_folder` belongs to
             another run.
-        RuntimeError: the loss is not finite; names the step.
+        RuntimeError: the loss is not finite; names the step, and the file that its batch is in.
+        OSError: a checkpoint could not be saved; the one before it stays.
     """
     check_trainable(model)
     arguments = _arguments(run_folder, settings, model.backbone.dtype, progress)
@@ -138,7 +140,7 @@ def joint_tune(
     heads_before = _evaluate_heads(model, held_out, progress=progress)
     backbone_dtype = model.backbone.dtype
     set_seed(settings.seed)
-    model.config.train_backbone = True
+    train_backbone, model.config.train_backbone = model.config.train_backbone, True
     model.config.leap_loss_weight = settings.leap_loss_weight
     tuned = add_adapters(
         model,
@@ -153,11 +155,12 @@ def joint_tune(
         args=arguments,
         train_dataset=AnswerDataset(examples, train_on_prompts=settings.train_on_prompts),
         data_collator=collate,
-        callbacks=[*_held_out_callbacks(model, held_out), StopOnBadLoss()],
+        callbacks=_held_out_callbacks(model, held_out),
     )
-    trainer.train(resume_from_checkpoint=get_last_checkpoint(str(run_folder)) if resume else None)
-    # In 16 bits, training has wrapped `forward` in autocast
-    tuned = trainer.accelerator.unwrap_model(trainer.model_wrapped, keep_fp32_wrapper=False).eval()
+    trainer.train(resume_from_checkpoint=last_whole_checkpoint(run_folder) if resume else None)
+    take_off_autocast(tuned)
+    model.config.train_backbone = train_backbone
+    tuned.eval()
     cast_trained(tuned, backbone_dtype, only_heads=True)
     drift = measure_drift(tuned, held_out, progress=progress) if held_out else None
     heads_after = _evaluate_heads(model, held_out, progress=progress)

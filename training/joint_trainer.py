@@ -3,16 +3,16 @@
 from typing import Any
 
 import torch
-from transformers import Trainer
 
 from modeling_lmtp.losses_lmtp import IGNORE_INDEX
 from modeling_lmtp.training.adapters import parameter_groups
 from modeling_lmtp.training.batches import GroupedSampler
 from modeling_lmtp.training.drift import next_token_kl, next_token_nll, original_model
+from modeling_lmtp.training.guarded_trainer import GuardedTrainer
 from modeling_lmtp.training.joint_settings import JointSettings
 
 
-class JointTrainer(Trainer):
+class JointTrainer(GuardedTrainer):
     """A Trainer with a learning rate per part, and the loss towards the original backbone.
 
     It logs, as means over the batches since the last time, `loss_ntp`, `loss_head_<offset>` and, where

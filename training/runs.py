@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from modeling_lmtp.training.distill_files import replace_file
 from modeling_lmtp.training.examples import Example
 from modeling_lmtp.training.fingerprints import json_sha256
 
@@ -25,7 +26,7 @@ def claim_run_folder(run_folder: Path, identity: dict[str, Any]) -> None:
     record = run_folder / RECORD
     if not record.exists():
         run_folder.mkdir(parents=True, exist_ok=True)
-        record.write_text(json.dumps(identity, indent=2) + "\n")
+        replace_file(record, json.dumps(identity, indent=2) + "\n")
         return
     found = json.loads(record.read_text())
     differing = sorted(key for key in {*identity, *found} if identity.get(key) != found.get(key))

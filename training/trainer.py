@@ -1,7 +1,6 @@
-"""`transformers.Trainer` for leap heads: what it logs, the order of the data, and when it stops."""
+"""`transformers.Trainer` for leap heads: what it logs, saves and evaluates, and the order of the data."""
 
 import contextlib
-import math
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -9,7 +8,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.utils import SAFE_WEIGHTS_NAME
 
 from modeling_lmtp.modeling_lmtp import LMTPForCausalLM
@@ -17,11 +16,12 @@ from modeling_lmtp.training.batches import GroupedSampler
 from modeling_lmtp.training.curriculum import NONE, active_heads
 from modeling_lmtp.training.evaluation import evaluate_heads
 from modeling_lmtp.training.examples import Example
+from modeling_lmtp.training.guarded_trainer import GuardedTrainer
 from modeling_lmtp.training.objective import HeadObjective
 from modeling_lmtp.training.sharding import distribute_heads, is_sharded
 
 
-class LeapTrainer(Trainer):
+class LeapTrainer(GuardedTrainer):
     """A Trainer for heads on a frozen backbone.
 
     It logs `loss_head_<offset>` (cross-entropy) and `top1_head_<offset>` for each head, means over all
@@ -160,23 +160,3 @@ class HeldOutCallback(TrainerCallback):
         step, epoch = state.global_step, state.epoch or 0.0
         is_end = float(epoch).is_integer() or step == state.max_steps
         return is_end or (self.eval_steps is not None and step % self.eval_steps == 0)
-
-
-class StopOnBadLoss(TrainerCallback):
-    """Stops a run whose loss is no longer a number, before it is saved."""
-
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, float] | None = None,
-        **kwargs: Any,
-    ) -> None:
-        """Raise a RuntimeError at a loss that is not finite."""
-        loss = (logs or {}).get("loss", 0.0)
-        if not math.isfinite(loss):
-            raise RuntimeError(
-                f"The loss is {loss} at step {state.global_step}. The last checkpoint in "
-                f"{args.output_dir} is from before; lower learning_rate and start again."
-            )

@@ -11,18 +11,18 @@ from typing import Any
 
 import torch
 from transformers import TrainingArguments, set_seed
-from transformers.trainer_utils import get_last_checkpoint
 
 from modeling_lmtp.modeling_lmtp import LMTPForCausalLM
 from modeling_lmtp.training.curriculum import CURRICULA, NONE
 from modeling_lmtp.training.evaluation import HeadReport, evaluate_heads
 from modeling_lmtp.training.examples import AnswerDataset, Example, collate
+from modeling_lmtp.training.guarded_trainer import last_whole_checkpoint, take_off_autocast
 from modeling_lmtp.training.objective import HeadObjective
 from modeling_lmtp.training.packing import PackedDataset, check_isolation, collate_packs
 from modeling_lmtp.training.runs import claim_run_folder, examples_sha256
 from modeling_lmtp.training.sharding import shard_backbone, take_over_fsdp
 from modeling_lmtp.training.state_cache import StateCache
-from modeling_lmtp.training.trainer import HeldOutCallback, LeapTrainer, StopOnBadLoss
+from modeling_lmtp.training.trainer import HeldOutCallback, LeapTrainer
 
 HEAD_SETTINGS = (
     "leap_offsets",
@@ -119,7 +119,8 @@ def warm_up(
     Raises:
         ValueError: the backbone is not frozen, there are no heads, `run_folder` belongs to a run with
             other settings, or the backbone cannot keep packed answers apart.
-        RuntimeError: the loss is not finite; names the step.
+        RuntimeError: the loss is not finite; names the step, and the file that its batch is in.
+        OSError: a checkpoint could not be saved; the one before it stays.
     """
     _check_model(model)
     if take_over_fsdp():
@@ -148,7 +149,7 @@ def warm_up(
         args=arguments,
         train_dataset=dataset,
         data_collator=collate if settings.pack_length is None else collate_packs,
-        callbacks=[HeldOutCallback(held_out, settings.eval_steps), StopOnBadLoss()],
+        callbacks=[HeldOutCallback(held_out, settings.eval_steps)],
         objective=HeadObjective(
             len(model.leap_heads), settings.distillation_weight, settings.distillation_temperature
         ),
@@ -157,10 +158,9 @@ def warm_up(
         curriculum_share=settings.curriculum_share,
     )
     try:
-        trainer.train(
-            resume_from_checkpoint=get_last_checkpoint(str(run_folder)) if resume else None
-        )
+        trainer.train(resume_from_checkpoint=last_whole_checkpoint(run_folder) if resume else None)
     finally:
+        take_off_autocast(model)
         model.leap_heads.to(backbone_dtype)
     model.eval()
     report = None
