@@ -15,11 +15,15 @@ from modeling_lmtp.conversion.cli_base import Dtype, app, console, reports_error
 @reports_errors
 def demo(
     output: Annotated[Path, typer.Argument(help="Folder for all it makes.")] = Path("lmtp-demo"),
+    train: Annotated[
+        bool, typer.Option("--train", help="Train heads on the spot, in minutes.")
+    ] = False,
 ) -> None:
-    """Train leap heads for SmolLM2-135M-Instruct and compare: the whole path, in minutes."""
+    """Give SmolLM2-135M-Instruct leap heads and compare: in a minute, once it is downloaded."""
     from modeling_lmtp.conversion.demo import run_demo
+    from modeling_lmtp.conversion.demo_training import Recipe
 
-    run_demo(output, console)
+    run_demo(output, console, Recipe() if train else None)
 
 
 @app.command()

@@ -7,7 +7,8 @@ import re
 import pytest
 from rich.console import Console
 
-from modeling_lmtp.conversion.demo import Recipe, run_demo
+from modeling_lmtp.conversion.demo import run_demo
+from modeling_lmtp.conversion.demo_training import Recipe
 from modeling_lmtp.conversion.exactness import verify_exactness
 from modeling_lmtp.conversion.loading import load_lmtp, load_tokenizer, prompt_tensors
 from modeling_lmtp.training.prompts import read_prompts
@@ -19,7 +20,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),
 ]
 
-SMALL = Recipe(num_prompts=8, held_out=2, answer_tokens=24, epochs=1.0, new_tokens=24)
+SMALL = Recipe(num_prompts=8, held_out=2, answer_tokens=24, epochs=1.0)
 
 
 @pytest.fixture(scope="module")
@@ -41,17 +42,23 @@ def test_demo_shows_equal_texts_and_loads_its_checkpoint_as_remote_code(demo):
     assert figures["float32"]["equal"] == figures["float32"]["prompts"] == 4
 
 
+def test_the_shipped_heads_draft_well_and_change_no_text(tmp_path):
+    comparison = run_demo(tmp_path / "out", Console(file=io.StringIO(), width=100))
+    assert comparison.num_equal == len(comparison.pairs) == 4
+    assert comparison.median("tokens_per_step") > 1.5
+
+
 def test_demo_uses_what_it_made_before(demo):
     folder, _, _ = demo
     before = (folder / "checkpoint" / "model.safetensors").stat().st_mtime
     screen = io.StringIO()
     run_demo(folder, Console(file=screen, width=100), SMALL)
-    assert "Using the heads trained before" in screen.getvalue()
+    assert "Using the checkpoint made before" in screen.getvalue()
     assert (folder / "checkpoint" / "model.safetensors").stat().st_mtime == before
 
 
 def test_demo_refuses_a_folder_of_another_recipe(demo):
-    with pytest.raises(ValueError, match="made by a demo with another recipe"):
+    with pytest.raises(ValueError, match="made by a demo of other heads"):
         run_demo(demo[0], Console(file=io.StringIO()), Recipe())
 
 

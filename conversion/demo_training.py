@@ -1,0 +1,126 @@
+"""The demo's own training: SmolLM2 writes prompts and answers them, and leap heads learn the answers."""
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from transformers import PreTrainedTokenizerBase
+
+from modeling_lmtp.conversion.loading import load_backbone
+from modeling_lmtp.conversion.smollm2 import HUB_REPOSITORY
+from modeling_lmtp.conversion.training import HeadShape, add_heads
+from modeling_lmtp.conversion.tuning import choose_tree
+from modeling_lmtp.modeling_lmtp import LMTPForCausalLM
+from modeling_lmtp.training.distill import DistillSettings, append_rows, distill
+from modeling_lmtp.training.evaluation import evaluate_heads
+from modeling_lmtp.training.examples import Example, read_examples, split_examples
+from modeling_lmtp.training.prompts import end_ids, read_prompts, self_written_prompts
+from modeling_lmtp.training.saving import save_checkpoint
+from modeling_lmtp.training.warmup import WarmupSettings, warm_up
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What is trained, and how."""
+
+    num_prompts: int = 128
+    prompt_tokens: int = 48  # a longer self-written prompt is dropped: batches wait for the longest
+    held_out: int = 12
+    answer_tokens: int = 128
+    leap_offsets: tuple[int, ...] = (2, 3, 5)
+    head_context: int = 2
+    draft_vocab_size: int = 8192
+    epochs: float = 4.0
+    batch_size: int = 4
+    learning_rate: float = 1e-3
+    dtype: str = "bfloat16"
+    seed: int = 0
+
+
+def train_checkpoint(
+    source: Path,
+    tokenizer: PreTrainedTokenizerBase,
+    output: Path,
+    checkpoint: Path,
+    recipe: Recipe,
+    console: Console,
+) -> None:
+    """Train heads and save them as `checkpoint`.
+
+    Args:
+        source: the backbone's folder.
+        tokenizer: the backbone's.
+        output: keeps what each step makes, so that a stopped demo goes on.
+        checkpoint: a new folder.
+        recipe: how.
+        console: told of each step.
+    """
+    backbone = load_backbone(source, dtype=recipe.dtype)
+    answers = _distil(backbone, tokenizer, output, recipe, console)
+    console.print("Heads learn the answers; the backbone stays as it is.")
+    examples = read_examples(answers, tokenizer, end_id=end_ids(backbone, tokenizer)[0])
+    train, held_out = split_examples(examples, recipe.held_out)
+    shape = HeadShape(
+        leap_offsets=recipe.leap_offsets,
+        head_context=recipe.head_context,
+        draft_vocab_size=recipe.draft_vocab_size,
+    )
+    model = add_heads(backbone, shape, train)
+    model.config.base_model_name_or_path = HUB_REPOSITORY
+    settings = WarmupSettings(
+        epochs=recipe.epochs,
+        batch_size=recipe.batch_size,
+        learning_rate=recipe.learning_rate,
+        seed=recipe.seed,
+    )
+    report = warm_up(model, train, held_out, output / "training", settings)
+    tuned = _tune(model, held_out, console)
+    record: dict[str, Any] = {
+        "command": "lmtp demo --train",
+        "recipe": asdict(recipe),
+        "held_out": report.held_out.as_dict() if report.held_out else None,
+        "log": report.log,
+        "draft_tree_expected": tuned,
+    }
+    save_checkpoint(model, tokenizer, checkpoint, record)
+
+
+def _distil(
+    backbone: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    output: Path,
+    recipe: Recipe,
+    console: Console,
+) -> Path:
+    settings = DistillSettings(
+        max_new_tokens=recipe.answer_tokens,
+        magpie_max_tokens=recipe.prompt_tokens,
+        seed=recipe.seed,
+    )
+    prompts, answers = output / "prompts.jsonl", output / "answers.jsonl"
+    if not prompts.exists():
+        console.print(f"The model writes {recipe.num_prompts} prompts itself.")
+        written = self_written_prompts(backbone, tokenizer, recipe.num_prompts, settings)
+        append_rows(prompts, [{"prompt": p.text, "kind": p.kind} for p in written])
+    console.print("It answers them: these answers are what the heads learn.")
+    distill(backbone, tokenizer, read_prompts(prompts), answers, settings)
+    return answers
+
+
+def _tune(
+    model: LMTPForCausalLM, held_out: list[Example], console: Console
+) -> dict[str, float | int]:
+    report, ranks = evaluate_heads(model, held_out)
+    tuned = choose_tree(model, report, ranks, held_out)
+    model.generation_config.draft_tree = [list(path) for path in tuned.tree.paths]
+    model.generation_config.do_sample = False
+    console.print(
+        f"Draft tree for this machine: {tuned.tree.num_nodes} candidates; expected on held-out "
+        f"answers: {tuned.tokens_per_step:.2f} tokens per step."
+    )
+    return {
+        "nodes": tuned.tree.num_nodes,
+        "tokens_per_step": tuned.tokens_per_step,
+        "step_cost_of_the_backbone_alone": tuned.step_cost,
+    }
