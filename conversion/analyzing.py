@@ -8,16 +8,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, PreTrainedTokenizerBase
 
 from modeling_lmtp.conversion.analysis_record import Measured, analysis_record
-from modeling_lmtp.conversion.loading import load_backbone, load_lmtp, load_tokenizer
+from modeling_lmtp.conversion.answers import load_answers
+from modeling_lmtp.conversion.loading import (
+    has_leap_heads,
+    load_backbone,
+    load_lmtp,
+    load_tokenizer,
+)
 from modeling_lmtp.training.analysis import HeadAnalysis, analyze_heads
-from modeling_lmtp.training.examples import Example, read_examples, split_examples
+from modeling_lmtp.training.examples import Example, split_examples
 from modeling_lmtp.training.fingerprints import model_fingerprint
 from modeling_lmtp.training.marginalization import Marginals, marginalize
 from modeling_lmtp.training.pictures import draw_pictures, pictures_available
-from modeling_lmtp.training.prompts import end_ids
 from modeling_lmtp.training.saving import PROVENANCE, check_output_folder, file_sha256
 from modeling_lmtp.tree_lmtp import MAX_NODES
 
@@ -36,6 +40,7 @@ class AnalysisSettings:
         num_continuations: how many continuations it sums over.
         node_counts: candidates of the trees to simulate.
         max_length: longer examples are cut.
+        bad_rows: of the answers, see `read_answers`.
         seed: of the positions, and of the resampling that errors come from.
         dtype: of the models.
     """
@@ -45,6 +50,7 @@ class AnalysisSettings:
     num_continuations: int = 16
     node_counts: tuple[int, ...] = (4, 8, 16, 32)
     max_length: int = 1024
+    bad_rows: str = "refuse"
     seed: int = 0
     dtype: str = "auto"
 
@@ -107,7 +113,7 @@ def run_analysis(
     """
     check_output_folder(output)
     names = _names(sources)
-    have_heads = [AutoConfig.from_pretrained(source).model_type == "lmtp" for source in sources]
+    have_heads = [has_leap_heads(source) for source in sources]
     if len(sources) > 1 and not all(have_heads):
         plain = sources[have_heads.index(False)]
         raise ValueError(
@@ -164,7 +170,11 @@ def _measure(
         model = (load_lmtp if have_heads else load_backbone)(source, settings.dtype)
         backbone = model.backbone if have_heads else model
         if not examples:
-            everything = _read(backbone, load_tokenizer(source), answers, settings)
+            found = load_answers(
+                answers, backbone, load_tokenizer(source), settings.max_length, settings.bad_rows
+            )
+            everything = found.examples
+            notes += found.notes
             examples = _held_out(everything, settings.num_answers)
             first_backbone = model_fingerprint(backbone)
             marginals = _marginals(backbone, examples, settings, progress)
@@ -192,16 +202,6 @@ def _measure(
         )
     conditions |= {"answers_tokens": sum(len(e.input_ids) - e.answer_start for e in examples)}
     return Measured(heads, marginals, notes, conditions)
-
-
-def _read(
-    backbone: Any,
-    tokenizer: PreTrainedTokenizerBase,
-    answers: Path,
-    settings: AnalysisSettings,
-) -> list[Example]:
-    end_id = next(iter(end_ids(backbone, tokenizer)), None)
-    return read_examples(answers, tokenizer, end_id, settings.max_length)
 
 
 def _held_out(examples: Sequence[Example], count: int) -> list[Example]:

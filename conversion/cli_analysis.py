@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from modeling_lmtp.conversion.cli_base import Dtype, app, console, reports_errors
+from modeling_lmtp.conversion.cli_base import BadRows, Dtype, app, console, reports_errors
 
 
 @app.command()
@@ -25,6 +25,7 @@ def analyze(
     continuations: Annotated[int, typer.Option(help="How many each marginal sums over.")] = 16,
     nodes: Annotated[str, typer.Option(help="Candidates of the trees to simulate.")] = "4,8,16,32",
     max_length: int = 1024,
+    bad_rows: BadRows = "refuse",
     seed: int = 0,
     dtype: Dtype = "auto",
 ) -> None:
@@ -38,6 +39,7 @@ def analyze(
         num_continuations=continuations,
         node_counts=whole_numbers(nodes),
         max_length=max_length,
+        bad_rows=bad_rows,
         seed=seed,
         dtype=dtype,
     )

@@ -16,6 +16,9 @@ app = typer.Typer(
 console = Console()
 
 Dtype = Annotated[str, typer.Option(help="auto, bfloat16, float16 or float32.")]
+BadRows = Annotated[
+    str, typer.Option(help="refuse answers with a bad row, or skip such rows and count them.")
+]
 Offsets = Annotated[
     str | None, typer.Option(help="Comma-separated leap offsets, such as 2,3,5, instead of both.")
 ]

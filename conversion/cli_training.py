@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from modeling_lmtp.conversion.cli_base import (
+    BadRows,
     Dtype,
     Offsets,
     app,
@@ -169,6 +170,7 @@ def train(
         float, typer.Option(help="Share of the steps over which heads join.")
     ] = 0.5,
     held_out: Annotated[int, typer.Option(min=0, help="Answers kept for evaluation.")] = 32,
+    bad_rows: BadRows = "refuse",
     eval_steps: Annotated[
         int | None, typer.Option(help="Evaluate so often, besides after each epoch.")
     ] = None,
@@ -234,6 +236,7 @@ def train(
         max_length=max_length,
         held_out=held_out,
         dtype=dtype,
+        bad_rows=bad_rows,
         state_folder=state_folder,
     )
     if not processes().is_main_process:
@@ -276,6 +279,7 @@ def joint(
     activation_checkpointing: Annotated[bool, typer.Option(help="Less memory, more time.")] = False,
     max_length: int = 1024,
     held_out: Annotated[int, typer.Option(min=0, help="Answers kept for evaluation.")] = 32,
+    bad_rows: BadRows = "refuse",
     seed: int = 0,
     save_steps: int = 200,
     dtype: Dtype = "auto",
@@ -307,6 +311,7 @@ def joint(
         max_length=max_length,
         held_out=held_out,
         dtype=dtype,
+        bad_rows=bad_rows,
         merge=merge,
         bits=bits,
     )

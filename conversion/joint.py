@@ -5,13 +5,13 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from modeling_lmtp.conversion.loading import load_lmtp, load_tokenizer
+from modeling_lmtp.conversion.answers import load_answers, warn
+from modeling_lmtp.conversion.loading import adapter_config, load_lmtp, load_tokenizer
 from modeling_lmtp.conversion.quantized import load_quantized
-from modeling_lmtp.training.examples import read_examples, split_examples
+from modeling_lmtp.training.examples import split_examples
 from modeling_lmtp.training.joint import JointReport, joint_tune
 from modeling_lmtp.training.joint_settings import JointSettings
 from modeling_lmtp.training.processes import processes
-from modeling_lmtp.training.prompts import end_ids
 from modeling_lmtp.training.saving import check_output_folder, file_sha256, save_checkpoint
 from modeling_lmtp.training.training_log import save_training_log
 
@@ -27,6 +27,7 @@ def tune_jointly(
     dtype: str,
     merge: bool = False,
     bits: int | None = None,
+    bad_rows: str = "refuse",
 ) -> JointReport:
     """Tune backbone and heads, and save the adapter, or with `merge` the tuned checkpoint, in `output`.
 
@@ -44,10 +45,11 @@ def tune_jointly(
         dtype: of the backbone.
         merge: save a full checkpoint instead of the adapter.
         bits: 4 or 8 to quantize the backbone, see `load_quantized`.
+        bad_rows: of the answers, see `read_answers`.
 
     Raises:
-        ValueError: `output` holds something, the checkpoint has no heads, the answers are unusable,
-            or a quantized backbone is to be merged.
+        ValueError: `output` holds something, the checkpoint has no heads or is an adapter, the answers
+            are unusable, or a quantized backbone is to be merged.
     """
     check_output_folder(output)
     if merge and bits is not None:
@@ -55,12 +57,18 @@ def tune_jointly(
             f"merge would round the adapter into {bits} bits. Save the adapter, and merge it into the "
             "checkpoint loaded whole."
         )
+    if (adapter := adapter_config(source)) is not None:
+        raise ValueError(
+            f"{source!r} is an adapter, and a second one would be of no use without it. Tune "
+            f"{adapter.base_model_name_or_path!r}, which it was trained on, or train the adapter again "
+            "with --merge and tune what that saves."
+        )
     this_process = processes()  # before the model is loaded: each process takes its own device
     tokenizer = load_tokenizer(source)
     model = load_lmtp(source, dtype) if bits is None else load_quantized(source, bits, dtype)
-    end_id = next(iter(end_ids(model.backbone, tokenizer)), None)
-    examples = read_examples(answers, tokenizer, end_id, max_length)
-    training, evaluation = split_examples(examples, held_out)
+    found = load_answers(answers, model, tokenizer, max_length, bad_rows)
+    warn(found.notes)
+    training, evaluation = split_examples(found.examples, held_out)
     run_folder = output.with_name(f"{output.name}.training")
     revision = getattr(model.config, "_commit_hash", None)
     tuned, report = joint_tune(model, training, evaluation, run_folder, settings)
@@ -72,6 +80,7 @@ def tune_jointly(
             "bits": bits,
             "merged": merge,
             "answers_sha256": file_sha256(answers),
+            "answers_notes": found.notes,
             "examples": len(training),
             "processes": this_process.num_processes,
             "settings": asdict(settings),

@@ -5,7 +5,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft import PeftConfig, PeftModel
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers.utils import find_adapter_config_file
 
 from modeling_lmtp.modeling_lmtp import LMTPForCausalLM
 from modeling_lmtp.training.prompts import read_prompts, render_prompt
@@ -27,26 +29,60 @@ def load_tokenizer(source: str | Path) -> PreTrainedTokenizerBase:
     return AutoTokenizer.from_pretrained(source)
 
 
-def load_lmtp(source: str | Path, dtype: str = "auto", **options: Any) -> LMTPForCausalLM:
-    """Load a checkpoint with leap heads, in evaluation mode, onto the best device.
+def adapter_config(source: str | Path) -> PeftConfig | None:
+    """Return the configuration of a PEFT adapter, or None if `source` is none."""
+    if find_adapter_config_file(str(source)) is None:
+        return None
+    return PeftConfig.from_pretrained(str(source))
+
+
+def has_leap_heads(source: str | Path) -> bool:
+    """Return whether a checkpoint, or the one that an adapter was trained on, has leap heads."""
+    adapter = adapter_config(source)
+    base = source if adapter is None else adapter.base_model_name_or_path
+    return bool(AutoConfig.from_pretrained(base, **_revision(adapter)).model_type == "lmtp")
+
+
+def load_lmtp(
+    source: str | Path, dtype: str = "auto", device: torch.device | None = None, **options: Any
+) -> LMTPForCausalLM:
+    """Load a checkpoint with leap heads in evaluation mode.
+
+    Args:
+        source: folder or Hub id; of an adapter, the checkpoint that it was trained on is loaded, and
+            the adapter merged into it.
+        dtype: one of `DTYPES`.
+        device: the best one by default.
+        options: for `from_pretrained`.
 
     Raises:
         ValueError: it has no leap heads; says how to add some.
     """
     _check_dtype(dtype)
-    if AutoConfig.from_pretrained(source).model_type != "lmtp":
+    adapter = adapter_config(source)
+    base = source if adapter is None else adapter.base_model_name_or_path
+    if not has_leap_heads(source):
         raise ValueError(
-            f"{str(source)!r} has no leap heads. Add some with `lmtp wrap {source} OUT` or train them "
-            f"with `lmtp train {source} ANSWERS OUT`."
+            f"{str(base)!r} has no leap heads. Add some with `lmtp wrap {base} OUT` or train them "
+            f"with `lmtp train {base} ANSWERS OUT`."
         )
-    model = LMTPForCausalLM.from_pretrained(source, dtype=dtype, **options)
-    return model.to(best_device()).eval()
+    model = LMTPForCausalLM.from_pretrained(base, dtype=dtype, **_revision(adapter), **options)
+    if adapter is not None:
+        model = PeftModel.from_pretrained(model, str(source)).merge_and_unload()
+    return model.to(device or best_device()).eval()
 
 
-def load_backbone(source: str | Path, dtype: str = "auto") -> Any:
-    """Load a plain causal language model, in evaluation mode, onto the best device."""
+def _revision(adapter: PeftConfig | None) -> dict[str, str]:
+    return {"revision": adapter.revision} if adapter is not None and adapter.revision else {}
+
+
+def load_backbone(
+    source: str | Path, dtype: str = "auto", device: torch.device | None = None
+) -> Any:
+    """Load a plain causal language model in evaluation mode, by default onto the best device."""
     _check_dtype(dtype)
-    return AutoModelForCausalLM.from_pretrained(source, dtype=dtype).to(best_device()).eval()
+    model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
+    return model.to(device or best_device()).eval()
 
 
 def prompt_tensors(

@@ -6,14 +6,20 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoConfig, AutoModelForCausalLM
+import torch
 
 from modeling_lmtp.backbone_lmtp import unembedding_size
-from modeling_lmtp.conversion.loading import load_backbone, load_lmtp, load_tokenizer
+from modeling_lmtp.conversion.answers import load_answers, warn
+from modeling_lmtp.conversion.loading import (
+    best_device,
+    has_leap_heads,
+    load_backbone,
+    load_lmtp,
+    load_tokenizer,
+)
 from modeling_lmtp.modeling_lmtp import LMTPForCausalLM
-from modeling_lmtp.training.examples import Example, draft_vocabulary, read_examples, split_examples
+from modeling_lmtp.training.examples import Example, draft_vocabulary, split_examples
 from modeling_lmtp.training.processes import processes
-from modeling_lmtp.training.prompts import end_ids
 from modeling_lmtp.training.saving import check_output_folder, file_sha256, save_checkpoint
 from modeling_lmtp.training.sharding import take_over_fsdp
 from modeling_lmtp.training.training_log import save_training_log
@@ -46,6 +52,7 @@ def train_heads(
     held_out: int,
     dtype: str,
     state_folder: Path | None = None,
+    bad_rows: str = "refuse",
 ) -> WarmupReport:
     """Warm up heads and save the checkpoint in `output`, with its log as a file and as a picture.
 
@@ -60,7 +67,7 @@ def train_heads(
     if take_over_fsdp():
         settings = replace(settings, shard_backbone=True)
     this_process = processes()  # before models are loaded: each process takes its own device
-    has_heads = AutoConfig.from_pretrained(source).model_type == "lmtp"
+    has_heads = has_leap_heads(source)
     if has_heads and shape != HeadShape():
         raise ValueError(
             f"{source!r} has leap heads already, so their offsets and layers are settled. Leave those "
@@ -68,9 +75,9 @@ def train_heads(
         )
     tokenizer = load_tokenizer(source)
     model = _load(source, dtype, on_cpu=settings.shard_backbone)  # then no device holds it all
-    end_id = next(iter(end_ids(getattr(model, "backbone", model), tokenizer)), None)
-    examples = read_examples(answers, tokenizer, end_id, max_length)
-    training, evaluation = split_examples(examples, held_out)
+    found = load_answers(answers, model, tokenizer, max_length, bad_rows)
+    warn(found.notes)
+    training, evaluation = split_examples(found.examples, held_out)
     if not has_heads:
         model = add_heads(model, shape, training)
     run_folder = output.with_name(f"{output.name}.training")
@@ -79,6 +86,7 @@ def train_heads(
         record = {
             "command": "lmtp train",
             "answers_sha256": file_sha256(answers),
+            "answers_notes": found.notes,
             "examples": len(training),
             "processes": this_process.num_processes,
             "settings": asdict(settings),
@@ -96,14 +104,10 @@ def train_heads(
 
 def _load(source: str, dtype: str, *, on_cpu: bool) -> Any:
     """Load a checkpoint with heads, or a plain backbone."""
-    has_heads = AutoConfig.from_pretrained(source).model_type == "lmtp"
-    if not on_cpu:
-        if has_heads:
-            return load_lmtp(source, dtype, train_backbone=False)
-        return load_backbone(source, dtype)
-    if has_heads:
-        return LMTPForCausalLM.from_pretrained(source, dtype=dtype, train_backbone=False).eval()
-    return AutoModelForCausalLM.from_pretrained(source, dtype=dtype).eval()
+    device = torch.device("cpu") if on_cpu else best_device()
+    if has_leap_heads(source):
+        return load_lmtp(source, dtype, device, train_backbone=False)
+    return load_backbone(source, dtype, device)
 
 
 def _gathered(model: LMTPForCausalLM, loaded: Any) -> LMTPForCausalLM:

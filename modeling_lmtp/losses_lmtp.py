@@ -68,6 +68,19 @@ def leap_losses(
     return torch.stack(totals), torch.tensor(counts, device=labels.device)
 
 
+def check_labels(labels: torch.Tensor, vocab_size: int) -> None:
+    """Raise a ValueError if a label is neither a token id nor `IGNORE_INDEX`.
+
+    On an accelerator, the loss itself would end the process instead.
+    """
+    wrong = labels[((labels < 0) & (labels != IGNORE_INDEX)) | (labels >= vocab_size)]
+    if wrong.numel():
+        raise ValueError(
+            f"labels: expected token ids from 0 to {vocab_size - 1}, or {IGNORE_INDEX}, got "
+            f"{int(wrong[0])}. Is the tokenizer another model's?"
+        )
+
+
 def number_targets(model: Any, labels: torch.Tensor) -> torch.Tensor:
     """Number labels by the model's draft vocabulary, if it has one; a token outside is no target."""
     token_ids = model.config.draft_token_ids

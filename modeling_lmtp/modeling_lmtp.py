@@ -16,14 +16,14 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils import can_return_tuple, logging
 
-from .backbone_lmtp import check_backbone
+from .backbone_lmtp import check_backbone, unembedding_size
 from .configuration_lmtp import LMTPConfig
 from .context_lmtp import context_widths, embed_context, following_tokens, num_visible
 from .generation_lmtp import LMTPGenerationMixin
 from .heads_lmtp import new_leap_heads
 from .heads_only_lmtp import HeadsOnlyMixin
 from .leaps_lmtp import resolve_offsets
-from .losses_lmtp import IGNORE_INDEX, LeapObjective, leap_losses
+from .losses_lmtp import IGNORE_INDEX, LeapObjective, check_labels, leap_losses
 from .states_lmtp import head_states
 from .unembeddings_lmtp import HeadUnembedding
 from .vocabulary_lmtp import DraftUnembedding
@@ -175,7 +175,12 @@ class LMTPForCausalLM(HeadsOnlyMixin, LMTPGenerationMixin):
             known_states: `(B, L, H)`, what a frozen backbone's heads read of these tokens (see
                 `head_states`), where that is known: with `labels`, the backbone is not run then.
             backbone_kwargs: anything else that the backbone's `forward` takes.
+
+        Raises:
+            ValueError: a label is no token, or heads that see tokens get `inputs_embeds` alone.
         """
+        if labels is not None:
+            check_labels(labels, unembedding_size(self.backbone)[0])
         inputs = {
             "input_ids": input_ids,
             "attention_mask": attention_mask,

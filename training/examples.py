@@ -5,66 +5,24 @@ Shapes: `B` batch, `L` length.
 
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from itertools import islice
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch.utils.data import Dataset
-from transformers import PreTrainedTokenizerBase
 
 from modeling_lmtp.losses_lmtp import IGNORE_INDEX
-from modeling_lmtp.training.prompts import read_json_lines, render_prompt
+from modeling_lmtp.training.answers import Example, read_examples
 
-FIELDS = {"prompt": str, "response": str}
-
-
-@dataclass(frozen=True)
-class Example:
-    """One prompt and its answer as token ids; the answer starts at `answer_start`."""
-
-    input_ids: list[int]
-    answer_start: int
-
-
-def read_examples(
-    path: Path | str,
-    tokenizer: PreTrainedTokenizerBase,
-    end_id: int | None,
-    max_length: int = 1024,
-) -> list[Example]:
-    """Read answers (`.jsonl`, `.jsonl.gz`) and turn them into examples.
-
-    Args:
-        path: rows with `prompt` and `response`; `finished: false` says that an answer was cut.
-        tokenizer: the backbone's.
-        end_id: the token that ends a finished answer, if any.
-        max_length: longer examples are cut; one whose prompt fills it has nothing to learn and is
-            left out.
-
-    Raises:
-        ValueError: a row lacks a field (the message gives file and line), or nothing is left.
-    """
-    examples = []
-    for number, row in read_json_lines(path):
-        for name, kind in FIELDS.items():
-            if not isinstance(row.get(name), kind):
-                raise ValueError(
-                    f"{path}:{number}: expected text in the field {name!r}, got {row.get(name)!r}; "
-                    f"fields found: {sorted(row)}. Make the file with `lmtp distill`."
-                )
-        prompt_ids = render_prompt(tokenizer, row["prompt"])
-        answer_ids = tokenizer(row["response"], add_special_tokens=False)["input_ids"]
-        if row.get("finished", True) and end_id is not None:
-            answer_ids = [*answer_ids, end_id]
-        if answer_ids and len(prompt_ids) < max_length:
-            examples.append(Example((prompt_ids + answer_ids)[:max_length], len(prompt_ids)))
-    if not examples:
-        raise ValueError(
-            f"{path} holds no answer that fits in {max_length} tokens with its prompt."
-        )
-    return examples
+__all__ = [
+    "AnswerDataset",
+    "Example",
+    "check_targets",
+    "collate",
+    "draft_vocabulary",
+    "read_examples",
+    "split_examples",
+]
 
 
 def split_examples(
@@ -84,6 +42,28 @@ def split_examples(
         [example for i, example in enumerate(examples) if i not in chosen],
         [examples[i] for i in sorted(chosen)],
     )
+
+
+def check_targets(
+    examples: Sequence[Example], leap_offsets: Sequence[int], *, train_on_prompts: bool = False
+) -> None:
+    """Raise a ValueError if a head has nothing to learn from any example.
+
+    A target lies in the answer, `offset` tokens or more behind the example's first: an answer shorter
+    than the furthest offset still has some, if its prompt is long enough.
+    """
+    furthest = max(leap_offsets, default=1)
+    longest = max((len(example.input_ids) for example in examples), default=0)
+    starts = [0 if train_on_prompts else example.answer_start for example in examples]
+    if all(
+        len(example.input_ids) <= max(start, furthest)
+        for example, start in zip(examples, starts, strict=True)
+    ):
+        raise ValueError(
+            f"leap_offsets {tuple(leap_offsets)}: nothing in {len(examples)} answers is a target at "
+            f"offset {furthest}; the longest has {longest} tokens with its prompt. Get longer "
+            "answers, raise max_length, or leave that head out."
+        )
 
 
 def draft_vocabulary(examples: Sequence[Example], size: int, vocab_size: int) -> tuple[int, ...]:

@@ -17,7 +17,7 @@ from modeling_lmtp.modeling_lmtp import LMTPForCausalLM
 from modeling_lmtp.training.adapters import add_adapters, cast_trained, check_trainable
 from modeling_lmtp.training.drift import DriftReport, measure_drift
 from modeling_lmtp.training.evaluation import HeadReport, evaluate_heads
-from modeling_lmtp.training.examples import AnswerDataset, Example, collate
+from modeling_lmtp.training.examples import AnswerDataset, Example, check_targets, collate
 from modeling_lmtp.training.fingerprints import model_fingerprint
 from modeling_lmtp.training.guarded_trainer import last_whole_checkpoint, take_off_autocast
 from modeling_lmtp.training.joint_settings import JointSettings
@@ -128,12 +128,13 @@ def joint_tune(
         the adapter, its `merge_and_unload` gives a plain `LMTPForCausalLM`.
 
     Raises:
-        ValueError: `model` cannot be trained (see `check_trainable`), or `run_folder` belongs to
-            another run.
+        ValueError: `model` cannot be trained (see `check_trainable`), there are no targets, or
+            `run_folder` belongs to another run.
         RuntimeError: the loss is not finite; names the step, and the file that its batch is in.
         OSError: a checkpoint could not be saved; the one before it stays.
     """
     check_trainable(model)
+    check_targets(examples, model.config.leap_offsets, train_on_prompts=settings.train_on_prompts)
     arguments = _arguments(run_folder, settings, model.backbone.dtype, progress)
     with arguments.main_process_first(local=False):
         claim_run_folder(run_folder, _identity(model, settings, examples, arguments.world_size))

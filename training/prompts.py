@@ -10,7 +10,7 @@ import gzip
 import json
 import math
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -42,11 +42,22 @@ class Prompt:
     kind: str | None = None
 
 
-def read_json_lines(path: Path | str) -> Iterator[tuple[int, dict[str, Any]]]:
+def _refuse(error: ValueError) -> None:
+    raise error
+
+
+def read_json_lines(
+    path: Path | str, on_bad_line: Callable[[ValueError], None] = _refuse
+) -> Iterator[tuple[int, dict[str, Any]]]:
     """Yield (line number from 1, JSON object) for each line of a .jsonl or .jsonl.gz file.
 
-    Blank lines are skipped. Raises ValueError naming `file:line` for any other line that is no
-    JSON object, and for a file name with another ending.
+    Args:
+        path: the file. Its blank lines are skipped.
+        on_bad_line: gets an error that names `file:line` for any other line that is no JSON object,
+            and for compressed data that ends early; it may raise it, as by default, or go on.
+
+    Raises:
+        ValueError: the file's name has another ending.
     """
     path = Path(path)
     if not path.name.endswith((".jsonl", ".jsonl.gz")):
@@ -56,9 +67,14 @@ def read_json_lines(path: Path | str) -> Iterator[tuple[int, dict[str, Any]]]:
         try:
             for number, line in enumerate(stream, start=1):
                 if line.strip():
-                    yield number, _json_object(line, f"{path}:{number}")
-        except EOFError as error:
-            raise ValueError(f"{path}:{number}: the gzip data ends early after here") from error
+                    try:
+                        row = _json_object(line, f"{path}:{number}")
+                    except ValueError as error:
+                        on_bad_line(error)
+                    else:
+                        yield number, row
+        except EOFError:
+            on_bad_line(ValueError(f"{path}:{number}: the gzip data ends early after here"))
 
 
 def _json_object(line: bytes, where: str) -> dict[str, Any]:

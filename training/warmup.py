@@ -15,7 +15,7 @@ from transformers import TrainingArguments, set_seed
 from modeling_lmtp.modeling_lmtp import LMTPForCausalLM
 from modeling_lmtp.training.curriculum import CURRICULA, NONE
 from modeling_lmtp.training.evaluation import HeadReport, evaluate_heads
-from modeling_lmtp.training.examples import AnswerDataset, Example, collate
+from modeling_lmtp.training.examples import AnswerDataset, Example, check_targets, collate
 from modeling_lmtp.training.guarded_trainer import last_whole_checkpoint, take_off_autocast
 from modeling_lmtp.training.objective import HeadObjective
 from modeling_lmtp.training.packing import PackedDataset, check_isolation, collate_packs
@@ -117,12 +117,13 @@ def warm_up(
         progress: show a progress bar.
 
     Raises:
-        ValueError: the backbone is not frozen, there are no heads, `run_folder` belongs to a run with
-            other settings, or the backbone cannot keep packed answers apart.
+        ValueError: the backbone is not frozen, there are no heads or no targets, `run_folder` belongs
+            to a run with other settings, or the backbone cannot keep packed answers apart.
         RuntimeError: the loss is not finite; names the step, and the file that its batch is in.
         OSError: a checkpoint could not be saved; the one before it stays.
     """
     _check_model(model)
+    check_targets(examples, model.config.leap_offsets, train_on_prompts=settings.train_on_prompts)
     if take_over_fsdp():
         settings = replace(settings, shard_backbone=True)
     if settings.shard_backbone and state_folder is not None:

@@ -1,0 +1,75 @@
+"""The answers that a model learns from or is judged by, and what a user should know of them."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedTokenizerBase
+from transformers.utils import logging
+
+from modeling_lmtp.backbone_lmtp import unembedding_size
+from modeling_lmtp.training.answers import Answers, read_answers
+from modeling_lmtp.training.distill_files import manifest_path
+from modeling_lmtp.training.fingerprints import is_model_of
+from modeling_lmtp.training.processes import processes
+from modeling_lmtp.training.prompts import end_ids
+
+logger = logging.get_logger(__name__)
+
+
+def load_answers(
+    path: Path,
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int,
+    bad_rows: str = "refuse",
+) -> Answers:
+    """Read answers for a model, and note if another one made them.
+
+    Args:
+        path: what `lmtp distill` made, or such a file.
+        model: a backbone, with or without heads.
+        tokenizer: its tokenizer.
+        max_length, bad_rows: see `read_answers`.
+
+    Raises:
+        ValueError: a bad row is refused, or nothing is left.
+    """
+    backbone = getattr(model, "backbone", model)
+    end_id = next(iter(end_ids(backbone, tokenizer)), None)
+    vocab_size, _ = unembedding_size(backbone)
+    answers = read_answers(
+        path, tokenizer, end_id, max_length, vocab_size=vocab_size, bad_rows=bad_rows
+    )
+    note = other_model_note(path, backbone)
+    return Answers(answers.examples, answers.skipped, (*answers.notes, *([note] if note else [])))
+
+
+def warn(notes: Sequence[str]) -> None:
+    """Tell what a user should know of the answers, on the main process."""
+    if processes().is_main_process:
+        for note in notes:
+            logger.warning(note)
+
+
+def other_model_note(path: Path, backbone: Any) -> str | None:
+    """Say so if the manifest beside a file of answers names another model than this; None if not.
+
+    Answers without a manifest, or from a server, may be anyone's.
+    """
+    manifest_file = manifest_path(path)
+    manifest = json.loads(manifest_file.read_text()) if manifest_file.is_file() else {}
+    if "model_fingerprint" not in manifest:
+        return None
+    dtype = getattr(torch, manifest["model_dtype"])
+    if is_model_of(backbone, manifest["model_fingerprint"], dtype) is not False:
+        return None
+    revision = manifest.get("model_revision")
+    made_by = str(manifest.get("model")) + (f" (revision {revision})" if revision else "")
+    return (
+        f"The answers in {path} were made by another model or revision, {made_by}, so they are not what "
+        f"this backbone, {backbone.config.name_or_path or 'built in memory'}, would write: its heads "
+        "will draft less well. Make its own with `lmtp distill`."
+    )
