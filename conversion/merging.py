@@ -1,0 +1,125 @@
+"""`lmtp merge`: an adapter folded into its checkpoint, or the plain backbone of either."""
+
+import warnings
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from peft import PeftModel, get_peft_model_state_dict
+from peft.utils import load_peft_weights
+from safetensors import SafetensorError
+from transformers import GenerationConfig
+
+from modeling_lmtp.conversion.loading import adapter_config, load_lmtp, load_tokenizer
+from modeling_lmtp.modeling_lmtp import LMTPForCausalLM
+from modeling_lmtp.settings_lmtp import LMTPSettings
+from modeling_lmtp.training.saving import (
+    check_output_folder,
+    new_folder,
+    save_checkpoint,
+    write_record,
+)
+
+
+def merge(
+    source: str,
+    output: Path,
+    *,
+    base: str | None = None,
+    drop_heads: bool = False,
+    dtype: str = "auto",
+) -> LMTPForCausalLM:
+    """Save a full checkpoint with the adapter in it, or with `drop_heads` a plain backbone.
+
+    Args:
+        source: folder or Hub id of an adapter, or with `drop_heads` of any checkpoint with heads.
+        output: a new folder.
+        base: the checkpoint that the adapter was trained on; by default the one that it names.
+        drop_heads: save what plain decoding needs, as Transformers and any server load it.
+        dtype: of the checkpoint.
+
+    Returns:
+        The merged model.
+
+    Raises:
+        ValueError: `output` holds something, there is nothing to merge, or the adapter does not fit.
+    """
+    check_output_folder(output)
+    adapter = adapter_config(source)
+    if adapter is None and not drop_heads:
+        raise ValueError(
+            f"{source!r} is no adapter, so there is nothing to merge. Pass --drop-heads to get its plain "
+            "backbone."
+        )
+    if adapter is None and base is not None:
+        raise ValueError(f"base={base!r} is the checkpoint of an adapter, but {source!r} is none.")
+    checkpoint = source if adapter is None else base or adapter.base_model_name_or_path
+    if not checkpoint:
+        raise ValueError(f"{source!r} does not name its checkpoint. Pass --base.")
+    model = load_lmtp(checkpoint, dtype)
+    if adapter is not None:
+        model = fold_in(model, source)
+    record = {
+        "command": "lmtp merge",
+        "source": source,
+        "checkpoint": checkpoint,
+        "checkpoint_revision": getattr(model.config, "_commit_hash", None),
+        "drop_heads": drop_heads,
+    }
+    tokenizer = load_tokenizer(checkpoint)
+    if drop_heads:
+        save_backbone(model, tokenizer, output, record)
+    else:
+        save_checkpoint(model, tokenizer, output, record)
+    return model
+
+
+def fold_in(model: LMTPForCausalLM, source: str) -> LMTPForCausalLM:
+    """Fold an adapter into a checkpoint, in place.
+
+    Raises:
+        ValueError: it is damaged, was trained on another model, or holds what is not finite.
+    """
+    try:
+        stored = load_peft_weights(source, device="cpu")
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Found missing adapter keys")  # an error below
+            adapted = PeftModel.from_pretrained(model, source)
+    except SafetensorError as error:
+        raise ValueError(f"The adapter {source!r} is damaged ({error}). Get it again.") from error
+    except RuntimeError as error:
+        raise _does_not_fit(source, str(error)) from error
+    expected = get_peft_model_state_dict(adapted, save_embedding_layers=False)
+    differing = sorted(expected.keys() ^ stored.keys())
+    if differing:
+        raise _does_not_fit(source, f"{', '.join(differing[:3])} are in one and not in the other")
+    merged: LMTPForCausalLM = adapted.merge_and_unload(safe_merge=True)
+    return merged
+
+
+def _does_not_fit(source: str, reason: str) -> ValueError:
+    return ValueError(
+        f"The adapter {source!r} does not fit the checkpoint: {reason}. Pass the checkpoint that it was "
+        "trained on with --base."
+    )
+
+
+def save_backbone(
+    model: LMTPForCausalLM, tokenizer: Any, output: Path, record: dict[str, Any]
+) -> None:
+    """Save the backbone alone, in its own format, with nothing of L-MTP in it but the record."""
+    backbone = model.backbone
+    backbone.generation_config = plain_settings(model.generation_config)
+    with new_folder(output) as folder:
+        backbone.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        write_record(folder, record, model.config)
+
+
+def plain_settings(settings: GenerationConfig) -> GenerationConfig:
+    """Return generation settings without those that only L-MTP knows."""
+    plain = GenerationConfig()
+    ours = {field.name for field in fields(LMTPSettings) if not hasattr(plain, field.name)}
+    return GenerationConfig.from_dict(
+        {name: value for name, value in settings.to_dict().items() if name not in ours}
+    )
