@@ -5,11 +5,10 @@ import re
 
 import pytest
 import torch
+from commands import error_of, lmtp
 from tiny import tiny_llama, tiny_tokenizer
-from typer.testing import CliRunner
 
 from modeling_lmtp import LMTPForCausalLM
-from modeling_lmtp.conversion.cli import app
 from modeling_lmtp.training import pictures
 from modeling_lmtp.training.pictures import draw_pictures, spread
 from modeling_lmtp.training.saving import file_sha256
@@ -17,19 +16,6 @@ from modeling_lmtp.training.saving import file_sha256
 PROMPTS = ["What is the sea?", "Write a poem.", "A spider asks", "Paris", "The wind", "France?"]
 QUICK = ["--num-answers", "4", "--marginalize-positions", "8", "--nodes", "2,4"]
 CHECKPOINTS = {"near": ((2, 3, 4), 0), "far": ((3, 5), 0), "grounded": ((2, 3), 1)}
-
-
-def lmtp(*arguments):
-    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
-    if result.exception is not None and not isinstance(result.exception, SystemExit):
-        raise result.exception
-    return result
-
-
-def error_of(*arguments):
-    result = lmtp(*arguments)
-    assert result.exit_code == 1, result.output
-    return re.sub(r"\s+", " ", result.output)
 
 
 @pytest.fixture(scope="module")

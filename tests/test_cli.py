@@ -4,28 +4,14 @@ import json
 import re
 
 import pytest
+from commands import error_of, lmtp
 from tiny import tiny_llama, tiny_tokenizer
 from transformers import AutoModelForCausalLM
-from typer.testing import CliRunner
 
 from modeling_lmtp import LMTPForCausalLM
-from modeling_lmtp.conversion.cli import app
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*pin_memory.*:UserWarning")
 TRAINING = ["--leap-offsets", "2,3,5", "--held-out", "2", "--batch-size", "2", "--epochs", "1"]
-
-
-def lmtp(*arguments):
-    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
-    if result.exception is not None and not isinstance(result.exception, SystemExit):
-        raise result.exception
-    return result
-
-
-def error_of(*arguments):
-    result = lmtp(*arguments)
-    assert result.exit_code == 1
-    return re.sub(r"\s+", " ", result.output)
 
 
 @pytest.fixture(scope="module")

@@ -5,31 +5,18 @@ import re
 
 import pytest
 import torch
+from commands import error_of, lmtp
 from peft import PeftModel
 from tiny import tiny_llama, tiny_tokenizer
-from typer.testing import CliRunner
 
 from modeling_lmtp import LMTPForCausalLM
-from modeling_lmtp.conversion.cli import app
+from modeling_lmtp.conversion.loading import load_lmtp
 from modeling_lmtp.training.saving import file_sha256
 
 # PEFT asks for what Transformers has renamed
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")
 SHORT = ["--held-out", 2, "--batch-size", 2, "--epochs", 1, "--rank", 4]
 PROMPT = torch.tensor([[5, 17, 60, 33, 41, 9]])
-
-
-def lmtp(*arguments):
-    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
-    if result.exception is not None and not isinstance(result.exception, SystemExit):
-        raise result.exception
-    return result
-
-
-def error_of(*arguments):
-    result = lmtp(*arguments)
-    assert result.exit_code == 1
-    return re.sub(r"\s+", " ", result.output)
 
 
 @pytest.fixture(scope="module")
@@ -73,10 +60,30 @@ def test_it_saves_an_adapter_with_its_record_and_nothing_else_beside_it(folder, 
     log = json.loads((output / "training_log.json").read_text())
     assert log == {"leap_offsets": [2, 3, 5], "log": record["log"]}
 
+    loaded = load_lmtp(output)
+    assert not loaded.config.train_backbone
     base = LMTPForCausalLM.from_pretrained(folder / "checkpoint")
     plain = base(PROMPT).logits
     adapted = PeftModel.from_pretrained(base, output)
     assert not torch.allclose(adapted(input_ids=PROMPT).logits, plain, atol=1e-3)
+    torch.testing.assert_close(
+        loaded(PROMPT, output_leap_logits=True).leap_logits,
+        adapted(input_ids=PROMPT, output_leap_logits=True).leap_logits,
+        rtol=1e-4,
+        atol=1e-4,
+    )
+
+    plain = lmtp("generate", output, "The sea", "--max-new-tokens", 12, "--plain")
+    fast = lmtp("generate", output, "The sea", "--max-new-tokens", 12)
+    assert plain.exit_code == 0, plain.output
+    assert fast.stdout == plain.stdout
+    short = ["--num-prompts", 1, "--max-new-tokens", 6]
+    verified = lmtp("verify", output, "--prompts", answers, *short)
+    assert verified.exit_code == 0, verified.output
+    refused = error_of("joint", output, answers, tmp_path / "again", *SHORT)
+    assert (
+        f"is an adapter, and a second one would be of no use without it. Tune '{folder}" in refused
+    )
 
 
 def test_merged_it_is_a_checkpoint_that_generates_and_verifies(folder, tmp_path):
@@ -90,6 +97,8 @@ def test_merged_it_is_a_checkpoint_that_generates_and_verifies(folder, tmp_path)
     before = LMTPForCausalLM.from_pretrained(folder / "checkpoint")
     after = LMTPForCausalLM.from_pretrained(output)
     assert after.config.leap_offsets == (2, 3, 5)
+    assert not after.config.train_backbone
+    assert not any(parameter.requires_grad for parameter in after.backbone.parameters())
     assert not torch.allclose(after(PROMPT).logits, before(PROMPT).logits, atol=1e-3)
     plain = lmtp("generate", output, "The sea", "--max-new-tokens", 12, "--plain")
     fast = lmtp("generate", output, "The sea", "--max-new-tokens", 12)

@@ -3,11 +3,10 @@
 import json
 
 import pytest
+from commands import lmtp
 from tiny import tiny_llama, tiny_tokenizer
-from typer.testing import CliRunner
 
 from modeling_lmtp import LMTPForCausalLM
-from modeling_lmtp.conversion.cli import app
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*pin_memory.*:UserWarning")
 TEXTS = ["The sea and the wind.", "Eight legs.", "Paris", "Turn by turn", "A poem", "How many?"]
@@ -24,8 +23,7 @@ def train(tmp_path):
 
     def run(*options):
         arguments = ["train", tmp_path / "backbone", answers, tmp_path / "out", "--held-out", 2]
-        result = CliRunner().invoke(app, [str(a) for a in [*arguments, *options]])
-        return result, tmp_path / "out"
+        return lmtp(*arguments, *options), tmp_path / "out"
 
     return run
 
