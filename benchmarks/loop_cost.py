@@ -46,6 +46,16 @@ class KnownText(Drafter):
         return Candidates((DraftTree.chain(following.shape[1]),), following)
 
 
+class Nothing(Drafter):
+    """Proposes nothing: the loop runs, where settings that draft nothing would decode plainly."""
+
+    def draft(
+        self, input_ids: torch.Tensor, hidden_states: torch.Tensor, max_depth: int
+    ) -> Candidates:
+        """Propose nothing."""
+        return Candidates.none(input_ids)
+
+
 def seconds_per_token(
     model: LMTPForCausalLM, prompt: torch.Tensor, **options: object
 ) -> tuple[float, torch.Tensor]:
@@ -80,7 +90,7 @@ def measure(
             options = {"max_new_tokens": new_tokens}
             plain, text = seconds_per_token(model, prompt, use_lmtp=False, **options)
             off, off_text = seconds_per_token(
-                model, prompt, use_lmtp=True, draft_length=0, **options
+                model, prompt, use_lmtp=True, drafter=Nothing(), **options
             )
             known, known_text = seconds_per_token(
                 model, prompt, use_lmtp=True, drafter=KnownText(own), **options

@@ -28,6 +28,7 @@ from .decoding_lmtp import Decoder
 from .drafting_lmtp import Drafter
 from .leap_drafter_lmtp import DynamicLeapHeadDrafter, LeapHeadDrafter
 from .leaps_lmtp import drafts
+from .outputs_lmtp import with_acceptance_lengths
 from .path_drafter_lmtp import DynamicPathDrafter, PathDrafter
 from .settings_lmtp import LMTPSettings
 from .support_lmtp import Support, Tier, decoding_support
@@ -62,7 +63,7 @@ class LMTPGenerationMixin(GenerationMixin):
                 the backbone's `generate` takes.
             use_lmtp: draft with the leap heads. Like the other settings of `LMTPSettings`
                 (`draft_tree`, `draft_length`, `draft_nodes`, `prompt_lookup_num_tokens`, …), it may
-                stand in `generation_config` instead.
+                stand in `generation_config` instead. Settings that draft nothing decode plainly.
             drafter: proposes candidates in place of the leap heads; only chains, where the model
                 takes no trees.
 
@@ -82,7 +83,7 @@ class LMTPGenerationMixin(GenerationMixin):
 
         _refuse_other_strategies(kwargs, generation_config, self.generation_config)
         _refuse_bad_inputs(inputs, kwargs)
-        settings.check(horizon=len(drafts(self.config.leap_offsets)))
+        settings.check(self._horizon)
         stopping_criteria = _with_stop_strings(
             stopping_criteria, kwargs, generation_config, self.generation_config
         )
@@ -124,11 +125,25 @@ class LMTPGenerationMixin(GenerationMixin):
             support = self._decoding_support()
             returns_dict = bool(generation_config.return_dict_in_generate)
             chooser = TokenChooser(logits_processor, stopping_criteria, generation_config)
+            own_settings = settings.for_batch(input_ids.shape[0])
+            if drafter is None and own_settings.drafts_nothing(self._horizon):
+                _say_drafting_is_off(input_ids.shape[0])
+                output = backbone._sample(
+                    input_ids,
+                    logits_processor,
+                    stopping_criteria,
+                    generation_config,
+                    streamer=streamer,
+                    **model_kwargs,
+                )
+                if not returns_dict:
+                    return output
+                return with_acceptance_lengths(output, input_ids, chooser.eos_token_ids)
             decoder = Decoder(
                 Verifier(backbone, takes_trees=support.tier is Tier.TREE),
                 self.head_states,
-                drafter or self._drafter(settings, support.tier),
-                _walker(settings, support, chooser, input_ids, generation_config, streamer),
+                drafter or self._drafter(own_settings, support.tier),
+                _walker(own_settings, support, chooser, input_ids, generation_config, streamer),
                 Texts(input_ids, chooser.pad_token_id, streamer),
                 generation_config,
                 returns_cache=returns_dict or cache_is_given,
@@ -138,6 +153,11 @@ class LMTPGenerationMixin(GenerationMixin):
             return output if returns_dict else output.sequences
 
         return lmtp_decoding
+
+    @property
+    def _horizon(self) -> int:
+        """The furthest distance that the heads draft."""
+        return len(drafts(self.config.leap_offsets))
 
     def _decoding_support(self) -> Support:
         support = decoding_support(self.backbone)
@@ -157,7 +177,7 @@ class LMTPGenerationMixin(GenerationMixin):
         return ForwardDrafter(drafter) if settings.forward_decoding else drafter
 
     def _leap_head_drafter(self, settings: LMTPSettings, tier: Tier) -> LeapHeadDrafter:
-        tree = settings.tree(horizon=len(drafts(self.config.leap_offsets)))
+        tree = settings.tree(self._horizon)
         num_nodes = settings.draft_nodes
         if tier is not Tier.TREE and (num_nodes is not None or not tree.is_chain):
             logger.warning_once(
@@ -181,6 +201,13 @@ class LMTPGenerationMixin(GenerationMixin):
             dynamic = DynamicPathDrafter if is_path else DynamicLeapHeadDrafter
             return dynamic(num_nodes, *heads)
         return PathDrafter(*heads) if is_path else LeapHeadDrafter(*heads)
+
+
+def _say_drafting_is_off(batch_size: int) -> None:
+    logger.warning_once(
+        f"use_lmtp=True decodes plainly here: the settings draft no candidates at batch size "
+        f"{batch_size} (`lmtp tune` writes so where drafting cannot win)."
+    )
 
 
 def _walker(

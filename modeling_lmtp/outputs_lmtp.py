@@ -4,7 +4,7 @@ Shapes: `B` rows of the call, `A` rows in a pass, `L` prompt length, `Q = 1 + N`
 that a layer attends to, `H` hidden size, `t` a step of plain decoding.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,6 +35,23 @@ class LMTPGenerateOutput(GenerateDecoderOnlyOutput):
     """
 
     acceptance_lengths: list[list[int]] | None = None
+
+
+def with_acceptance_lengths(
+    output: ModelOutput, prompts: torch.Tensor, end_ids: Collection[int]
+) -> LMTPGenerateOutput:
+    """Add to plain decoding's output that every pass gave one token.
+
+    Args:
+        output: of the prompts `(B, L)`.
+        prompts: see above.
+        end_ids: the tokens at which a row ends.
+    """
+    lengths = []
+    for tokens in output.sequences[:, prompts.shape[1] :].tolist():
+        ends = (place for place, token in enumerate(tokens) if token in end_ids)
+        lengths.append([1] * next(ends, len(tokens) - 1))
+    return LMTPGenerateOutput(**output, acceptance_lengths=lengths)
 
 
 class StateRecords:

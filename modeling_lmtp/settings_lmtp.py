@@ -1,7 +1,7 @@
 """What `generate` and `generation_config` say about L-MTP."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from transformers import GenerationConfig
@@ -9,7 +9,7 @@ from transformers import GenerationConfig
 from .lookup_lmtp import PromptLookupDrafter
 from .tree_lmtp import MAX_NODES, DraftTree
 
-DRAFT_SHAPES = ("draft_tree", "draft_length", "draft_nodes")
+DRAFT_SHAPES = ("draft_tree", "draft_length", "draft_nodes", "draft_trees")
 # Transformers' own names, for what is here part of the draft instead of another strategy
 PROMPT_LOOKUP = ("prompt_lookup_num_tokens", "max_matching_ngram_size")
 
@@ -23,6 +23,8 @@ class LMTPSettings:
         draft_tree: a static draft tree as the paths of its nodes, see `DraftTree.from_paths`.
         draft_length: instead, a top-1 chain of that many candidates.
         draft_nodes: instead, that many candidates in a tree grown for every state by itself.
+        draft_trees: instead, a static tree for each batch size, `lmtp tune` finds them; a size between
+            two of them gets the larger one's. One without nodes decodes plainly.
         forward_decoding: run the backbone once more before each draft, the paper's ablation F-MTP.
         prompt_lookup_num_tokens: draft as well so many tokens that followed the last n-gram before.
         max_matching_ngram_size: its largest n-gram.
@@ -35,6 +37,7 @@ class LMTPSettings:
     draft_tree: Sequence[Sequence[int]] | None = None
     draft_length: int | None = None
     draft_nodes: int | None = None
+    draft_trees: Mapping[str, Sequence[Sequence[int]]] | None = None
     forward_decoding: bool = False
     prompt_lookup_num_tokens: int | None = None
     max_matching_ngram_size: int | None = None
@@ -48,11 +51,11 @@ class LMTPSettings:
     ) -> "LMTPSettings":
         """Take the settings out of `kwargs`, and what they leave open from the configurations.
 
-        A tree, a length or a number of nodes in one place hides all three in the places after it.
+        A tree, a length or a number of nodes in one place hides any of them in the places after it.
         The settings that Transformers knows as well stay in `kwargs` unless L-MTP is used.
 
         Raises:
-            ValueError: two of the three in one place.
+            ValueError: two of them in one place.
         """
         names = [f.name for f in fields(cls)]
         places = [{name: kwargs[name] for name in names if name in kwargs}]
@@ -95,7 +98,35 @@ class LMTPSettings:
             value = getattr(self, name)
             if not 0 < value <= 1:
                 raise ValueError(f"{name} must be above 0 and at most 1, got {value!r}.")
-        self.tree(horizon)
+        for size in self._tuned_sizes() or [1]:
+            self.for_batch(size).tree(horizon)
+
+    def _tuned_sizes(self) -> list[int]:
+        """The batch sizes of `draft_trees`, increasing; JSON has made strings of them."""
+        if self.draft_trees is None:
+            return []
+        sizes = [str(size) for size in self.draft_trees]
+        if not sizes or not all(size.isdecimal() and int(size) > 0 for size in sizes):
+            raise ValueError(
+                "draft_trees must have a draft tree for each of some batch sizes, such as "
+                f"{{'1': [[0], [0, 0]], '8': []}}, got the sizes {sizes}."
+            )
+        return sorted(map(int, sizes))
+
+    def for_batch(self, batch_size: int) -> "LMTPSettings":
+        """Return the settings for that many rows: one tree in place of those by batch size."""
+        sizes = self._tuned_sizes()
+        if self.draft_trees is None:
+            return self
+        chosen = next((size for size in sizes if size >= batch_size), sizes[-1])
+        by_size = {str(size): tree for size, tree in self.draft_trees.items()}
+        return replace(self, draft_trees=None, draft_tree=by_size[str(chosen)])
+
+    def drafts_nothing(self, horizon: int) -> bool:
+        """Whether there is nothing to verify, ever, so that decoding is plain."""
+        if self.prompt_lookup_num_tokens is not None or self.draft_nodes:
+            return False
+        return self.draft_nodes == 0 or self.tree(horizon).num_nodes == 0
 
     def tree(self, horizon: int) -> DraftTree:
         """Return the draft tree for heads that draft up to distance `horizon`.

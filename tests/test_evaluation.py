@@ -5,7 +5,6 @@ import torch
 from tiny import tiny_llama
 
 from modeling_lmtp import LMTPForCausalLM
-from modeling_lmtp.conversion.tuning import choose_tree
 from modeling_lmtp.training.evaluation import (
     MAX_RANK,
     draft_ranks,
@@ -71,9 +70,3 @@ def test_report_counts_ranks_over_the_answer():
     assert report.accuracies[1][0] == pytest.approx((at_distance_2 == 0).float().mean().item())
     assert report.tokens == 40
     assert 1 <= report.chain_tokens_per_step <= 3
-
-
-def test_the_chosen_tree_promises_at_least_plain_decoding():
-    model, _, answer = model_and_answer((2, 3))
-    report, ranks = evaluate_heads(model, [answer])
-    assert choose_tree(model, report, ranks, [answer]).speed_up >= 1

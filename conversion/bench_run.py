@@ -1,0 +1,225 @@
+"""One run of `lmtp bench`: load, check the machine, measure, and put the record together."""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from modeling_lmtp.conversion.bench import GREEDY_MODE, MODES, make_batches, measure
+from modeling_lmtp.conversion.bench_methods import Method, methods_to_compare
+from modeling_lmtp.conversion.bench_record import rows, table
+from modeling_lmtp.conversion.bench_sweeps import Point, check_sweep, points
+from modeling_lmtp.conversion.exactness import SAMPLING
+from modeling_lmtp.conversion.loading import (
+    best_device,
+    load_backbone,
+    load_lmtp,
+    load_tokenizer,
+)
+from modeling_lmtp.conversion.quiet import measure_quietness, quiet_record
+from modeling_lmtp.modeling_lmtp import LMTPForCausalLM
+from modeling_lmtp.training.prompts import read_prompts, render_prompt
+from modeling_lmtp.training.saving import file_sha256, versions
+
+NO_KIND = "prompts"
+
+
+@dataclass(frozen=True)
+class BenchSettings:
+    """What to measure.
+
+    Args:
+        batch_sizes, dtypes, modes: each with each.
+        max_new_tokens: per answer.
+        rounds: how often each answer is decoded in each way.
+        per_kind: use so many prompts of each kind, the first ones; None is all.
+        draft_nodes, lookup_tokens: see `methods_to_compare`.
+        only: ways of decoding to measure beside plain decoding, by name; None is all.
+        stop_at_end: end where the model ends.
+        seed: for every call.
+        sweep, at: vary one thing over some values, see `bench_sweeps`.
+    """
+
+    batch_sizes: tuple[int, ...] = (1,)
+    dtypes: tuple[str, ...] = ("bfloat16",)
+    modes: tuple[str, ...] = (GREEDY_MODE,)
+    max_new_tokens: int = 128
+    rounds: int = 3
+    per_kind: int | None = None
+    draft_nodes: int = 8
+    lookup_tokens: int = 10
+    only: tuple[str, ...] | None = None
+    stop_at_end: bool = True
+    seed: int = 0
+    sweep: str | None = None
+    at: tuple[int, ...] | None = None
+
+    def __post_init__(self) -> None:
+        """Check the ranges."""
+        for mode in self.modes:
+            if mode not in MODES:
+                raise ValueError(f"mode must be one of {', '.join(MODES)}, got {mode!r}.")
+        check_sweep(self.sweep)
+        if min(self.batch_sizes) < 1:
+            raise ValueError(f"A batch size must be 1 or more, got {min(self.batch_sizes)}.")
+
+
+def read_kinds(paths: Sequence[Path], per_kind: int | None) -> dict[str, list[str]]:
+    """Read prompts by their kind, those without one as a kind of its own.
+
+    Raises:
+        ValueError: see `read_prompts`.
+    """
+    found: dict[str, list[str]] = {}
+    for path in paths:
+        for prompt in read_prompts(path):
+            found.setdefault(prompt.kind or NO_KIND, []).append(prompt.text)
+    return {kind: texts[:per_kind] for kind, texts in found.items()}
+
+
+def run_bench(
+    checkpoint: str,
+    prompts: Sequence[Path],
+    settings: BenchSettings,
+    console: Console,
+    *,
+    against: Sequence[str] = (),
+    assistant: str | None = None,
+) -> dict[str, Any]:
+    """Measure a checkpoint and return the record.
+
+    Args:
+        checkpoint: with leap heads.
+        prompts: JSONL files with `prompt` and `kind`.
+        settings: what to measure.
+        console: where warnings and tables go.
+        against: other checkpoints on the same backbone.
+        assistant: a small plain model that drafts.
+
+    Raises:
+        ValueError: another checkpoint has another backbone, or a file or setting is wrong.
+    """
+    before = measure_quietness(best_device())
+    for complaint in before.complaints():
+        console.print(f"[yellow]This machine is not quiet: {complaint}.[/] Times will mislead.")
+    tokenizer = load_tokenizer(checkpoint)
+    texts = read_kinds(prompts, settings.per_kind)
+    tokens = {kind: [render_prompt(tokenizer, t) for t in of] for kind, of in texts.items()}
+    found: list[dict[str, Any]] = []
+    for dtype in settings.dtypes:
+        model = load_lmtp(checkpoint, dtype)
+        others = {Path(name).name: load_beside(name, dtype, model) for name in against}
+        helper = None if assistant is None else load_backbone(assistant, dtype)
+        methods = choose_methods(
+            methods_to_compare(
+                model,
+                others,
+                helper,
+                draft_nodes=settings.draft_nodes,
+                lookup_tokens=settings.lookup_tokens,
+            ),
+            settings.only,
+        )
+        start = Point(None, methods, tokens, settings)
+        for point in points(start, settings.sweep, settings.at):
+            found += _measure_point(point, dtype, console)
+    return {
+        "command": "lmtp bench",
+        "conditions": {
+            **conditions(checkpoint, model, settings),
+            "against": [Path(name).name for name in against],
+            "assistant": None if assistant is None else Path(assistant).name,
+            "prompts": [{"file": path.name, "sha256": file_sha256(path)} for path in prompts],
+            "kinds": {kind: len(rows) for kind, rows in tokens.items()},
+            **quiet_record(before, measure_quietness(model.device)),
+        },
+        "rows": found,
+    }
+
+
+def _measure_point(point: Point, dtype: str, console: Console) -> list[dict[str, Any]]:
+    """Measure every batch size and mode, show the figures, and return their rows."""
+    settings, model = point.settings, point.methods[0].model
+    found = []
+    for size in settings.batch_sizes:
+        batches = make_batches(point.prompts, size, pad_id(model), model.device)
+        for mode in settings.modes:
+            measured = measure(
+                point.methods,
+                batches,
+                mode,
+                max_new_tokens=settings.max_new_tokens,
+                rounds=settings.rounds,
+                seed=settings.seed,
+                stop_at_end=settings.stop_at_end,
+            )
+            added = rows(measured, dtype, point.at)
+            title = f"{dtype}, {mode}, batch size {size}"
+            where = "" if point.at is None else f", {settings.sweep} {point.at}"
+            console.print(table(added, title + where))
+            found += added
+    return found
+
+
+def choose_methods(methods: Sequence[Method], only: Sequence[str] | None) -> list[Method]:
+    """Keep plain decoding and the named ways.
+
+    Raises:
+        ValueError: there is no way of that name.
+    """
+    if only is None:
+        return list(methods)
+    names = [method.name for method in methods]
+    unknown = sorted(set(only) - set(names))
+    if unknown:
+        raise ValueError(f"There is no way of decoding called {unknown[0]!r}; there are {names}.")
+    return [methods[0], *(method for method in methods[1:] if method.name in only)]
+
+
+def load_beside(source: str, dtype: str, model: LMTPForCausalLM) -> LMTPForCausalLM:
+    """Load other heads for the backbone of `model`, which both then share.
+
+    Raises:
+        ValueError: they belong to a backbone with other weights.
+    """
+    other = load_lmtp(source, dtype)
+    own, theirs = model.backbone.state_dict(), other.backbone.state_dict()
+    same = own.keys() == theirs.keys() and all(torch.equal(own[n], theirs[n]) for n in own)
+    if not same:
+        raise ValueError(
+            f"{source!r} does not stand on the backbone of the first checkpoint: their weights "
+            "differ. Benchmark it by itself."
+        )
+    other.backbone = model.backbone
+    return other
+
+
+def pad_id(model: LMTPForCausalLM) -> int:
+    """Return a token to pad with, any one will do: it is masked."""
+    pad = model.generation_config.pad_token_id
+    return 0 if pad is None else pad
+
+
+def conditions(checkpoint: str, model: LMTPForCausalLM, settings: Any) -> dict[str, Any]:
+    """Return under which conditions a model is measured, JSON-serialisable."""
+    return {
+        "checkpoint": Path(checkpoint).name,
+        "base_model": model.config.base_model_name_or_path,
+        "leap_offsets": list(model.config.leap_offsets),
+        "head_context": model.config.head_context,
+        "device": device_name(model.device),
+        "attention": model.backbone.config._attn_implementation,
+        "threads": torch.get_num_threads(),
+        "parameters": sum(p.numel() for p in model.backbone.parameters()),
+        "sampling": SAMPLING,
+        **asdict(settings),
+        "versions": versions(),
+    }
+
+
+def device_name(device: torch.device) -> str:
+    """Say what a device is."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type

@@ -1,0 +1,87 @@
+"""When the passes of a backbone begin and end: the same clock for every way of decoding."""
+
+import time
+from typing import Any
+
+import torch
+from torch import nn
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait until an accelerator has done what it was given; a CPU always has."""
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
+
+
+class PassClock:
+    """Times one call of `generate` from the end of its first pass, the prefill, to its end.
+
+    What follows a pass (drafting, walking, judging) belongs to it, up to the start of the next one.
+
+    Args:
+        backbone: the model whose passes are counted; an assistant's are not.
+
+    Attributes:
+        starts: when each pass after the prefill began.
+        rows: how many rows each of them ran.
+    """
+
+    def __init__(self, backbone: nn.Module) -> None:
+        self.backbone = backbone
+        self.starts: list[float] = []
+        self.rows: list[int] = []
+        self._prefilled: float | None = None
+        self._ended = 0.0
+
+    def __enter__(self) -> "PassClock":
+        """Start to listen."""
+        self._handles = [
+            self.backbone.register_forward_pre_hook(self._begin, with_kwargs=True),
+            self.backbone.register_forward_hook(self._end),
+        ]
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        """Stop the time."""
+        synchronize(self.device)
+        self._ended = time.perf_counter()
+        for handle in self._handles:
+            handle.remove()
+
+    @property
+    def device(self) -> torch.device:
+        """Where the backbone is."""
+        return next(self.backbone.parameters()).device
+
+    def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if self._prefilled is not None:
+            self.starts.append(time.perf_counter())
+            self.rows.append(len(kwargs["input_ids"]))
+
+    def _end(self, module: nn.Module, args: tuple[Any, ...], outputs: Any) -> None:
+        if self._prefilled is None:
+            synchronize(self.device)
+            self._prefilled = time.perf_counter()
+
+    @property
+    def passes(self) -> int:
+        """How many passes there were after the prefill."""
+        return len(self.starts)
+
+    @property
+    def seconds(self) -> float:
+        """From the end of the prefill to the end."""
+        assert self._prefilled is not None
+        return self._ended - self._prefilled
+
+    @property
+    def step_seconds(self) -> list[float]:
+        """What each pass after the prefill took, with all that follows it."""
+        ends = [*self.starts[1:], self._ended]
+        return [end - start for start, end in zip(self.starts, ends, strict=True)]
+
+    def seconds_after(self, passes: int) -> float:
+        """Return the time from the end of the prefill to the end of so many passes after it."""
+        assert self._prefilled is not None
+        ends = [*self.starts, self._ended]
+        return ends[min(passes, len(ends) - 1)] - self._prefilled

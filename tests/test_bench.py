@@ -1,0 +1,197 @@
+"""`lmtp bench`: figures, equality and conditions, on a tiny model; the times themselves mean nothing."""
+
+import json
+
+import pytest
+import torch
+from bench_runs import KINDS, PROMPTS, tiny_model, write_checkpoint, write_prompts
+from test_cli import error_of, lmtp
+from tiny import tiny_tokenizer
+
+from modeling_lmtp.conversion import bench as bench_module
+from modeling_lmtp.conversion.bench import Measured, Run, make_batches, measure
+from modeling_lmtp.conversion.bench_methods import Method, methods_to_compare, plain_method
+from modeling_lmtp.conversion.bench_record import figures, rows
+from modeling_lmtp.conversion.pass_clock import PassClock
+from modeling_lmtp.conversion.quiet import Quietness, quartiles, quiet_record
+from modeling_lmtp.drafting_lmtp import Candidates, Drafter
+from modeling_lmtp.support_lmtp import decoding_support
+from modeling_lmtp.training.prompts import render_prompt
+from modeling_lmtp.tree_lmtp import DraftTree
+
+CPU = torch.device("cpu")
+NEW_TOKENS = 12
+
+
+def batches(size):
+    tokenizer = tiny_tokenizer()
+    tokens = {kind: [render_prompt(tokenizer, t) for t in PROMPTS[kind]] for kind in KINDS}
+    return make_batches(tokens, size, 2, CPU)
+
+
+class Knowing(Drafter):
+    """Proposes what plain decoding gives next, two tokens at a time."""
+
+    def __init__(self, model, batch):
+        self.text = model.generate(
+            batch.input_ids, attention_mask=batch.attention_mask, do_sample=False,
+            max_new_tokens=NEW_TOKENS, eos_token_id=None,
+        )  # fmt: skip
+
+    def draft(self, input_ids, hidden_states, max_depth):
+        known = input_ids.shape[1]
+        following = self.text[:, known : known + min(2, max_depth)]
+        return Candidates((DraftTree.chain(following.shape[1]),), following)
+
+
+def test_a_clock_counts_the_passes_after_the_prefill():
+    model, [batch, *_] = tiny_model(), batches(1)
+    decoding_support(model.backbone)  # is found out by passes of its own, once
+    options = {"max_new_tokens": NEW_TOKENS, "do_sample": False, "eos_token_id": None}
+    for expected, drafter in [(11, None), (4, Knowing(model, batch))]:
+        with PassClock(model.backbone) as clock:
+            model.generate(
+                batch.input_ids, attention_mask=batch.attention_mask, use_lmtp=drafter is not None,
+                drafter=drafter, **options,
+            )  # fmt: skip
+        assert clock.passes == expected == len(clock.step_seconds)
+        assert 0 < sum(clock.step_seconds) <= clock.seconds == clock.seconds_after(expected)
+
+
+def test_figures_follow_from_tokens_passes_and_seconds():
+    plain = Run([[1] * 9, [1] * 5], seconds=8.0, passes=8, row_seconds=[])
+    own = Run([[1] * 9, [1] * 5], seconds=6.0, passes=4, row_seconds=[])
+    found = figures(own, plain)
+    assert found == {"tokens_per_step": 2.0, "step_cost": 1.5, "speed_up": pytest.approx(8 / 6)}
+
+
+@pytest.mark.parametrize("size", [1, 2])
+@pytest.mark.parametrize("mode", ["greedy", "sampling"])
+def test_every_way_gives_plain_decodings_text(size, mode):
+    model = tiny_model()
+    measured = measure(
+        methods_to_compare(model), batches(size), mode, max_new_tokens=NEW_TOKENS, rounds=1,
+        stop_at_end=False, progress=False,
+    )  # fmt: skip
+    names = {result.method.name for result in measured}
+    assert ("prompt lookup (Transformers)" in names) == (size == 1)
+    assert {"plain", "chain", "static tree", "dynamic tree", "prompt lookup"} <= names
+    for result in measured:
+        if not result.method.is_ours and mode == "sampling":
+            continue  # Transformers' prompt lookup draws otherwise
+        compared = 0 if (size, mode) == (2, "sampling") else 2
+        assert (result.num_compared, result.num_equal) == (compared, compared), result.method.name
+    if (size, mode) == (1, "greedy"):
+        chains = [r for r in measured if r.method.name == "chain"]
+        assert any(own[0].passes < NEW_TOKENS - 1 for r in chains for own in r.runs)
+
+
+def test_a_text_that_differs_is_an_error_in_float32():
+    model = tiny_model()
+    methods = [
+        plain_method(model),
+        Method("wrong", model, {"suppress_tokens": list(range(0, 320, 2))}),
+    ]
+    measured = measure(
+        methods, batches(1), "greedy", max_new_tokens=NEW_TOKENS, rounds=1, progress=False
+    )
+    wrong = [row for row in rows(measured, "float32") if row["decoding"] == "wrong"]
+    assert wrong[0]["equal"] is False
+    assert wrong[0]["errors"] > 0
+    assert wrong[-1]["prompts"] == "all"
+    assert wrong[-1]["errors"] == sum(row["errors"] for row in wrong[:-1])
+
+
+def test_ways_take_turns(monkeypatch):
+    model, order = tiny_model(), []
+
+    def record(method, batch, seed, options):
+        order.append((method.name, batch.kind, options["max_new_tokens"]))
+        return Run([[1, 1]] * batch.size, 1.0, 1, [1.0] * batch.size)
+
+    monkeypatch.setattr(bench_module, "run", record)
+    methods = [plain_method(model), Method("a", model, {}), Method("b", model, {})]
+    measure(methods, batches(2), "greedy", max_new_tokens=20, rounds=2, progress=False)
+    names = [name for name, _, tokens in order if tokens == 20]
+    assert len(names) == 2 * 2 * 3
+    for turn in range(4):
+        assert set(names[3 * turn : 3 * turn + 3]) == {"plain", "a", "b"}
+    assert len({tuple(names[3 * turn : 3 * turn + 3]) for turn in range(4)}) == 3
+
+
+def test_medians_and_quartiles_are_over_batches_and_rounds():
+    def runs(*seconds):
+        return [Run([[1] * 11], second, 10, [second]) for second in seconds]
+
+    method = Method("a", tiny_model(), {})
+    measured = Measured(
+        method, "k", 1, "greedy", runs=[runs(1, 2), runs(4, 4)], plain=[runs(4, 4)] * 2
+    )
+    [row] = rows([measured], "float32")
+    assert row["speed_up"] == 1.5
+    assert row["speed_up_quartiles"] == list(quartiles([4, 2, 1, 1]))
+    assert row["by_batch"]["speed_up"] == [3, 1]
+    assert row["speed_up_of_totals"] == pytest.approx(16 / 11, abs=1e-4)
+    assert row["noise"] == pytest.approx((2 / 3 + 0) / 2, abs=1e-4)
+
+
+def test_the_last_batch_of_a_kind_is_filled_up():
+    sizes = [(batch.kind, batch.size) for batch in batches(3)]
+    assert sizes == [("maths", 3), ("chat", 3)]
+    first = batches(3)[0]
+    assert first.input_ids[2].tolist() == first.input_ids[0].tolist()
+    assert first.attention_mask.sum() < first.input_ids.numel()
+
+
+def test_a_busy_machine_is_told():
+    quiet, busy = Quietness(0.1, 1.0, 1.02), Quietness(64.0, 1.0, 1.5)
+    assert quiet_record(quiet, quiet)["quiet"]
+    assert quiet_record(quiet, Quietness(9.0, 1.0, 1.0))["quiet"]  # its own load, by then
+    assert len(quiet_record(busy, quiet)["complaints"]) == 2
+    slower = quiet_record(quiet, Quietness(0.1, 2.0, 1.0))
+    assert "2.00 times as long" in slower["complaints"][0]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("bench")
+    write_checkpoint(folder / "checkpoint")
+    write_checkpoint(folder / "leap-1", head_context=0)
+    write_prompts(folder / "prompts.jsonl")
+    return folder
+
+
+def test_the_command_writes_rows_and_conditions(folder):
+    output = folder / "result.json"
+    result = lmtp(
+        "bench", folder / "checkpoint", "--prompts", folder / "prompts.jsonl", "--output", output,
+        "--against", folder / "leap-1", "--max-new-tokens", 8, "--rounds", 1, "--dtypes",
+        "float32", "--only", "chain", "--only", "leap-1: chain", "--per-kind", 1,
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    record = json.loads(output.read_text())
+    conditions = record["conditions"]
+    assert conditions["kinds"] == {"maths": 1, "chat": 1}
+    assert len(conditions["prompts"][0]["sha256"]) == 64
+    assert {"device", "threads", "versions", "load", "quiet", "max_new_tokens"} <= set(conditions)
+    assert [(row["prompts"], row["decoding"]) for row in record["rows"]] == [
+        (kind, name)
+        for kind in ("maths", "chat", "all")
+        for name in ("plain", "chain", "leap-1: chain")
+    ]
+    assert all(row["equal"] for row in record["rows"])
+
+
+def test_other_heads_must_stand_on_the_same_backbone(folder):
+    other = folder / "other"
+    model = tiny_model()
+    with torch.no_grad():
+        model.backbone.lm_head.weight[0, 0] += 1
+    model.save_pretrained(other)
+    common = ["bench", folder / "checkpoint", "--prompts", folder / "prompts.jsonl"]
+    options = ["--dtypes", "float32"]
+    message = "does not stand on the backbone of the first"
+    assert message in error_of(*common, *options, "--against", other)
+    assert "no way of decoding called 'x'" in error_of(*common, *options, "--only", "x")
+    assert "mode must be one of" in error_of(*common, "--modes", "warm")
+    assert "takes whole numbers" in error_of(*common, "--batch-sizes", "a")

@@ -1,0 +1,234 @@
+"""`lmtp tune`: the choice against an exhaustive one, with costs made up, and what `generate` obeys."""
+
+import itertools
+import json
+
+import pytest
+import torch
+from bench_runs import PROMPTS, tiny_model, write_checkpoint
+from test_cli import error_of, lmtp
+from tiny import tiny_tokenizer
+from transformers.utils import logging
+
+from modeling_lmtp import LMTPForCausalLM
+from modeling_lmtp.conversion import tune_run
+from modeling_lmtp.conversion.step_times import step_seconds
+from modeling_lmtp.conversion.tune_run import Verdict, write_draft_trees
+from modeling_lmtp.conversion.tuning import (
+    TunedTree,
+    best_tree,
+    candidate_trees,
+    choose_trees,
+    steps_together,
+)
+from modeling_lmtp.settings_lmtp import LMTPSettings
+from modeling_lmtp.training.evaluation import evaluate_heads, tokens_per_step
+from modeling_lmtp.training.examples import Example
+from modeling_lmtp.tree_lmtp import DraftTree
+
+GREEDY = {"do_sample": False, "max_new_tokens": 12, "eos_token_id": None}
+ACCURACIES = {
+    "steady": [[0.7, 0.2], [0.6, 0.2], [0.5, 0.2]],
+    "falling": [[0.5, 0.3], [0.2, 0.15], [0.1, 0.1]],
+    "useless": [[0.02, 0.01], [0.01, 0.01], [0.01, 0.01]],
+}
+COSTS = {
+    "flat": lambda tree: 1 + 0.01 * tree.num_nodes,
+    "steep": lambda tree: 1 + 0.25 * tree.num_nodes,
+    "a pass per level": lambda tree: 1 + 0.02 * tree.num_nodes + 0.1 * tree.depth,
+    "dear to begin with": lambda tree: 1 + 0.6 * bool(tree.num_nodes),
+}
+
+
+def all_trees(depth, width, most_nodes):
+    """Every tree whose siblings are of the lowest ranks, naively: all closed sets of paths."""
+    paths = [p for d in range(1, depth + 1) for p in itertools.product(range(width), repeat=d)]
+    for size in range(most_nodes + 1):
+        for chosen in itertools.combinations(paths, size):
+            known = {(), *chosen}
+            if all(path[:-1] in known for path in chosen):
+                yield DraftTree.from_paths(chosen)
+
+
+def value_of(accuracies):
+    """Tokens per step where distances are independent: 1 + the sum of all path probabilities."""
+
+    def value(tree):
+        total = 1.0
+        for path in tree.paths:
+            share = 1.0
+            for distance, rank in enumerate(path):
+                share *= accuracies[distance][rank]
+            total += share
+        return total
+
+    return value
+
+
+@pytest.mark.parametrize("accuracies", ACCURACIES.values(), ids=ACCURACIES)
+@pytest.mark.parametrize("cost", COSTS.values(), ids=COSTS)
+def test_the_choice_is_that_of_an_exhaustive_search(accuracies, cost):
+    value = value_of(accuracies)
+    best = max(value(tree) / cost(tree) for tree in all_trees(3, 2, 4))
+    trees = candidate_trees(accuracies, value, node_counts=range(1, 5))
+    chosen = best_tree(trees, value, {tree: cost(tree) for tree in trees})
+    assert chosen.speed_up == pytest.approx(best)
+    assert chosen.step_cost == cost(chosen.tree)
+
+
+def test_where_drafting_cannot_win_nothing_is_drafted():
+    value = value_of(ACCURACIES["useless"])
+    trees = candidate_trees(ACCURACIES["useless"], value)
+    chosen = best_tree(trees, value, {tree: COSTS["steep"](tree) for tree in trees})
+    assert chosen.tree == DraftTree()
+    assert chosen.speed_up == 1
+
+
+def test_where_only_chains_can_be_verified_only_chains_are_candidates():
+    accuracies = ACCURACIES["steady"]
+    trees = candidate_trees(accuracies, value_of(accuracies), takes_trees=False)
+    assert [tree.num_nodes for tree in trees] == [0, 1, 2, 3]
+    assert all(tree.is_chain for tree in trees)
+
+
+def test_rows_in_step_emit_what_the_shortest_of_them_does():
+    steps = [1, 2, 2, 4]
+    naive = [min(pair) for pair in itertools.product(steps, repeat=3)]
+    assert steps_together(steps, 3) == pytest.approx(sum(naive) / len(naive))
+    assert steps_together(steps, 1) == sum(steps) / len(steps)
+
+
+def answers_of(model):
+    tokenizer = tiny_tokenizer()
+    answers = []
+    for text in PROMPTS["maths"] + PROMPTS["chat"]:
+        ids = tokenizer(text, return_tensors="pt").input_ids
+        sequence = model.generate(ids, **{**GREEDY, "max_new_tokens": 24})
+        answers.append(Example(sequence[0].tolist(), ids.shape[1]))
+    return answers
+
+
+def test_each_batch_size_gets_its_own_tree():
+    model = tiny_model(leap_offsets=(2, 3))
+    answers = answers_of(model)
+    report, ranks = evaluate_heads(model, answers)
+    asked = []
+
+    def timer(trees, batch_size):
+        asked.append(batch_size)
+        return {tree: 1 + (batch_size - 1) * tree.num_nodes for tree in trees}
+
+    chosen = choose_trees(model, report, ranks, answers, (1, 8), timer)
+    assert asked == [1, 8]
+    assert chosen[1].tree.num_nodes > 0
+    assert chosen[1].tokens_per_step == pytest.approx(
+        tokens_per_step(ranks, answers, chosen[1].tree)
+    )
+    assert chosen[8].tree.num_nodes == 0
+
+
+def test_steps_are_timed_with_all_that_belongs_to_them():
+    trees = [DraftTree(), DraftTree.chain(2), DraftTree.from_paths([(0,), (1,), (0, 0)])]
+    for size in (1, 2):
+        seconds = step_seconds(tiny_model(), [[3, 4, 5], [3, 4, 5, 6]], trees, size, rounds=1)
+        assert set(seconds) == set(trees)
+        assert min(seconds.values()) > 0
+
+
+def sizes_of_passes(model, rows, **options):
+    sizes = []
+    handle = model.get_input_embeddings().register_forward_hook(
+        lambda _module, args, _output: sizes.append(tuple(args[0].shape))
+    )
+    ids = torch.arange(3, 9).expand(rows, -1).clone()
+    output = model.generate(ids, attention_mask=torch.ones_like(ids), **GREEDY, **options)
+    handle.remove()
+    return output, {size[1] for size in sizes[1:] if size[0] == rows}
+
+
+def test_generate_obeys_the_tree_of_the_batch_size():
+    model = tiny_model(head_context=0)
+    sizes_of_passes(model, 1, use_lmtp=True)  # so that what fits is found out
+    model.generation_config.draft_trees = {"1": [[0], [0, 0]], "4": [[0]], "8": []}
+    for rows, nodes in [(1, 2), (2, 1), (4, 1), (5, 0), (8, 0), (9, 0)]:
+        plain, _ = sizes_of_passes(model, rows)
+        output, sizes = sizes_of_passes(model, rows, use_lmtp=True)
+        assert output.tolist() == plain.tolist()
+        assert max(sizes) == 1 + nodes, rows
+    assert max(sizes_of_passes(model, 8, use_lmtp=True, draft_length=3)[1]) == 4
+
+
+def test_a_tree_without_nodes_is_plain_decoding_and_says_so(monkeypatch):
+    model, said = tiny_model(), []
+    logger = logging.get_logger("modeling_lmtp.generation_lmtp")
+    monkeypatch.setattr(logger, "warning_once", said.append)
+    called = []
+    monkeypatch.setattr(model, "head_states", lambda: called.append(1))
+    ids = torch.tensor([[3, 4, 5], [5, 6, 7]])
+    options = {**GREEDY, "attention_mask": torch.ones_like(ids), "return_dict_in_generate": True}
+    plain = model.generate(ids, **options, output_scores=True)
+    output = model.generate(ids, use_lmtp=True, draft_tree=[], **options, output_scores=True)
+    assert output.sequences.tolist() == plain.sequences.tolist()
+    assert output.acceptance_lengths == [[1] * 11] * 2
+    assert len(output.scores) == len(plain.scores) == 12
+    assert not called
+    assert "decodes plainly here" in said[0]
+    assert "batch size 2" in said[0]
+
+
+def test_acceptance_lengths_of_plain_rows_stop_at_their_end():
+    model = tiny_model()
+    ids = torch.tensor([[3, 4, 5]])
+    options = {**GREEDY, "return_dict_in_generate": True, "use_lmtp": True, "draft_length": 0}
+    free = model.generate(ids, attention_mask=torch.ones_like(ids), **options)
+    end = free.sequences[0, 3 + 4].item()
+    first = free.sequences[0, 3:].tolist().index(end)
+    ended = model.generate(
+        ids, attention_mask=torch.ones_like(ids), **{**options, "eos_token_id": end}
+    )
+    assert ended.acceptance_lengths == [[1] * first]
+
+
+@pytest.mark.parametrize("trees", [{}, {"0": []}, {"one": []}], ids=str)
+def test_draft_trees_need_batch_sizes(trees):
+    with pytest.raises(
+        ValueError, match="draft_trees must have a draft tree for each of some batch"
+    ):
+        LMTPSettings(draft_trees=trees).check(horizon=3)
+
+
+def test_draft_trees_may_not_be_too_deep_for_the_heads():
+    with pytest.raises(ValueError, match="2 tokens deep, but these leap heads can draft 1"):
+        LMTPSettings(draft_trees={"1": [[0]], "2": [[0], [0, 0]]}).check(horizon=1)
+
+
+def test_what_lost_its_trial_is_written_as_nothing(tmp_path):
+    model = tiny_model()
+    model.generation_config.draft_length = 2
+    chain = TunedTree(DraftTree.chain(2), 1.5, 1.2)
+    verdicts = {
+        1: Verdict(chain, 1.1),
+        2: Verdict(chain, 0.99),
+        4: Verdict(TunedTree(DraftTree(), 1, 1), None),
+    }
+    model.save_pretrained(tmp_path)
+    write_draft_trees(model, verdicts, {"device": "cpu"}, tmp_path)
+    saved = LMTPForCausalLM.from_pretrained(tmp_path).generation_config
+    assert saved.draft_trees == {"1": [[0], [0, 0]], "2": [], "4": []}
+    assert getattr(saved, "draft_length", None) is None
+    assert saved.draft_trees_conditions == {"device": "cpu"}
+
+
+def test_the_command_tunes_a_folder(tmp_path, monkeypatch):
+    monkeypatch.setattr(tune_run, "TRIAL_PROMPTS", 2)
+    monkeypatch.setattr(tune_run, "TRIAL_TOKENS", 8)
+    checkpoint = write_checkpoint(tmp_path / "checkpoint", leap_offsets=(2,))
+    rows = [{"prompt": text, "response": "the sea and the wind"} for text in PROMPTS["chat"]]
+    answers = tmp_path / "answers.jsonl"
+    answers.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    result = lmtp("tune", checkpoint, "--answers", answers, "--batch-sizes", "1,2")
+    assert result.exit_code == 0, result.output
+    saved = json.loads((checkpoint / "generation_config.json").read_text())
+    assert set(saved["draft_trees"]) == {"1", "2"}
+    assert {"device", "dtype", "threads", "expected"} <= set(saved["draft_trees_conditions"])
+    assert "is no folder to write" in error_of("tune", "some/hub-id", "--answers", answers)
