@@ -3,7 +3,7 @@
 import re
 import resource
 import shutil
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import joint_runs
@@ -11,11 +11,13 @@ import pytest
 import torch
 import warmup_runs
 from safetensors.torch import load_file
+from tiny import tiny_tokenizer
 from transformers import Trainer
 
 from modeling_lmtp.training.examples import Example
 from modeling_lmtp.training.guarded_trainer import last_whole_checkpoint
 from modeling_lmtp.training.joint import joint_tune
+from modeling_lmtp.training.saving import save_checkpoint
 from modeling_lmtp.training.warmup import warm_up
 
 pytestmark = [
@@ -75,18 +77,24 @@ def test_a_loss_that_is_no_number_in_the_first_step_is_said_to_leave_nothing(tmp
 
 
 @contextmanager
-def full_disk(step, room):
-    """Let no file grow beyond `room` bytes while the checkpoint of `step` is saved."""
-    save = Trainer._save_checkpoint
+def files_of_at_most(room):
+    """Let no file grow beyond `room` bytes."""
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (room, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+@contextmanager
+def full_disk(step, room):
+    """Leave room for files of at most `room` bytes while the checkpoint of `step` is saved."""
+    save = Trainer._save_checkpoint
 
     def with_limit(self, *args, **kwargs):
-        if self.state.global_step == step:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (room, limits[1]))
-        try:
+        with files_of_at_most(room) if self.state.global_step == step else nullcontext():
             save(self, *args, **kwargs)
-        finally:
-            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Trainer, "_save_checkpoint", with_limit)
@@ -106,6 +114,16 @@ def test_a_full_disk_spares_the_checkpoint_before_and_the_run_goes_on_from_it(
     assert kept(tmp_path / "full") == {"run.json", "checkpoint-2"}
     resumed, whole = run(stage, tmp_path / "full"), run(stage, tmp_path / "whole")
     torch.testing.assert_close(trained(resumed), trained(whole), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("room", [0, 30_000], ids=["for nothing", "for all but the weights"])
+def test_a_full_disk_leaves_nothing_of_the_finished_checkpoint(tmp_path, room):
+    model, tokenizer = warmup_runs.new_model(), tiny_tokenizer()
+    with files_of_at_most(room), pytest.raises(OSError, match=r"File too large|could not be saved"):
+        save_checkpoint(model, tokenizer, tmp_path / "out", {})
+    assert not kept(tmp_path)
+    save_checkpoint(model, tokenizer, tmp_path / "out", {})
+    assert "model.safetensors" in kept(tmp_path / "out")
 
 
 def cut_state(checkpoint):

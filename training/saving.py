@@ -10,6 +10,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from transformers import PreTrainedTokenizerBase
 
 from modeling_lmtp.modeling_lmtp import LMTPForCausalLM
@@ -54,6 +55,7 @@ def new_folder(output: Path) -> Iterator[Path]:
 
     Raises:
         ValueError: `output` holds something.
+        OSError: there is no room for it.
     """
     check_output_folder(output)
     unfinished = output.with_name(f".{output.name}.unfinished")
@@ -64,6 +66,10 @@ def new_folder(output: Path) -> Iterator[Path]:
         if output.exists():
             output.rmdir()
         unfinished.rename(output)
+    except SafetensorError as error:  # what safetensors makes of a full disk
+        raise OSError(
+            f"{output} could not be saved: {error}. Make room on that disk and start again."
+        ) from error
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
 
