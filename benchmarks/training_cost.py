@@ -118,7 +118,7 @@ def peak_of_loss(num_heads: int, length: int, layers: int, *, lora: bool) -> int
     """Return the peak bytes of one joint loss and its gradients."""
     model: Any = build(num_heads, layers, train_backbone=True).train()
     if lora:
-        model = add_adapters(model, heads="lora" if num_heads else "none").train()
+        model = add_adapters(model).train()
     input_ids = tokens(length, SMOLLM2["vocab_size"])
     with PeakBytes() as counted:
         model(input_ids=input_ids, labels=input_ids, use_cache=False).loss.backward()
