@@ -11,6 +11,10 @@ AUTO_MAP = {
 }
 
 
+# By which the Hub's search finds checkpoints
+TAGS = ("l-mtp", "multi-token-prediction", "speculative-decoding")
+
+
 def check_loaded(loading_info: dict[str, Any], source: str | Path) -> None:
     """Refuse a checkpoint from which Transformers had to make up or leave out tensors.
 

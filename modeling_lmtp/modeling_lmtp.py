@@ -17,6 +17,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils import can_return_tuple, logging
 
 from .backbone_lmtp import check_backbone, unembedding_size
+from .checkpoints_lmtp import TAGS
 from .configuration_lmtp import LMTPConfig
 from .context_lmtp import context_widths, embed_context, following_tokens, num_visible
 from .generation_lmtp import LMTPGenerationMixin
@@ -73,6 +74,7 @@ class LMTPForCausalLM(HeadsOnlyMixin, LMTPGenerationMixin):
         self.config.backbone_config = backbone.config
         self.leap_heads = new_leap_heads(config, backbone)
         self.post_init()
+        self.add_model_tags(list(TAGS))
         self._freeze_backbone()
         if not config.share_lm_head:
             self.leap_heads.start_unembeddings(backbone, config.draft_token_ids)

@@ -1,0 +1,63 @@
+"""The three forms of a repository: a full checkpoint, leap heads only, and an adapter."""
+
+import json
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub.utils import validate_repo_id
+
+
+class Form(str, Enum):
+    """What a repository holds."""
+
+    FULL = "full"
+    HEADS = "heads"
+    ADAPTER = "adapter"
+
+
+def form_of(folder: Path) -> Form:
+    """Return the form of a checkpoint in a folder.
+
+    Raises:
+        ValueError: it holds neither a checkpoint with leap heads nor an adapter.
+    """
+    if (folder / "adapter_config.json").exists():
+        return Form.ADAPTER
+    config = read_json(folder / "config.json") if (folder / "config.json").exists() else {}
+    if config.get("model_type") != "lmtp":
+        raise ValueError(
+            f"{folder} holds neither a checkpoint with leap heads nor an adapter. Make one with "
+            "`lmtp wrap`, `lmtp train` or `lmtp convert`."
+        )
+    return Form.HEADS if config.get("heads_only") else Form.FULL
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON object.
+
+    Raises:
+        ValueError: the file is no JSON object; names it.
+    """
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON: {error}.") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} must hold a JSON object, got a {type(value).__name__}.")
+    return value
+
+
+def check_hub_id(name: str | None, option: str) -> str:
+    """Return `name` if it can be the id of a repository on the Hub.
+
+    Raises:
+        ValueError: it is missing, a path, or malformed; says which option mends it.
+    """
+    if not name or Path(name).is_absolute() or Path(name).exists():
+        raise ValueError(
+            f"Others cannot load from {name!r}. Give the repository's id on the Hub, such as "
+            f"name/model, with {option}."
+        )
+    validate_repo_id(name)
+    return name

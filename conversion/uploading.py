@@ -1,0 +1,120 @@
+"""Uploading a folder to the Hub in one commit; what fails leaves the Hub as it was."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi
+from huggingface_hub.hf_api import RepoFile
+from huggingface_hub.utils.sha import git_hash
+
+from modeling_lmtp.training.saving import file_sha256
+
+THE_HUBS_OWN = ".gitattributes"  # in every repository from the start
+
+
+def upload(
+    folder: Path,
+    repo_id: str,
+    *,
+    tag: str,
+    private: bool | None = None,
+    revision: str | None = None,
+    token: str | None = None,
+    replace: bool = False,
+    message: str = "Upload a model with leap heads",
+) -> CommitInfo:
+    """Upload all files of a folder in one commit, and tag it.
+
+    Args:
+        folder: flat.
+        repo_id: made if it does not exist.
+        tag: names the commit; must be new.
+        private: as `HfApi.create_repo` has it.
+        revision: the branch, made from `main` if it does not exist; `main` by default.
+        token: the one that was saved with `hf auth login` by default.
+        replace: take the place of what is there.
+        message: of the commit.
+
+    Returns:
+        huggingface_hub's account of the commit.
+
+    Raises:
+        ValueError: the repository holds other files, and `replace` is not set, or has that tag.
+        OSError: huggingface_hub's own errors.
+        RuntimeError: the connection failed, or the commit is there but not its tag.
+    """
+    api, branch = HfApi(token=token), revision or "main"
+    with _undoing(repo_id) as undo:
+        if not api.repo_exists(repo_id):
+            api.create_repo(repo_id, private=private)
+            undo.append(lambda: api.delete_repo(repo_id))
+        refs = api.list_repo_refs(repo_id)
+        if tag in {known.name for known in refs.tags}:
+            raise ValueError(
+                f"{repo_id} has a tag {tag!r} already, and cards rely on it. Choose another with --tag."
+            )
+        if branch not in {known.name for known in refs.branches}:
+            api.create_branch(repo_id, branch=branch)
+            undo.append(lambda: api.delete_branch(repo_id, branch=branch))
+        head = api.repo_info(repo_id, revision=branch).sha
+        others = other_files(api, repo_id, head, folder)
+        if others and not replace:
+            raise ValueError(
+                f"{repo_id} holds other content: {', '.join(sorted(others))}. Choose another repository, "
+                "or replace it with --replace."
+            )
+        paths = sorted(path for path in folder.iterdir())
+        kept = {path.name for path in paths}
+        operations: list[Any] = [CommitOperationAdd(path.name, path) for path in paths]
+        operations += [CommitOperationDelete(name) for name in sorted(others - kept)]
+        commit = api.create_commit(
+            repo_id, operations, commit_message=message, revision=branch, parent_commit=head
+        )
+        if undo:  # a tag that fails takes them back
+            api.create_tag(repo_id, tag=tag, revision=commit.oid)
+            return commit
+    _tag(api, repo_id, commit, tag)
+    return commit
+
+
+def _tag(api: HfApi, repo_id: str, commit: CommitInfo, tag: str) -> None:
+    try:
+        api.create_tag(repo_id, tag=tag, revision=commit.oid)
+    except Exception as error:
+        raise RuntimeError(
+            f"The commit {commit.oid} is in {repo_id}, but the tag {tag!r} that its card names is not "
+            f"({error}). Make it with `hf repo tag create {repo_id} {tag} --revision {commit.oid}`."
+        ) from error
+
+
+def other_files(api: HfApi, repo_id: str, revision: str | None, folder: Path) -> set[str]:
+    """Return the names of a repository's files that a folder lacks or has with another content."""
+    found = api.list_repo_tree(repo_id, recursive=True, revision=revision)
+    remote = [file for file in found if isinstance(file, RepoFile) and file.path != THE_HUBS_OWN]
+    return {file.path for file in remote if not _is_same(file, folder / file.path)}
+
+
+def _is_same(remote: RepoFile, local: Path) -> bool:
+    if not local.is_file() or remote.size != local.stat().st_size:
+        return False
+    if remote.lfs is not None:
+        return remote.lfs.sha256 == file_sha256(local)
+    return remote.blob_id == git_hash(local.read_bytes())
+
+
+@contextmanager
+def _undoing(repo_id: str) -> Iterator[list[Any]]:
+    """Give a list of what to call, last first, if the block fails."""
+    undo: list[Any] = []
+    try:
+        yield undo
+    except BaseException as error:
+        for call in reversed(undo):
+            call()
+        if isinstance(error, ValueError | OSError) or not isinstance(error, Exception):
+            raise
+        # The connection's own errors, which belong to a library of huggingface_hub's choice
+        reason = error.__cause__ or error
+        raise RuntimeError(f"The upload to {repo_id} failed: {reason}") from error

@@ -1,0 +1,215 @@
+"""Model cards: complete, valid for the Hub, and no number without its conditions."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from huggingface_hub import ModelCard, metadata_load
+from repositories import BASE_ID, CARD, RECORD, hub_in_use, save_backbone, save_full
+from transformers import AutoConfig
+from typer.testing import CliRunner
+
+from modeling_lmtp import LMTPForCausalLM
+from modeling_lmtp.conversion.cards import CardFacts, build_card, fill_template, write_card
+from modeling_lmtp.conversion.cli import app
+from modeling_lmtp.conversion.forms import Form
+from modeling_lmtp.conversion.measured import FIGURES, OF_ALL_ROWS, OF_EACH_ROW, read_measured
+
+REVISION = "0123456789abcdef0123456789abcdef01234567"
+FACTS = CardFacts("me/model", "apache-2.0", ["en"], ["someone/questions"], tag="v2")
+CONDITIONS = {
+    "device": "cpu",
+    "threads": 2,
+    "max_new_tokens": 128,
+    "versions": {"torch": "2.13.0", "transformers": "5.23.0"},
+    "leap_offsets": [2, 3],
+}
+ROW = {
+    "prompts": "maths",
+    "decoding": "tree of 8",
+    "dtype": "bfloat16",
+    "batch_size": 1,
+    "tokens_per_step": 1.8149,
+    "step_cost": 1.2,
+    "speed_up": {"median": 1.5124, "min": 1.1, "max": 1.9},
+}
+PLAIN = {**ROW, "decoding": "plain", "speed_up": None}
+
+
+@pytest.fixture(scope="module")
+def full(tmp_path_factory):
+    scratch = tmp_path_factory.mktemp("cards")
+    save_backbone(scratch / "base")
+    save_full(scratch / "full", scratch / "base", REVISION)
+    return scratch / "full"
+
+
+@pytest.fixture(scope="module")
+def heads(full, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("heads")
+    LMTPForCausalLM.from_pretrained(full).save_pretrained(folder, heads_only=True)
+    (folder / "provenance.json").write_text(json.dumps(RECORD))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def adapter(full, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("adapter")
+    settings = {"base_model_name_or_path": "me/full", "revision": REVISION}
+    (folder / "adapter_config.json").write_text(json.dumps(settings))
+    config = {"model_type": "lmtp", "leap_offsets": [2, 3]}
+    record = {**RECORD, "command": "lmtp joint", "lmtp_config": config}
+    (folder / "provenance.json").write_text(json.dumps(record))
+    return folder
+
+
+def results(folder, conditions=CONDITIONS, rows=(PLAIN, ROW)):
+    path = folder / "bench.json"
+    path.write_text(json.dumps({"conditions": conditions, "rows": rows}))
+    return path
+
+
+METADATA = {
+    "full": ("transformers", BASE_ID, "finetune"),
+    "heads": ("transformers", BASE_ID, "adapter"),
+    "adapter": ("peft", "me/full", "adapter"),
+}
+
+
+@pytest.mark.parametrize("form", METADATA)
+def test_each_form_has_a_complete_card(request, tmp_path, form):
+    folder = request.getfixturevalue(form)
+    card = build_card(folder, FACTS, [results(tmp_path)])
+    path = write_card(tmp_path, card)
+    library, base, relation = METADATA[form]
+    assert metadata_load(path) == {
+        "library_name": library,
+        "pipeline_tag": "text-generation",
+        "base_model": base,
+        "base_model_relation": relation,
+        "license": "apache-2.0",
+        "datasets": ["someone/questions"],
+        "language": ["en"],
+        "tags": ["l-mtp", "multi-token-prediction", "speculative-decoding"],
+    }
+    text = ModelCard.load(path).text
+    for part in (
+        "## Use",
+        "## The heads",
+        "## Measured",
+        "## Exactness",
+        "## Limits",
+        "## Citation",
+    ):
+        assert part in text
+    assert 'repo, revision = "me/model", "v2"' in text
+    assert "revision=revision" in text
+    assert "| maths | tree of 8 | bfloat16 | 1 | 1.81 | 1.20 | 1.51 |" in text
+    assert "cpu, 2 threads, at most 128 new tokens per prompt, torch 2.13.0" in text
+    assert "| plain |" not in text
+    assert "| leap offsets | 2, 3 |" in text
+    assert "2505.17505" in text
+    assert f"`lmtp {'joint' if form == 'adapter' else 'train'}`" in text
+    opening = " ".join(text.split("## Use")[0].split())
+    assert (f"pinned to revision `{REVISION}`" in opening) == (form != "full")
+    assert not any(sign in text for sign in ("{{", "{%", "None", "undefined"))
+
+
+def test_the_hub_accepts_a_card_and_refuses_a_bad_one(full, tmp_path):
+    with hub_in_use(tmp_path):
+        build_card(full, FACTS).validate()
+        bad = CardFacts("me/model", "apache-2.0", ["English"])
+        with pytest.raises(ValueError, match="'English' must be an ISO 639"):
+            build_card(full, bad).validate()
+
+
+def test_a_card_without_figures_says_so(full):
+    text = build_card(full, FACTS).text
+    assert "Nothing has been measured yet" in text
+    assert "speed-up |" not in text
+
+
+@pytest.mark.parametrize("name", [*OF_ALL_ROWS, *OF_EACH_ROW, *FIGURES])
+def test_no_number_without_its_conditions(full, tmp_path, name):
+    conditions = {key: value for key, value in CONDITIONS.items() if key != name}
+    row = {key: value for key, value in ROW.items() if key != name}
+    with pytest.raises(ValueError, match=f"missing: {name}"):
+        read_measured(results(tmp_path, conditions, [row]), AutoConfig.from_pretrained(full))
+
+
+@pytest.mark.parametrize("value", ["fast", True, float("nan"), {"max": 2.0}], ids=str)
+def test_a_figure_is_a_number(full, tmp_path, value):
+    path = results(tmp_path, rows=[{**ROW, "speed_up": value}])
+    with pytest.raises(ValueError, match="speed_up must be a number"):
+        read_measured(path, AutoConfig.from_pretrained(full))
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({"conditions": CONDITIONS, "rows": [PLAIN]}, "has no rows of figures"),
+        ({"conditions": {**CONDITIONS, "leap_offsets": [2, 5]}, "rows": [ROW]}, "another model"),
+        ([], "must hold a JSON object, got a list"),
+    ],
+    ids=["only plain decoding", "another model", "no object"],
+)
+def test_results_that_do_not_fit_are_refused(full, tmp_path, content, message):
+    (tmp_path / "bench.json").write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=message):
+        build_card(full, FACTS, [tmp_path / "bench.json"])
+
+
+VALUES = {
+    "repo_id": "me/model",
+    "tag": "v1",
+    "base_model": "me/base",
+    "base_revision": REVISION,
+    "requires": "torch",
+    "heads": [("leap offsets", "2, 3")],
+    "measured": [],
+    "training": [("command", "lmtp train")],
+}
+
+
+@pytest.mark.parametrize("form", Form)
+@pytest.mark.parametrize("value", [None, "", ...], ids=["None", "empty", "not given"])
+@pytest.mark.parametrize("name", VALUES)
+def test_a_placeholder_without_a_value_is_an_error(form, name, value):
+    if name == "base_revision" and form is Form.FULL:
+        pytest.skip("its card needs none")
+    values = {key: text for key, text in {**VALUES, name: value}.items() if text is not ...}
+    with pytest.raises(ValueError, match=f"placeholder without a value: '{name}'"):
+        fill_template(form, values)
+
+
+def test_the_record_of_training_is_needed(full, tmp_path):
+    (tmp_path / "config.json").write_bytes((full / "config.json").read_bytes())
+    with pytest.raises(ValueError, match=r"has no provenance\.json"):
+        build_card(tmp_path, FACTS)
+
+
+def lmtp_card(*arguments):
+    return CliRunner().invoke(app, ["card", *map(str, arguments), "--repo-id", "me/model", *CARD])
+
+
+def test_the_command_writes_the_card(full, tmp_path):
+    result = lmtp_card(full, "--results", results(tmp_path))
+    assert result.exit_code == 0, result.output
+    assert metadata_load(full / "README.md")["base_model"] == BASE_ID
+    assert not list(full.glob(".*"))
+
+
+def test_a_card_that_cannot_be_written_leaves_the_old_one(full, monkeypatch):
+    (full / "README.md").write_text("old")
+
+    def fail(self, path):
+        path.write_text("half")
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(ModelCard, "save", fail)
+    result = lmtp_card(full)
+    assert result.exit_code == 1
+    assert "error: [Errno 13] Permission denied" in result.output
+    assert (full / "README.md").read_text() == "old"
+    assert not list(full.glob(".*"))
