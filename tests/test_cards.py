@@ -5,14 +5,13 @@ from __future__ import annotations
 import json
 
 import pytest
+from commands import lmtp
 from huggingface_hub import ModelCard, metadata_load
 from repositories import BASE_ID, CARD, RECORD, hub_in_use, save_backbone, save_full
 from transformers import AutoConfig
-from typer.testing import CliRunner
 
 from modeling_lmtp import LMTPForCausalLM
 from modeling_lmtp.conversion.cards import CardFacts, build_card, fill_template, write_card
-from modeling_lmtp.conversion.cli import app
 from modeling_lmtp.conversion.forms import Form
 from modeling_lmtp.conversion.measured import FIGURES, OF_ALL_ROWS, OF_EACH_ROW, read_measured
 
@@ -190,7 +189,7 @@ def test_the_record_of_training_is_needed(full, tmp_path):
 
 
 def lmtp_card(*arguments):
-    return CliRunner().invoke(app, ["card", *map(str, arguments), "--repo-id", "me/model", *CARD])
+    return lmtp("card", *arguments, "--repo-id", "me/model", *CARD)
 
 
 def test_the_command_writes_the_card(full, tmp_path):

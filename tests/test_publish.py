@@ -7,6 +7,7 @@ import re
 
 import pytest
 import torch
+from commands import lmtp
 from peft import PeftModel
 from repositories import (
     ADAPTER_ID,
@@ -22,10 +23,8 @@ from repositories import (
     save_backbone,
     save_full,
 )
-from typer.testing import CliRunner
 
 from modeling_lmtp import LMTPForCausalLM
-from modeling_lmtp.conversion.cli import app
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning"),
@@ -53,13 +52,6 @@ for repo, code in arguments["cards"].items():
         results[repo]["base"] = AutoModel.from_pretrained(repo, **pinned)(prompt).logits.detach()
 torch.save(results, output)
 """
-
-
-def lmtp(*arguments):
-    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
-    if result.exception is not None and not isinstance(result.exception, SystemExit):
-        raise result.exception
-    return result
 
 
 @pytest.fixture(scope="module")
