@@ -20,6 +20,10 @@ TEMPLATES = Path(__file__).parent.parent / "hub_cards"
 LIBRARIES = {Form.FULL: "transformers", Form.HEADS: "transformers", Form.ADAPTER: "peft"}
 # What the Hub knows: heads alone need their base model as an adapter does
 RELATIONS = {Form.FULL: "finetune", Form.HEADS: "adapter", Form.ADAPTER: "adapter"}
+READS = {
+    "last": "the last hidden state",
+    "weighted": "the last hidden state, and a learned mean of those of all layers",
+}
 NEEDED_PACKAGES = ("torch", "transformers")
 
 
@@ -132,7 +136,10 @@ def describe_heads(config: Any, folder: Path) -> list[tuple[str, str]]:
     context = {
         0: "nothing that follows its state (the paper's head)",
         "path": "all tokens up to its target, those drafted before it included",
-    }.get(config.head_context, f"up to {config.head_context} known tokens that follow its state")
+    }.get(
+        config.head_context,
+        f"of the known tokens that follow its state, the first {config.head_context}",
+    )
     if config.share_lm_head:
         rank = config.lm_head_rank
         unembedding = f"the model's own, plus rank {rank} per head" if rank else "the model's own"
@@ -141,13 +148,13 @@ def describe_heads(config: Any, folder: Path) -> list[tuple[str, str]]:
     drafts = config.draft_token_ids
     rows = [
         ("leap offsets", ", ".join(map(str, config.leap_offsets)) or "none"),
-        ("each head reads", f"{config.head_input} hidden state"),
+        ("each head reads", READS[config.head_input]),
         ("each head sees besides", context),
         ("residual blocks per head", str(config.num_head_layers)),
         ("unembedding", unembedding),
         (
             "tokens that heads propose",
-            "all" if drafts is None else f"the {len(drafts):,} commonest",
+            "all" if drafts is None else f"{len(drafts):,} of them",
         ),
     ]
     parameters = sum(_head_sizes(folder))
@@ -190,8 +197,10 @@ def describe_training(folder: Path, datasets: Sequence[str]) -> list[tuple[str, 
         (name.replace("_", " "), f"`{value}`")
         for name, value in _scalars(record.get("settings") or {}).items()
     ]
-    versions = record.get("versions") or {}
-    return [*rows, ("versions", ", ".join(f"{name} {text}" for name, text in versions.items()))]
+    if record.get("versions"):
+        versions = (f"{name} {text}" for name, text in record["versions"].items())
+        rows.append(("versions", ", ".join(versions)))
+    return rows
 
 
 def _scalars(record: dict[str, Any]) -> dict[str, Any]:

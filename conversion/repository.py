@@ -105,7 +105,7 @@ def _write_adapter(
     base_folder: Path | None,
 ) -> tuple[Any, Any]:
     """Copy an adapter and name its base model; return the adapted model and the base's configuration."""
-    adapter = PeftConfig.from_pretrained(source)
+    adapter = PeftConfig.from_pretrained(str(source))
     named, pinned = adapter.base_model_name_or_path, adapter.revision
     adapter.base_model_name_or_path = check_hub_id(base_model or named, "--base-model")
     adapter.revision = base_revision or pinned

@@ -15,7 +15,7 @@ AUTO_MAP = {
 TAGS = ("l-mtp", "multi-token-prediction", "speculative-decoding")
 
 
-def check_loaded(loading_info: dict[str, Any], source: str | Path) -> None:
+def check_loaded(loading_info: dict[str, Any], source: str | Path | None) -> None:
     """Refuse a checkpoint from which Transformers had to make up or leave out tensors.
 
     Transformers fills missing tensors with fresh ones and only warns; leap heads loaded like that

@@ -52,7 +52,7 @@ class HeadsOnlyMixin(LMTPPreTrainedModel):
     @classmethod
     def from_pretrained(
         cls,
-        pretrained_model_name_or_path: str | Path,
+        pretrained_model_name_or_path: str | Path | None,
         *args: Any,
         backbone: PreTrainedModel | str | Path | None = None,
         **kwargs: Any,
@@ -128,7 +128,7 @@ class HeadsOnlyMixin(LMTPPreTrainedModel):
             self.config.heads_only = False
 
 
-def _is_heads_only(cls: Any, source: str | Path, kwargs: dict[str, Any]) -> bool:
+def _is_heads_only(cls: Any, source: str | Path | None, kwargs: dict[str, Any]) -> bool:
     if isinstance(kwargs.get("config"), PreTrainedConfig):
         return kwargs["config"].heads_only
     names = (*HUB_OPTIONS, *HEADS_OPTIONS)
@@ -141,7 +141,7 @@ def _is_heads_only(cls: Any, source: str | Path, kwargs: dict[str, Any]) -> bool
 
 
 def _config_and_options(
-    cls: Any, source: str | Path, kwargs: dict[str, Any]
+    cls: Any, source: str | Path | None, kwargs: dict[str, Any]
 ) -> tuple[Any, dict[str, Any]]:
     """Return the configuration, and what of the arguments goes on to the backbone."""
     config = kwargs.pop("config", None)
@@ -218,7 +218,7 @@ def _joined(cls: Any, heads: LeapHeadsAlone, backbone: PreTrainedModel) -> Any:
 
 
 def _generation_config(
-    source: str | Path, backbone: Any, kwargs: dict[str, Any], found: dict[str, Any]
+    source: str | Path | None, backbone: Any, kwargs: dict[str, Any], found: dict[str, Any]
 ) -> GenerationConfig:
     if kwargs.get("generation_config") is not None:
         return kwargs["generation_config"]

@@ -40,7 +40,7 @@ class LMTPPreTrainedModel(PreTrainedModel):
 
     @classmethod
     def from_pretrained(
-        cls, pretrained_model_name_or_path: str | Path, *args: Any, **kwargs: Any
+        cls, pretrained_model_name_or_path: str | Path | None, *args: Any, **kwargs: Any
     ) -> Any:
         """Load a checkpoint as Transformers does, and refuse one that is incomplete.
 
