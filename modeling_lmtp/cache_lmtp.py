@@ -13,6 +13,7 @@ import torch
 from transformers import Cache, StaticCache
 from transformers.cache_utils import LinearAttentionCacheLayerMixin
 
+from .growing_lmtp import give_back_room, make_room
 from .replay_lmtp import has_recurrent_states
 
 
@@ -37,10 +38,11 @@ def check_cache(cache: Cache | None) -> None:
 
 
 def start_rollback(cache: Cache) -> None:
-    """Make layers that forget, such as sliding windows, keep what a rollback needs.
+    """Make layers that forget, such as sliding windows, keep what a rollback needs; let others grow.
 
     Recurrent states cannot be rolled back by slots, see `replay_lmtp`.
     """
+    make_room(cache)
     if has_recurrent_states(cache):
         layers = [
             layer for layer in cache.layers if not isinstance(layer, LinearAttentionCacheLayerMixin)
@@ -54,6 +56,7 @@ def start_rollback(cache: Cache) -> None:
 
 def stop_rollback(cache: Cache) -> None:
     """Undo `start_rollback`, because the cache goes back to the caller."""
+    give_back_room(cache)
     for layer in cache.layers:
         if hasattr(layer, "record_past"):
             layer.record_past = False
@@ -76,9 +79,15 @@ def keep_paths(cache: Cache, paths: Sequence[Sequence[int]], num_slots: int) -> 
         if list(path) != list(range(longest))
     ]
     if moves:
+        on_device: dict[
+            tuple[int, torch.device], torch.Tensor
+        ] = {}  # paths, the same in all layers
         for states in _states_by_slot(cache):
             for row, path, shift in moves:
-                _keep_path_of_row(states[row], path, num_slots, shift)
+                key = row, states.device
+                if key not in on_device:
+                    on_device[key] = torch.tensor(path, device=states.device)
+                _keep_path_of_row(states[row], path, on_device[key], num_slots, shift)
     cache.crop(-(num_slots - longest))
 
 
@@ -93,19 +102,21 @@ def _states_by_slot(cache: Cache) -> Iterator[torch.Tensor]:
                 yield states.transpose(-1, -2)
 
 
-def _keep_path_of_row(states: torch.Tensor, path: list[int], num_slots: int, shift: int) -> None:
+def _keep_path_of_row(
+    states: torch.Tensor, path: list[int], nodes: torch.Tensor, num_slots: int, shift: int
+) -> None:
     """Gather the path's slots behind those of the prefix, then move all that to the right, in place.
 
     Args:
         states: `(…, W, D)`, one row.
-        path: the accepted nodes.
+        path, nodes: the accepted nodes, on the host and as a tensor beside the states.
         num_slots: `1 + N`.
         shift: by how many slots.
     """
     prefix = states.shape[-2] - num_slots
     if path != list(range(len(path))):
-        nodes = torch.tensor(path, device=states.device) + prefix
-        states[..., prefix : prefix + len(path), :] = states.index_select(-2, nodes)
+        accepted = states[..., prefix:, :].index_select(-2, nodes)
+        states[..., prefix : prefix + len(path), :] = accepted
     if shift:
         kept = states[..., : prefix + len(path), :].clone()
         states[..., shift : prefix + len(path) + shift, :] = kept

@@ -64,9 +64,11 @@ def following_tokens(input_ids: torch.Tensor, width: int) -> tuple[torch.Tensor,
 
 
 def embed_context(
-    embeddings: nn.Module, tokens: torch.Tensor, visible: torch.Tensor
+    embeddings: nn.Module, tokens: torch.Tensor, visible: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """Embed following tokens `(…, c)` as `(…, c·E)`, zero where `visible` `(…, c)` is false."""
+    """Embed following tokens `(…, c)` as `(…, c·E)`, zero where `visible` `(…, c)`, if given, is false."""
     embedded = embeddings(tokens)
     embedded = nn.functional.rms_norm(embedded, embedded.shape[-1:], eps=1e-6)
+    if visible is None:
+        return embedded.flatten(-2)
     return (embedded * visible[..., None].to(embedded.dtype)).flatten(-2)

@@ -51,32 +51,36 @@ class TreeMasks:
         prefix = cache.get_seq_length()
         in_prefix = _prefix_mask(attention_mask, visible.shape[0], prefix, visible.device)
         sees = torch.cat([in_prefix[:, None].expand(-1, visible.shape[1], -1), visible], dim=-1)
-        queries = prefix + depths
-        keys = torch.cat(
-            [torch.arange(prefix, device=depths.device).expand(len(depths), -1), queries], -1
-        )
-        padding = (
-            (~in_prefix).cumprod(dim=-1).sum(dim=-1) if prefix else queries.new_zeros(len(depths))
-        )
         kinds = self._layer_kinds(cache, visible.shape[0])
         masks = {
-            kind: self._finish(sees & self._near(kind, queries, keys, padding), kind, cache)
+            kind: self._finish(self._cut(sees, kind, in_prefix, depths), kind, cache)
             for kind in kinds or [self._only_kind()]
         }
         return masks if kinds else next(iter(masks.values()))
 
-    def _near(
-        self, kind: str, queries: torch.Tensor, keys: torch.Tensor, padding: torch.Tensor
-    ) -> torch.Tensor | bool:
-        """Which slots a layer of this kind could see at all, `(B, Q, W + Q)`."""
+    def _cut(
+        self, sees: torch.Tensor, kind: str, in_prefix: torch.Tensor, depths: torch.Tensor
+    ) -> torch.Tensor:
+        """Take out of `(B, Q, W + Q)` what a layer of this kind cannot see at all.
+
+        Args:
+            sees: what a layer sees that sees everything.
+            kind: of the layer.
+            in_prefix: `(B, W)`, false at padding.
+            depths: `(B, Q)`.
+        """
         if kind == "full_attention":
-            return True
-        queries, keys = queries[:, :, None], keys[:, None, :]
+            return sees
+        prefix = in_prefix.shape[1]
+        places = prefix + depths
+        slots = torch.arange(prefix, device=depths.device).expand(len(depths), -1)
+        queries, keys = places[:, :, None], torch.cat([slots, places], dim=-1)[:, None, :]
         if kind == "sliding_attention":
-            return queries - keys < self.config.sliding_window
+            return sees & (queries - keys < self.config.sliding_window)
         if kind == "chunked_attention":
-            size, padding = self.config.attention_chunk_size, padding[:, None, None]
-            return (queries - padding) // size == (keys - padding) // size
+            size = self.config.attention_chunk_size
+            padding = (~in_prefix).cumprod(dim=-1).sum(dim=-1)[:, None, None]
+            return sees & ((queries - padding) // size == (keys - padding) // size)
         raise NotImplementedError(f"No tree mask is known for layers of the kind {kind!r}.")
 
     def _finish(self, mask: torch.Tensor, kind: str, cache: Cache) -> torch.Tensor:

@@ -7,6 +7,7 @@ Shapes: `B` batch, `L` known tokens, `S` last states known, `H` hidden size, `N`
 a level that have children, `D` draft vocabulary size.
 """
 
+from itertools import islice
 from typing import Any, NamedTuple
 
 import torch
@@ -61,7 +62,7 @@ class PathDrafter(LeapHeadDrafter):
         num_paths = paths.shape[1]
         known = input_ids[:, None, -1 - served.look_back :].expand(-1, num_paths, -1)
         tokens = torch.cat([known, paths], dim=-1)
-        context = embed_context(self.embeddings, tokens, torch.ones_like(tokens, dtype=torch.bool))
+        context = embed_context(self.embeddings, tokens)
         states = hidden_states[:, None, -1 - served.look_back].expand(-1, num_paths, -1)
         features = self.leap_heads(served.head, states, context)
         return self.unembeddings[served.head](features)
@@ -125,7 +126,7 @@ class DynamicPathDrafter(PathDrafter):
         batch_size = input_ids.shape[0]
         paths = input_ids.new_zeros((batch_size, 1, 0))
         values = torch.zeros((batch_size, 1), device=input_ids.device)
-        found: list[list[tuple[float, tuple[int, ...]]]] = [[] for _ in range(batch_size)]
+        levels: list[tuple[torch.Tensor, torch.Tensor]] = []
         for distance in range(1, depth + 1):
             logits = self._level_logits(distance, input_ids, hidden_states, paths).float()
             best = logits.log_softmax(dim=-1).topk(min(MAX_CHILDREN, logits.shape[-1]), dim=-1)
@@ -135,11 +136,28 @@ class DynamicPathDrafter(PathDrafter):
             tokens = self._token_ids(best.indices).flatten(1).gather(1, kept.indices)
             way = paths.gather(1, parents[..., None].expand(-1, -1, distance - 1))
             longer = torch.cat([way, tokens[..., None]], dim=-1)
-            for row, own in enumerate(found):
-                own += zip(kept.values[row].tolist(), map(tuple, longer[row].tolist()), strict=True)
+            levels.append((kept.values, longer))
             values, paths = kept.values[:, :MAX_PARENTS], longer[:, :MAX_PARENTS]
-        grown = [tree_of_texts(_best(own, self.num_nodes)) for own in found]
+        grown = [tree_of_texts(_best(own, self.num_nodes)) for own in _on_host(levels)]
         return Candidates.of_rows([t for t, _ in grown], [ids for _, ids in grown], input_ids)
+
+
+def _on_host(
+    levels: list[tuple[torch.Tensor, torch.Tensor]],
+) -> list[list[tuple[float, tuple[int, ...]]]]:
+    """Return each row's texts and what they are worth, all levels in two transfers to the host.
+
+    Args:
+        levels: per distance, values `(B, n)` and texts `(B, n, distance)`; `n` may differ.
+    """
+    shapes = [texts.shape[1:] for _, texts in levels]
+    worth = torch.cat([values for values, _ in levels], dim=1).tolist()
+    tokens = torch.cat([texts.flatten(1) for _, texts in levels], dim=1).tolist()
+    found = []
+    for values, row in zip(worth, map(iter, tokens), strict=True):
+        texts = [tuple(islice(row, depth)) for count, depth in shapes for _ in range(count)]
+        found.append(list(zip(values, texts, strict=True)))
+    return found
 
 
 def _best(found: list[tuple[float, tuple[int, ...]]], num_nodes: int) -> list[tuple[int, ...]]:

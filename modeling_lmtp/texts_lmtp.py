@@ -45,14 +45,15 @@ class Texts:
                 self.acceptance_lengths[row].append(len(walked.tokens))
             self.emitted[row] += walked.tokens
         if self.streamer is not None:
-            for token in self.padded()[self._num_streamed :]:
+            for token in self.padded(self._num_streamed):
                 self.streamer.put(torch.tensor(token))
             self._num_streamed = max(len(tokens) for tokens in self.emitted)
 
-    def padded(self) -> list[list[int]]:
-        """Return the emitted tokens step by step, one of each row."""
-        longest = max(len(tokens) for tokens in self.emitted)
-        padded = [tokens + [self.pad_token_id] * (longest - len(tokens)) for tokens in self.emitted]
+    def padded(self, start: int = 0) -> list[list[int]]:
+        """Return the emitted tokens step by step from `start` on, one of each row."""
+        rows = [tokens[start:] for tokens in self.emitted]
+        longest = max(map(len, rows))
+        padded = [tokens + [self.pad_token_id] * (longest - len(tokens)) for tokens in rows]
         return [list(step) for step in zip(*padded, strict=True)]
 
     def sequences(self) -> torch.Tensor:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from bench_runs import KINDS, PROMPTS, tiny_model, write_checkpoint, write_prompts
 from test_cli import error_of, lmtp
-from tiny import tiny_tokenizer
+from tiny import tiny_llama, tiny_tokenizer
 
 from modeling_lmtp.conversion import bench as bench_module
 from modeling_lmtp.conversion.bench import Measured, Run, make_batches, measure
@@ -70,15 +70,15 @@ def test_figures_follow_from_tokens_passes_and_seconds():
 def test_every_way_gives_plain_decodings_text(size, mode):
     model = tiny_model()
     measured = measure(
-        methods_to_compare(model), batches(size), mode, max_new_tokens=NEW_TOKENS, rounds=1,
-        stop_at_end=False, progress=False,
+        methods_to_compare(model, assistant=tiny_llama()), batches(size), mode,
+        max_new_tokens=NEW_TOKENS, rounds=1, stop_at_end=False, progress=False,
     )  # fmt: skip
     names = {result.method.name for result in measured}
-    assert ("prompt lookup (Transformers)" in names) == (size == 1)
+    assert ({"assistant", "prompt lookup (Transformers)"} <= names) == (size == 1)
     assert {"plain", "chain", "static tree", "dynamic tree", "prompt lookup"} <= names
     for result in measured:
         if not result.method.is_ours and mode == "sampling":
-            continue  # Transformers' prompt lookup draws otherwise
+            continue  # Transformers' own speculation draws otherwise
         compared = 0 if (size, mode) == (2, "sampling") else 2
         assert (result.num_compared, result.num_equal) == (compared, compared), result.method.name
     if (size, mode) == (1, "greedy"):
