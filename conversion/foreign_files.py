@@ -1,6 +1,5 @@
 """Files of a checkpoint that another project wrote: from a folder, a file or the Hub, safely read."""
 
-import json
 import pickle
 from dataclasses import dataclass
 from functools import cached_property
@@ -11,6 +10,8 @@ import torch
 from huggingface_hub import snapshot_download
 from safetensors import SafetensorError
 from safetensors.torch import load_file
+
+from modeling_lmtp.conversion.forms import read_json
 
 CONFIG = "config.json"
 INDEX = ".index.json"
@@ -40,7 +41,7 @@ class ForeignFiles:
         Raises:
             ValueError: it is not JSON, or no object.
         """
-        return _read_json(self.folder / CONFIG) if (self.folder / CONFIG).exists() else {}
+        return read_json(self.folder / CONFIG) if (self.folder / CONFIG).exists() else {}
 
     @property
     def has_tokenizer(self) -> bool:
@@ -97,19 +98,9 @@ def find_files(source: str | Path, revision: str | None = None) -> ForeignFiles:
 def _check_shards(folder: Path, weights: list[Path]) -> None:
     names = {path.name for path in weights}
     for index in folder.glob(f"*{weights[0].suffix}{INDEX}"):
-        missing = sorted(set(_read_json(index).get("weight_map", {}).values()) - names)
+        missing = sorted(set(read_json(index).get("weight_map", {}).values()) - names)
         if missing:
             raise ValueError(f"{folder} lacks {', '.join(missing)}, which {index.name} names.")
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text())
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON ({error}). Get the file again.") from error
-    if not isinstance(value, dict):
-        raise ValueError(f"{path} must hold an object, got {type(value).__name__}.")
-    return value
 
 
 def _read_weights(path: Path) -> dict[str, torch.Tensor]:
@@ -125,7 +116,7 @@ def _read_weights(path: Path) -> dict[str, torch.Tensor]:
             f"{path} is no pickle of tensors alone, and others are not opened, because they can run "
             "any code. Get the weights as safetensors."
         ) from error
-    except (RuntimeError, EOFError) as error:
+    except (RuntimeError, EOFError, OSError) as error:
         raise ValueError(
             f"{path} is damaged or incomplete ({error}). Get the file again."
         ) from error

@@ -1,5 +1,6 @@
 """`lmtp merge`: an adapter folded into its checkpoint, or the plain backbone of either."""
 
+import re
 import warnings
 from dataclasses import fields
 from pathlib import Path
@@ -13,6 +14,7 @@ from transformers import GenerationConfig
 from modeling_lmtp.conversion.loading import adapter_config, load_lmtp, load_tokenizer
 from modeling_lmtp.modeling_lmtp import LMTPForCausalLM
 from modeling_lmtp.settings_lmtp import LMTPSettings
+from modeling_lmtp.training.adapters import HEADS
 from modeling_lmtp.training.saving import (
     check_output_folder,
     new_folder,
@@ -53,10 +55,13 @@ def merge(
         )
     if adapter is None and base is not None:
         raise ValueError(f"base={base!r} is the checkpoint of an adapter, but {source!r} is none.")
-    checkpoint = source if adapter is None else base or adapter.base_model_name_or_path
+    checkpoint, revision = source, None
+    if adapter is not None:
+        checkpoint = base or adapter.base_model_name_or_path
+        revision = None if base else adapter.revision
     if not checkpoint:
         raise ValueError(f"{source!r} does not name its checkpoint. Pass --base.")
-    model = load_lmtp(checkpoint, dtype)
+    model = load_lmtp(checkpoint, dtype, **({"revision": revision} if revision else {}))
     if adapter is not None:
         model = fold_in(model, source)
     record = {
@@ -87,12 +92,17 @@ def fold_in(model: LMTPForCausalLM, source: str) -> LMTPForCausalLM:
             adapted = PeftModel.from_pretrained(model, source)
     except SafetensorError as error:
         raise ValueError(f"The adapter {source!r} is damaged ({error}). Get it again.") from error
-    except RuntimeError as error:
+    except (RuntimeError, KeyError) as error:
         raise _does_not_fit(source, str(error)) from error
     expected = get_peft_model_state_dict(adapted, save_embedding_layers=False)
     differing = sorted(expected.keys() ^ stored.keys())
     if differing:
         raise _does_not_fit(source, f"{', '.join(differing[:3])} are in one and not in the other")
+    tuned = {int(found[1]) for name in stored if (found := re.search(rf"{HEADS}\.(\d+)\.", name))}
+    if tuned and tuned != set(range(model.config.num_leap_heads)):
+        raise _does_not_fit(
+            source, f"it tunes heads {sorted(tuned)} of {model.config.num_leap_heads}"
+        )
     merged: LMTPForCausalLM = adapted.merge_and_unload(safe_merge=True)
     return merged
 

@@ -1,0 +1,232 @@
+"""Checkpoints in other forms: adapters folded in, plain backbones, heads in Medusa's layout."""
+
+from __future__ import annotations
+
+import json
+import re
+
+import pytest
+import torch
+from foreign_checkpoints import medusa_heads
+from peft import PeftModel
+from safetensors.torch import load_file
+from tiny import tiny_llama, tiny_tokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from typer.testing import CliRunner
+
+from modeling_lmtp import LMTPForCausalLM
+from modeling_lmtp.conversion.cli import app
+from modeling_lmtp.conversion.converting import convert_heads
+from modeling_lmtp.conversion.exporting import export_heads
+from modeling_lmtp.conversion.merging import merge
+from modeling_lmtp.training.adapters import add_adapters
+
+# PEFT asks for what Transformers has renamed
+pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")
+PROMPT = torch.tensor([[5, 17, 60, 33, 41, 9]])
+
+
+def new_checkpoint(folder, **options):
+    """Save a checkpoint whose heads are no longer the identity, with its tokenizer."""
+    model = LMTPForCausalLM.from_backbone(tiny_llama(), **{"leap_offsets": (2, 3), **options})
+    perturb(model.leap_heads.parameters())
+    model.config.base_model_name_or_path = "some/backbone"
+    model.generation_config.use_lmtp = True
+    model.generation_config.draft_length = 2
+    model.generation_config.repetition_penalty = 1.5
+    model.save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    return model.eval()
+
+
+def perturb(parameters):
+    generator = torch.Generator().manual_seed(8)
+    for parameter in parameters:
+        parameter.data += torch.randn(parameter.shape, generator=generator) * 0.2
+
+
+def outputs(model):
+    with torch.no_grad():
+        found = model(input_ids=PROMPT, output_leap_logits=True)
+    return [found.logits, *found.leap_logits]
+
+
+def assert_equal(ours, theirs, **tolerance):
+    for one, other in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(one, other, **tolerance)
+
+
+@pytest.fixture(scope="module", params=["lora", "full"])
+def adapter(request, tmp_path_factory):
+    """A checkpoint in `base`, an adapter in `adapter`, and what both together answer."""
+    folder = tmp_path_factory.mktemp("adapter")
+    new_checkpoint(folder / "base")
+    adapted = add_adapters(
+        LMTPForCausalLM.from_pretrained(folder / "base"), rank=4, heads=request.param
+    )
+    perturb(p for p in adapted.parameters() if p.requires_grad)
+    adapted.eval().save_pretrained(folder / "adapter")
+    return folder, outputs(adapted)
+
+
+def test_merged_it_is_a_full_checkpoint(adapter, tmp_path):
+    folder, expected = adapter
+    merge(str(folder / "adapter"), tmp_path / "merged")
+    model = LMTPForCausalLM.from_pretrained(tmp_path / "merged").eval()
+    assert_equal(outputs(model), expected, rtol=1e-4, atol=1e-4)
+    base = LMTPForCausalLM.from_pretrained(folder / "base")
+    whole = PeftModel.from_pretrained(base, folder / "adapter").merge_and_unload()
+    assert_equal(outputs(model), outputs(whole.eval()), rtol=0, atol=0)
+    record = json.loads((tmp_path / "merged" / "provenance.json").read_text())
+    assert (record["command"], record["source"]) == ("lmtp merge", str(folder / "adapter"))
+    assert (record["checkpoint"], record["base_model"]) == (str(folder / "base"), "some/backbone")
+    assert AutoTokenizer.from_pretrained(tmp_path / "merged").get_vocab()
+
+
+def test_without_heads_it_is_a_plain_backbone(adapter, tmp_path):
+    folder, expected = adapter
+    merge(str(folder / "adapter"), tmp_path / "plain", drop_heads=True)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "plain")
+    with torch.no_grad():
+        torch.testing.assert_close(model(PROMPT).logits, expected[0], rtol=1e-4, atol=1e-4)
+
+
+def test_a_backbone_comes_out_of_a_checkpoint_as_it_went_in(tmp_path):
+    new_checkpoint(tmp_path / "checkpoint")
+    tiny_llama().save_pretrained(tmp_path / "original")
+    merge(str(tmp_path / "checkpoint"), tmp_path / "plain", drop_heads=True)
+    ours, theirs = (load_file(tmp_path / n / "model.safetensors") for n in ("plain", "original"))
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    ours, theirs = (
+        json.loads((tmp_path / n / "config.json").read_text()) for n in ("plain", "original")
+    )
+    assert ours == theirs
+    settings = json.loads((tmp_path / "plain" / "generation_config.json").read_text())
+    assert settings["repetition_penalty"] == 1.5
+    assert not {"use_lmtp", "draft_length", "draft_tree"} & settings.keys()
+    assert not list((tmp_path / "plain").glob("*.py"))
+    assert "lmtp" not in (tmp_path / "plain" / "config.json").read_text()
+
+
+def test_what_cannot_be_merged_is_refused(adapter, tmp_path):
+    folder, _ = adapter
+    with pytest.raises(ValueError, match=r"is no adapter.*--drop-heads"):
+        merge(str(folder / "base"), tmp_path / "out")
+    with pytest.raises(ValueError, match="is none"):
+        merge(str(folder / "base"), tmp_path / "out", base="x", drop_heads=True)
+    for offsets in ((2,), (2, 3, 4)):
+        other = tmp_path / f"{len(offsets)} heads"
+        new_checkpoint(other, leap_offsets=offsets)
+        with pytest.raises(ValueError, match=r"does not fit the checkpoint.*--base"):
+            merge(str(folder / "adapter"), tmp_path / "out", base=str(other))
+    (tmp_path / "damaged").mkdir()
+    for path in (folder / "adapter").iterdir():
+        content = path.read_bytes()
+        cut = len(content) - 50 if path.suffix == ".safetensors" else len(content)
+        (tmp_path / "damaged" / path.name).write_bytes(content[:cut])
+    with pytest.raises(ValueError, match=r"adapter .* is damaged"):
+        merge(str(tmp_path / "damaged"), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(ValueError, match="already holds something"):
+        merge(str(folder / "adapter"), folder / "base")
+
+
+HEADS = {
+    "shared unembedding": {},
+    "unembeddings of their own": {"share_lm_head": False},
+    "two layers": {"num_head_layers": 2},
+}
+
+
+@pytest.mark.parametrize("format", ["medusa", "vllm"])
+@pytest.mark.parametrize("kind", HEADS)
+def test_heads_go_to_medusas_layout_and_come_back(tmp_path, kind, format):
+    before = new_checkpoint(tmp_path / "checkpoint", **HEADS[kind])
+    tiny_llama().save_pretrained(tmp_path / "backbone")
+    tiny_tokenizer().save_pretrained(tmp_path / "backbone")
+    assert export_heads(str(tmp_path / "checkpoint"), tmp_path / "out", format) == []
+    backbone = str(tmp_path / "backbone")
+    convert_heads(tmp_path / "out", tmp_path / "again", backbone=backbone, check_leap=False)
+    after = LMTPForCausalLM.from_pretrained(tmp_path / "again").eval()
+    assert after.config.share_lm_head == before.config.share_lm_head
+    assert after.state_dict().keys() == before.state_dict().keys()
+    for name, tensor in after.state_dict().items():
+        assert torch.equal(tensor, before.state_dict()[name])
+    assert_equal(outputs(after), outputs(before), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("rank", [0, 3])
+def test_medusas_own_modules_take_them(tmp_path, rank):
+    model = new_checkpoint(tmp_path / "checkpoint", lm_head_rank=rank)
+    notes = export_heads(str(tmp_path / "checkpoint"), tmp_path / "out")
+    assert bool(notes) == bool(rank)
+    heads = medusa_heads(2)
+    heads.load_state_dict(load_file(tmp_path / "out" / "medusa_lm_head.safetensors"))
+    with torch.no_grad():
+        states = model.backbone.model(PROMPT).last_hidden_state
+        assert_equal([head(states) for head in heads], outputs(model)[1:], rtol=1e-4, atol=1e-4)
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    expected = {"medusa_num_heads": 2, "medusa_num_layers": 1, "hidden_size": 32, "vocab_size": 320}
+    assert config | expected | {"base_model_name_or_path": "some/backbone"} == config
+
+
+def test_vllms_layout(tmp_path):
+    model = new_checkpoint(tmp_path / "checkpoint", num_head_layers=2)
+    export_heads(str(tmp_path / "checkpoint"), tmp_path / "out", "vllm")
+    tensors = load_file(tmp_path / "out" / "model.safetensors")
+    for index, head in enumerate(model.leap_heads):
+        for layer, block in enumerate(head.blocks):
+            assert torch.equal(
+                tensors.pop(f"blocks.{index}.layers.{layer}.weight"), block.linear.weight
+            )
+            assert torch.equal(
+                tensors.pop(f"blocks.{index}.layers.{layer}.bias"), block.linear.bias
+            )
+        unembedding = tensors.pop(f"lm_heads.{index}.weight")
+        assert torch.equal(unembedding, model.get_output_embeddings().weight)
+    assert not tensors
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    expected = {"model_type": "medusa", "num_heads": 2, "num_hidden_layers": 2}
+    assert config | expected | {"medusa_fc_bias": True} == config
+
+
+REFUSED = {
+    "other offsets": ({"leap_offsets": (3, 5)}, r"its heads predict \(2, 3\), yours \(3, 5\)"),
+    "no heads": ({"leap_offsets": ()}, "there are no heads"),
+    "grounded": ({"head_context": 1}, "head_context=1"),
+    "path-grounded": ({"head_context": "path"}, "head_context='path'"),
+    "weighted": ({"head_input": "weighted"}, "head_input='weighted'"),
+    "draft vocabulary": ({"draft_token_ids": tuple(range(9))}, "draft_token_ids"),
+}
+
+
+@pytest.mark.parametrize("kind", REFUSED)
+def test_what_medusa_cannot_express_is_refused_with_the_reason(tmp_path, kind):
+    options, reason = REFUSED[kind]
+    new_checkpoint(tmp_path / "checkpoint", **options)
+    with pytest.raises(ValueError, match=f"cannot express these heads: .*{reason}"):
+        export_heads(str(tmp_path / "checkpoint"), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_another_format_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="format must be one of medusa, vllm, got 'gguf'"):
+        export_heads("anything", tmp_path / "out", "gguf")
+
+
+def test_the_commands(adapter, tmp_path):
+    folder, _ = adapter
+
+    def told(*arguments):
+        result = CliRunner().invoke(app, [str(argument) for argument in arguments])
+        return result.exit_code, re.sub(r"\s+", " ", result.output)
+
+    code, text = told("merge", folder / "adapter", tmp_path / "merged")
+    assert (code, "Saved the merged checkpoint in" in text) == (0, True), text
+    code, text = told("merge", folder / "adapter", tmp_path / "plain", "--drop-heads")
+    assert (code, "Saved the plain backbone in" in text) == (0, True), text
+    code, text = told("export", tmp_path / "merged", tmp_path / "medusa", "--format", "vllm")
+    assert (code, "Saved the heads in" in text) == (0, True), text
+    code, text = told("export", tmp_path / "merged", tmp_path / "medusa")
+    assert (code, "already holds something" in text) == (1, True), text
