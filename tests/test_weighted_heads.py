@@ -84,6 +84,14 @@ def test_every_head_has_weights_of_its_own_that_start_equal():
     assert all(weights.tolist() == [0.0] * 3 for weights in mixes)  # embeddings and two layers
 
 
+def test_the_last_tokens_alone_give_the_same_logits():
+    model = wrapped()
+    every = model(TOKENS, output_leap_logits=True).leap_logits
+    last = model(TOKENS, logits_to_keep=3, output_leap_logits=True).leap_logits
+    for ours, theirs in zip(last, every, strict=True):
+        torch.testing.assert_close(ours, theirs[:, -3:])
+
+
 # What the heads read
 
 
