@@ -5,10 +5,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftConfig, PeftModel
+from peft import PeftConfig
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils import find_adapter_config_file
 
+from modeling_lmtp.conversion.folding import fold_in
 from modeling_lmtp.modeling_lmtp import LMTPForCausalLM
 from modeling_lmtp.training.prompts import read_prompts, render_prompt
 
@@ -68,7 +69,7 @@ def load_lmtp(
         )
     model = LMTPForCausalLM.from_pretrained(base, dtype=dtype, **_revision(adapter), **options)
     if adapter is not None:
-        model = PeftModel.from_pretrained(model, str(source)).merge_and_unload()
+        model = fold_in(model, str(source))
     return model.to(device or best_device()).eval()
 
 

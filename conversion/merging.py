@@ -1,20 +1,15 @@
 """`lmtp merge`: an adapter folded into its checkpoint, or the plain backbone of either."""
 
-import re
-import warnings
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from peft import PeftModel, get_peft_model_state_dict
-from peft.utils import load_peft_weights
-from safetensors import SafetensorError
 from transformers import GenerationConfig
 
+from modeling_lmtp.conversion.folding import fold_in
 from modeling_lmtp.conversion.loading import adapter_config, load_lmtp, load_tokenizer
 from modeling_lmtp.modeling_lmtp import LMTPForCausalLM
 from modeling_lmtp.settings_lmtp import LMTPSettings
-from modeling_lmtp.training.adapters import HEADS
 from modeling_lmtp.training.saving import (
     check_output_folder,
     new_folder,
@@ -77,41 +72,6 @@ def merge(
     else:
         save_checkpoint(model, tokenizer, output, record)
     return model
-
-
-def fold_in(model: LMTPForCausalLM, source: str) -> LMTPForCausalLM:
-    """Fold an adapter into a checkpoint, in place.
-
-    Raises:
-        ValueError: it is damaged, was trained on another model, or holds what is not finite.
-    """
-    try:
-        stored = load_peft_weights(source, device="cpu")
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "Found missing adapter keys")  # an error below
-            adapted = PeftModel.from_pretrained(model, source)
-    except SafetensorError as error:
-        raise ValueError(f"The adapter {source!r} is damaged ({error}). Get it again.") from error
-    except (RuntimeError, KeyError) as error:
-        raise _does_not_fit(source, str(error)) from error
-    expected = get_peft_model_state_dict(adapted, save_embedding_layers=False)
-    differing = sorted(expected.keys() ^ stored.keys())
-    if differing:
-        raise _does_not_fit(source, f"{', '.join(differing[:3])} are in one and not in the other")
-    tuned = {int(found[1]) for name in stored if (found := re.search(rf"{HEADS}\.(\d+)\.", name))}
-    if tuned and tuned != set(range(model.config.num_leap_heads)):
-        raise _does_not_fit(
-            source, f"it tunes heads {sorted(tuned)} of {model.config.num_leap_heads}"
-        )
-    merged: LMTPForCausalLM = adapted.merge_and_unload(safe_merge=True)
-    return merged
-
-
-def _does_not_fit(source: str, reason: str) -> ValueError:
-    return ValueError(
-        f"The adapter {source!r} does not fit the checkpoint: {reason}. Pass the checkpoint that it was "
-        "trained on with --base."
-    )
 
 
 def save_backbone(

@@ -1,0 +1,46 @@
+"""Folding an adapter into the checkpoint that it was trained on, all of it or not at all."""
+
+import re
+import warnings
+
+from peft import PeftModel, get_peft_model_state_dict
+from peft.utils import load_peft_weights
+from safetensors import SafetensorError
+
+from modeling_lmtp.modeling_lmtp import LMTPForCausalLM
+from modeling_lmtp.training.adapters import HEADS
+
+
+def fold_in(model: LMTPForCausalLM, source: str) -> LMTPForCausalLM:
+    """Fold an adapter into a checkpoint, in place.
+
+    Raises:
+        ValueError: it is damaged, was trained on another model, or holds what is not finite.
+    """
+    try:
+        stored = load_peft_weights(source, device="cpu")
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Found missing adapter keys")  # an error below
+            adapted = PeftModel.from_pretrained(model, source)
+    except SafetensorError as error:
+        raise ValueError(f"The adapter {source!r} is damaged ({error}). Get it again.") from error
+    except (RuntimeError, KeyError) as error:
+        raise _does_not_fit(source, str(error)) from error
+    expected = get_peft_model_state_dict(adapted, save_embedding_layers=False)
+    differing = sorted(expected.keys() ^ stored.keys())
+    if differing:
+        raise _does_not_fit(source, f"{', '.join(differing[:3])} are in one and not in the other")
+    tuned = {int(found[1]) for name in stored if (found := re.search(rf"{HEADS}\.(\d+)\.", name))}
+    if tuned and tuned != set(range(model.config.num_leap_heads)):
+        raise _does_not_fit(
+            source, f"it tunes heads {sorted(tuned)} of {model.config.num_leap_heads}"
+        )
+    merged: LMTPForCausalLM = adapted.merge_and_unload(safe_merge=True)
+    return merged
+
+
+def _does_not_fit(source: str, reason: str) -> ValueError:
+    return ValueError(
+        f"The adapter {source!r} does not fit the checkpoint: {reason}. Pass the checkpoint that it was "
+        "trained on with --base."
+    )
