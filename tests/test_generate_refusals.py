@@ -58,8 +58,8 @@ REFUSED = {
     "nodes": ({"draft_nodes": 64}, "draft_nodes must be from 0 to 63, got 64."),
     "tree and length": (
         {"draft_tree": [(0,)], "draft_length": 1},
-        "Pass only one of ('draft_tree', 'draft_length', 'draft_nodes'), got {'draft_tree': [(0,)], "
-        "'draft_length': 1}.",
+        "Pass only one of ('draft_tree', 'draft_length', 'draft_nodes', 'draft_trees'), got "
+        "{'draft_tree': [(0,)], 'draft_length': 1}.",
     ),
     "look-up of nothing": (
         {"prompt_lookup_num_tokens": 0},
