@@ -207,7 +207,7 @@ def conditions(checkpoint: str, model: LMTPForCausalLM, settings: Any) -> dict[s
     """Return under which conditions a model is measured, JSON-serialisable."""
     return {
         "checkpoint": Path(checkpoint).name,
-        "base_model": model.config.base_model_name_or_path,
+        "base_model": base_name(model),
         "leap_offsets": list(model.config.leap_offsets),
         "head_context": model.config.head_context,
         "device": device_name(model.device),
@@ -218,6 +218,12 @@ def conditions(checkpoint: str, model: LMTPForCausalLM, settings: Any) -> dict[s
         **asdict(settings),
         "versions": versions(),
     }
+
+
+def base_name(model: LMTPForCausalLM) -> str | None:
+    """Return the backbone's Hub id, or the name of its folder: a path says nothing to others."""
+    name = model.config.base_model_name_or_path
+    return Path(name).name if name and Path(name).is_dir() else name
 
 
 def device_name(device: torch.device) -> str:

@@ -22,7 +22,8 @@ class Divergence:
     Args:
         position: how many new tokens agree before it.
         top_two_gap: the plain model's best logit minus its second best there.
-        rounding: the most that any logit there changes with the number of tokens in the pass.
+        rounding: the most that any logit there changes with the number of tokens in the pass, or the
+            last digit of the best one, if that is more.
         is_sampled: whether the tokens were drawn: then the gap says nothing of how near it was.
     """
 
@@ -46,10 +47,12 @@ def judge(
     """Look at the token after `known` `(1, L)`: as plain decoding computes it, and in one pass."""
     prefill = model(input_ids=known[:, :-1], use_cache=True)
     cache = prefill.past_key_values
-    plain = model(input_ids=known[:, -1:], past_key_values=cache).logits[0, -1].float()
-    together = model(input_ids=known).logits[0, -1].float()
+    alone = model(input_ids=known[:, -1:], past_key_values=cache).logits[0, -1]
+    plain, together = alone.float(), model(input_ids=known).logits[0, -1].float()
     best, second = plain.topk(2).values.tolist()
-    rounding = float((plain - together).abs().max())
+    # The two passes tried here may happen to agree: no logit is known better than to its last digit
+    last_digit = torch.finfo(alone.dtype).eps * abs(best)
+    rounding = max(float((plain - together).abs().max()), last_digit)
     return Divergence(position, best - second, rounding, is_sampled)
 
 

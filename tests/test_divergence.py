@@ -71,6 +71,14 @@ def test_two_tokens_with_the_same_logit_are_a_near_tie():
     assert not judge(LMTPForCausalLM.from_backbone(backbone), PROMPT, 0).is_error
 
 
+def test_a_logit_is_known_to_its_last_digit_even_where_two_passes_agree():
+    backbone = tiny_causal_lm("llama", vocab_size=96).to(torch.bfloat16)
+    with torch.no_grad():
+        alone = backbone(PROMPT).logits[0, -1]
+    found = judge(LMTPForCausalLM.from_backbone(backbone), PROMPT, 0)
+    assert found.rounding >= alone.max().float() * 2.0**-7
+
+
 def test_rounding_explains_a_gap_up_to_twice_as_large():
     assert not Divergence(0, top_two_gap=0.2, rounding=0.1).is_error
     assert Divergence(0, top_two_gap=0.21, rounding=0.1).is_error
