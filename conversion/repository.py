@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 from peft import PeftConfig, PeftModel
-from transformers import PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers.tokenization_utils_base import TOKENIZER_CONFIG_FILE
 
 from modeling_lmtp.backbone_lmtp import unembedding_size
 from modeling_lmtp.conversion.forms import Form, check_hub_id, form_of, read_json
@@ -56,13 +57,14 @@ def assemble(
             f"{source} is of form {own.value!r} and cannot be published as {form.value!r}. An adapter is "
             "published as it is, or made a full checkpoint with `lmtp merge`."
         )
-    tokenizer = load_tokenizer(source)
     if form is Form.ADAPTER:
+        tokenizer = load_tokenizer(source)
         model, config = _write_adapter(source, folder, base_model, base_revision, base_folder)
     else:
         given = {"backbone": base_folder} if base_folder and own is Form.HEADS else {}
         model = LMTPForCausalLM.from_pretrained(source, **given).eval()
         config = model.config
+        tokenizer = _tokenizer(source, config, base_folder)
         config.base_model_name_or_path = base_model or config.base_model_name_or_path
         config.base_model_revision = base_revision or config.base_model_revision
         check_hub_id(config.base_model_name_or_path, "--base-model")
@@ -75,6 +77,16 @@ def assemble(
     tokenizer.save_pretrained(folder)
     _write_record(source, folder, form, config)
     return model, tokenizer
+
+
+def _tokenizer(source: Path, config: Any, base_folder: Path | None) -> PreTrainedTokenizerBase:
+    """Load the checkpoint's tokenizer, or where it has none its backbone's."""
+    if (source / TOKENIZER_CONFIG_FILE).exists():
+        return load_tokenizer(source)
+    if base_folder is not None:
+        return load_tokenizer(base_folder)
+    named, revision = config.base_model_name_or_path, config.base_model_revision
+    return AutoTokenizer.from_pretrained(named, revision=revision or "main")
 
 
 def check_pinned(revision: str | None) -> None:

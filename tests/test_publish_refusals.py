@@ -12,6 +12,7 @@ from repositories import (
     BASE_ID,
     CARD,
     FULL_ID,
+    RECORD,
     files_of,
     hub_in_use,
     save_adapter,
@@ -21,6 +22,9 @@ from repositories import (
 from tiny import tiny_tokenizer
 
 from modeling_lmtp import LMTPForCausalLM
+from modeling_lmtp.conversion.forms import Form
+from modeling_lmtp.conversion.repository import assemble
+from modeling_lmtp.training.saving import write_record
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")
 REVISION = "0123456789abcdef0123456789abcdef01234567"
@@ -184,3 +188,13 @@ def test_a_disk_that_takes_no_more_leaves_nothing(saved, tmp_path, temporary, mo
         assert failure.strerror in refusal(saved / "full", FULL_ID, "--yes")
         assert hub.snapshot() == before
     assert not list(temporary.iterdir())
+
+
+def test_heads_without_a_tokenizer_are_published_with_their_backbones(saved, tmp_path):
+    source, output = tmp_path / "heads", tmp_path / "output"
+    LMTPForCausalLM.from_pretrained(saved / "full").save_pretrained(source, heads_only=True)
+    write_record(source, RECORD, LMTPForCausalLM.from_pretrained(saved / "full").config)
+    output.mkdir()
+    _, tokenizer = assemble(source, output, Form.HEADS, base_folder=saved / "base")
+    assert tokenizer.get_vocab() == tiny_tokenizer().get_vocab()
+    assert (output / "tokenizer.json").exists()
