@@ -123,6 +123,17 @@ def test_the_hub_accepts_a_card_and_refuses_a_bad_one(full, tmp_path):
             build_card(full, bad).validate()
 
 
+def test_the_shipped_card_is_what_the_command_writes(request, tmp_path):
+    root = request.config.rootpath
+    shipped = root / "hub_cards" / "smollm2-135m-instruct-lmtp"
+    facts = CardFacts("l-mtp/SmolLM2-135M-Instruct-lmtp", "apache-2.0", ["en"])
+    card = build_card(shipped, facts, [root / "benchmarks/results/bench_smollm2_bf16.json"])
+    card.save(tmp_path / "README.md")
+    assert (tmp_path / "README.md").read_text() == (shipped / "README.md").read_text()
+    with hub_in_use(tmp_path):
+        card.validate()
+
+
 def test_a_card_without_figures_says_so(full):
     text = build_card(full, FACTS).text
     assert "Nothing has been measured yet" in text
