@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
-from transformers import Cache, StaticCache
+from transformers import Cache
 from transformers.cache_utils import LinearAttentionCacheLayerMixin
 
 from .growing_lmtp import give_back_room, make_room
@@ -24,11 +24,6 @@ def check_cache(cache: Cache | None) -> None:
             "use_lmtp=True needs a key-value cache that can be rolled back, and this model or this "
             "call has none (use_cache=False, or a state-space model). Call generate() without "
             "use_lmtp."
-        )
-    if isinstance(cache, StaticCache):
-        raise ValueError(
-            "use_lmtp=True does not support static caches: they cannot be rolled back. Leave out "
-            "cache_implementation, or pass 'dynamic'."
         )
     if any(hasattr(layer, "_quantize") for layer in cache.layers):
         raise ValueError(
@@ -60,6 +55,29 @@ def stop_rollback(cache: Cache) -> None:
     for layer in cache.layers:
         if hasattr(layer, "record_past"):
             layer.record_past = False
+
+
+class CacheSlots:
+    """What a batch does with the slots of its cache; here every row ends in the last one.
+
+    Args:
+        cache: holds the rows that are still generating.
+    """
+
+    def __init__(self, cache: Cache) -> None:
+        self.cache = cache
+
+    def keep_paths(self, paths: Sequence[Sequence[int]], num_slots: int) -> None:
+        """Keep, of the last pass's `num_slots` slots, those of each row's path; drop the rest."""
+        keep_paths(self.cache, paths, num_slots)
+
+    def keep_rows(self, rows: Sequence[int]) -> None:
+        """Keep these rows only, by their place among the present ones."""
+        select_rows(self.cache, rows)
+
+    def move_left(self, num_slots: int) -> None:
+        """Drop so many first slots, of no meaning in any row."""
+        move_left(self.cache, num_slots)
 
 
 def keep_paths(cache: Cache, paths: Sequence[Sequence[int]], num_slots: int) -> None:

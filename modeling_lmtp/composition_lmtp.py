@@ -24,6 +24,7 @@ class MergedDrafter(Drafter):
         self.drafters = tuple(drafters)
         self.takes_trees = takes_trees
         self.num_states = max(drafter.num_states for drafter in drafters)
+        self.max_nodes = min(MAX_NODES - 1, sum(drafter.max_nodes for drafter in drafters))
 
     def draft(
         self, input_ids: torch.Tensor, hidden_states: torch.Tensor, max_depth: int
@@ -76,7 +77,7 @@ class ForwardDrafter(Drafter):
 
     def __init__(self, drafter: Drafter) -> None:
         self.drafter = drafter
-        self.num_states = drafter.num_states
+        self.num_states, self.max_nodes = drafter.num_states, drafter.max_nodes
         self._has_forward_state = False
 
     def draft(

@@ -7,7 +7,7 @@ Shapes: `B` rows, `L` prompt length, `S` states, `H` hidden size, `V` vocabulary
 """
 
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +20,7 @@ from .drafting_lmtp import Candidates, Drafter
 from .outputs_lmtp import LMTPGenerateOutput, PassRecorder, ReturnedCache
 from .replay_lmtp import has_recurrent_states
 from .rows_lmtp import Rows
+from .static_lmtp import ReturnedStaticCache, StaticVerifier
 from .texts_lmtp import Texts
 from .verification_lmtp import Verifier
 from .walking_lmtp import Walk, Walker
@@ -57,7 +58,8 @@ class Decoder:
         """
         cache = model_kwargs["past_key_values"]
         recorder = PassRecorder(self.texts, cache, *self._recorded())
-        with self.collect_states() as states:
+        with ExitStack() as collecting:
+            states = collecting.enter_context(self.collect_states())
             outputs = self._prefill(model_kwargs)
             recorder.add_prompt(outputs)
             returned = self._returned_cache(model_kwargs)
@@ -68,7 +70,11 @@ class Decoder:
                 self.drafter.num_states,
                 model_kwargs,
                 may_move=self.may_move,
+                slots=self.verifier.slots(model_kwargs, len(self.texts.emitted)),
             )
+            if self.verifier.compiled is not None:
+                collecting.close()
+                states = collecting.enter_context(self.verifier.compiled.head_states())
             with self.verifier.backbone._optimize_model_for_decode():
                 self._loop(rows, outputs.logits[:, -1:], states, recorder, returned)
         if returned is not None:
@@ -105,12 +111,16 @@ class Decoder:
             self.texts.prompts, self.generation_config, model_kwargs
         )
 
-    def _returned_cache(self, model_kwargs: dict[str, Any]) -> ReturnedCache | None:
+    def _returned_cache(
+        self, model_kwargs: dict[str, Any]
+    ) -> ReturnedCache | ReturnedStaticCache | None:
         """A single row's slots are as plain decoding leaves them; anything else needs putting together."""
         cache = model_kwargs["past_key_values"]
         is_simple = len(self.texts.emitted) == 1 and not has_recurrent_states(cache)
         if is_simple or not self.returns_cache:
             return None
+        if isinstance(self.verifier, StaticVerifier):
+            return ReturnedStaticCache(self.verifier, model_kwargs, self.texts)
         return ReturnedCache(self.verifier.backbone, cache, model_kwargs, self.texts)
 
     def _loop(
@@ -119,7 +129,7 @@ class Decoder:
         logits: torch.Tensor,
         states: list[torch.Tensor],
         recorder: PassRecorder,
-        returned: ReturnedCache | None,
+        returned: ReturnedCache | ReturnedStaticCache | None,
     ) -> None:
         """Emit the first tokens by the prompts' logits `(B, 1, V)`, and go on to the end.
 
@@ -141,10 +151,14 @@ class Decoder:
             outputs = self.verifier.verify(
                 rows.input_ids, candidates, rows.model_kwargs, rows.num_replayed
             )
-            logits, rows.new_states = outputs.logits, states[0][:, rows.num_replayed :]
+            logits = outputs.logits
+            rows.new_states = self.verifier.of_rows(states[0])[:, rows.num_replayed :]
 
     def _drop_finished(
-        self, rows: Rows, walks: Sequence[Walk], returned: ReturnedCache | None
+        self,
+        rows: Rows,
+        walks: Sequence[Walk],
+        returned: ReturnedCache | ReturnedStaticCache | None,
     ) -> bool:
         """Take rows that have ended out of the batch; return whether any is left."""
         ended = [place for place, walked in enumerate(walks) if walked.finished]

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
-from .tree_lmtp import DraftTree
+from .tree_lmtp import MAX_NODES, DraftTree
 
 
 @dataclass(frozen=True)
@@ -99,9 +99,12 @@ class Drafter(ABC):
 
     Attributes:
         num_states: how many of the last hidden states `draft` wants to see.
+        max_nodes: how many candidates a row is given at most; over a static cache, each pass has room
+            for as many.
     """
 
     num_states: int = 1
+    max_nodes: int = MAX_NODES - 1
 
     @abstractmethod
     def draft(

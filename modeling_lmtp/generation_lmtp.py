@@ -10,9 +10,11 @@ from typing import Any
 
 import torch
 from transformers import (
+    CompileConfig,
     GenerationConfig,
     GenerationMixin,
     LogitsProcessorList,
+    StaticCache,
     StoppingCriteriaList,
     StopStringCriteria,
 )
@@ -22,6 +24,7 @@ from transformers.utils import ModelOutput, logging
 
 from .cache_lmtp import check_cache
 from .choosing_lmtp import TokenChooser
+from .compiled_lmtp import CompiledPass
 from .composition_lmtp import ForwardDrafter, MergedDrafter
 from .context_lmtp import PATH
 from .decoding_lmtp import Decoder
@@ -31,6 +34,7 @@ from .leaps_lmtp import drafts
 from .outputs_lmtp import with_acceptance_lengths
 from .path_drafter_lmtp import DynamicPathDrafter, PathDrafter
 from .settings_lmtp import LMTPSettings
+from .static_lmtp import StaticVerifier, check_static_cache, with_room
 from .support_lmtp import Support, Tier, decoding_support
 from .texts_lmtp import Texts
 from .tree_lmtp import DraftTree
@@ -139,10 +143,17 @@ class LMTPGenerationMixin(GenerationMixin):
                 if not returns_dict:
                     return output
                 return with_acceptance_lengths(output, input_ids, chooser.eos_token_ids)
+            own_drafter = drafter or self._drafter(own_settings, support.tier)
+            if isinstance(model_kwargs["past_key_values"], StaticCache):
+                verifier = self._static_verifier(
+                    own_drafter.max_nodes, generation_config, model_kwargs, cache_is_given
+                )
+            else:
+                verifier = Verifier(backbone, takes_trees=support.tier is Tier.TREE)
             decoder = Decoder(
-                Verifier(backbone, takes_trees=support.tier is Tier.TREE),
+                verifier,
                 self.head_states,
-                drafter or self._drafter(own_settings, support.tier),
+                own_drafter,
                 _walker(own_settings, support, chooser, input_ids, generation_config, streamer),
                 Texts(input_ids, chooser.pad_token_id, streamer),
                 generation_config,
@@ -168,6 +179,33 @@ class LMTPGenerationMixin(GenerationMixin):
                 "generate() without it."
             )
         return support
+
+    def _static_verifier(
+        self,
+        max_nodes: int,
+        generation_config: GenerationConfig,
+        model_kwargs: dict[str, Any],
+        cache_is_given: bool,
+    ) -> Verifier:
+        """Make room for a draft in the cache, and compile the pass where Transformers would."""
+        support = decoding_support(self.backbone, static=True)
+        if support.tier is Tier.REFUSED:
+            raise ValueError(
+                f"use_lmtp=True does not support static caches with {type(self.backbone).__name__} "
+                f"({support.reason}). Leave out cache_implementation, or pass 'dynamic'."
+            )
+        model_kwargs["past_key_values"] = with_room(
+            model_kwargs["past_key_values"],
+            self.backbone,
+            generation_config.max_length + max_nodes,
+            cache_is_given,
+        )
+        compiled = None
+        if self.backbone._valid_auto_compile_criteria(model_kwargs, generation_config):
+            compile_config = generation_config.compile_config or CompileConfig()
+            compiled = CompiledPass(self.backbone, self.config.head_input, compile_config)
+            generation_config.disable_compile = True  # Transformers would compile a chunked prefill
+        return StaticVerifier(self.backbone, max_nodes, compiled)
 
     def _drafter(self, settings: LMTPSettings, tier: Tier) -> Drafter:
         drafter: Drafter = self._leap_head_drafter(settings, tier)
@@ -297,4 +335,13 @@ def _refuse_unsupported(generation_config: GenerationConfig, model_kwargs: dict[
             f"use_lmtp=True supports greedy search and sampling, not {mode.value!r}. Set num_beams=1 "
             "and leave out other strategies, or call generate() without use_lmtp."
         )
-    check_cache(model_kwargs.get("past_key_values"))
+    cache = model_kwargs.get("past_key_values")
+    check_cache(cache)
+    if not isinstance(cache, StaticCache):
+        return
+    check_static_cache(cache)
+    if generation_config.return_dict_in_generate and generation_config.output_attentions:
+        raise ValueError(
+            "use_lmtp=True does not support output_attentions=True with a static cache. Leave out "
+            "cache_implementation, or pass 'dynamic'."
+        )

@@ -62,6 +62,7 @@ class LeapHeadDrafter(Drafter):
         self.tree = tree
         self.schedule = drafts(offsets)[: tree.depth]
         self.num_states = max(1, num_draft_states(self.schedule))
+        self.max_nodes = tree.num_nodes
         self._plans: dict[int, list[_HeadInputs]] = {}
         self._trees: dict[int, tuple[DraftTree, torch.Tensor, torch.Tensor]] = {}
 
@@ -134,7 +135,7 @@ class DynamicLeapHeadDrafter(LeapHeadDrafter):
 
     def __init__(self, num_nodes: int, *heads: Any) -> None:
         super().__init__(*heads)
-        self.num_nodes = num_nodes
+        self.num_nodes = self.max_nodes = num_nodes
 
     def draft(
         self, input_ids: torch.Tensor, hidden_states: torch.Tensor, max_depth: int

@@ -31,7 +31,7 @@ class PromptLookupDrafter(Drafter):
         max_ngram_size = 3 if max_ngram_size is None else max_ngram_size
         if max_ngram_size < 1:
             raise ValueError(f"max_matching_ngram_size must be 1 or more, got {max_ngram_size}.")
-        self.num_tokens = num_tokens
+        self.num_tokens = self.max_nodes = num_tokens
         self.ngram_sizes = range(max_ngram_size, min(MIN_NGRAM_SIZE, max_ngram_size) - 1, -1)
 
     def draft(

@@ -58,6 +58,17 @@ class TreeMasks:
         }
         return masks if kinds else next(iter(masks.values()))
 
+    def over_all_slots(self, sees: torch.Tensor, cache: Cache) -> Any:
+        """Return the same, where every layer keeps all slots, and says nothing of what it sees.
+
+        Args:
+            sees: `(B, Q, C)`, which of the cache's slots each node sees.
+            cache: has `C` slots.
+        """
+        kinds = self._layer_kinds(cache, sees.shape[0])
+        mask = self._in_form(sees)
+        return dict.fromkeys(kinds, mask) if kinds else mask
+
     def _cut(
         self, sees: torch.Tensor, kind: str, in_prefix: torch.Tensor, depths: torch.Tensor
     ) -> torch.Tensor:
@@ -93,6 +104,9 @@ class TreeMasks:
         if layers:
             length, _offset = cache.get_mask_sizes(mask.shape[1], layers[0])
             mask = mask[..., -length:]
+        return self._in_form(mask)
+
+    def _in_form(self, mask: torch.Tensor) -> torch.Tensor:
         if self.is_additive:
             lowest = torch.finfo(self.dtype).min
             mask = torch.zeros_like(mask, dtype=self.dtype).masked_fill(~mask, lowest)

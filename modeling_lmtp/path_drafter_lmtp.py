@@ -114,7 +114,7 @@ class DynamicPathDrafter(PathDrafter):
 
     def __init__(self, num_nodes: int, *heads: Any) -> None:
         super().__init__(*heads)
-        self.num_nodes = num_nodes
+        self.num_nodes = self.max_nodes = num_nodes
 
     def draft(
         self, input_ids: torch.Tensor, hidden_states: torch.Tensor, max_depth: int

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from transformers import Cache
 
-from .cache_lmtp import keep_paths, move_left, select_rows, start_rollback
+from .cache_lmtp import CacheSlots, start_rollback
 from .replay_lmtp import MAX_REPLAY, Snapshot, has_recurrent_states
 from .walking_lmtp import Walk
 
@@ -27,6 +27,7 @@ class Rows:
         model_kwargs: what `generate` keeps between steps.
         may_move: whether slots that have a meaning in no row may be dropped; not where the backbone
             counts its positions in slots.
+        slots: keeps the cache; one that grows, unless given.
 
     Attributes:
         numbers: each row's number among those of the call.
@@ -40,6 +41,7 @@ class Rows:
         num_states: int,
         model_kwargs: dict[str, Any],
         may_move: bool = True,
+        slots: CacheSlots | None = None,
     ) -> None:
         self.may_move = may_move
         self.numbers = list(range(input_ids.shape[0]))
@@ -49,6 +51,7 @@ class Rows:
         self.hidden_states, self.new_states = hidden_states[:, :-1], hidden_states[:, -1:]
         self.model_kwargs = dict(model_kwargs)
         self.cache: Cache = model_kwargs["past_key_values"]
+        self.slots = slots or CacheSlots(self.cache)
         if self.model_kwargs.get("position_ids") is not None:
             self.model_kwargs["position_ids"] = self._last_positions()
         self._padding = self._count_padding()
@@ -80,7 +83,7 @@ class Rows:
         if self._snapshot is not None and len(going) > 1:
             raise RuntimeError("recurrent states are kept for all rows at once: rows go in step")
         if self._snapshot is None:
-            keep_paths(self.cache, [walked.path for walked in walks], num_slots)
+            self.slots.keep_paths([walked.path for walked in walks], num_slots)
         elif min(lengths) == num_slots:
             self._snapshot, self.num_replayed = Snapshot(self.cache), 0
         else:
@@ -137,7 +140,7 @@ class Rows:
         """Drop slots that have a meaning in no row."""
         if num_slots == 0 or not self.may_move:
             return
-        move_left(self.cache, num_slots)
+        self.slots.move_left(num_slots)
         self.input_ids = self.input_ids[:, num_slots:]
         self.model_kwargs["attention_mask"] = self.model_kwargs["attention_mask"][:, num_slots:]
         self._padding = [padding - num_slots for padding in self._padding]
@@ -145,7 +148,7 @@ class Rows:
     def keep(self, kept: Sequence[int]) -> None:
         """Keep these rows only, by their place among the present ones."""
         index = torch.tensor(kept)
-        select_rows(self.cache, kept)
+        self.slots.keep_rows(kept)
         if self._snapshot is not None:
             self._snapshot.keep(kept)
         self.numbers = [self.numbers[place] for place in kept]

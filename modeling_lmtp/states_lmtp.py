@@ -78,7 +78,7 @@ def _all_layers(backbone: PreTrainedModel, states: list[torch.Tensor]) -> Iterat
         return args, {**kwargs, "output_hidden_states": True}
 
     def collect(module: Any, args: tuple[Any, ...], outputs: Any) -> Any:
-        states[-1] = _join(module, outputs.hidden_states, states[-1])
+        states[-1] = join_states(module, outputs.hidden_states, states[-1])
         if asked.pop():
             return outputs
         kept = {name: value for name, value in outputs.items() if name != "hidden_states"}
@@ -95,7 +95,7 @@ def _all_layers(backbone: PreTrainedModel, states: list[torch.Tensor]) -> Iterat
             handle.remove()
 
 
-def _join(
+def join_states(
     backbone: PreTrainedModel, layers: tuple[torch.Tensor, ...], last: torch.Tensor
 ) -> torch.Tensor:
     """Join the layers' states of the tokens whose `last` state, `(B, L, H)`, the unembedding reads."""

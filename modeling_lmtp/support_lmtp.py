@@ -12,12 +12,13 @@ from enum import Enum
 from typing import Any
 
 import torch
-from transformers import DynamicCache, PreTrainedModel
+from transformers import Cache, DynamicCache, PreTrainedModel, StaticCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from transformers.utils import logging
 
 from .drafting_lmtp import Candidates
 from .rows_lmtp import Rows
+from .static_lmtp import StaticVerifier
 from .tree_lmtp import DraftTree
 from .verification_lmtp import Verifier
 from .walking_lmtp import Walk
@@ -65,13 +66,18 @@ _known: "weakref.WeakKeyDictionary[PreTrainedModel, dict[Any, Support]]" = (
 )
 
 
-def decoding_support(backbone: PreTrainedModel) -> Support:
-    """Return what `backbone` can verify; tried once per model, attention, dtype and device."""
+def decoding_support(backbone: PreTrainedModel, static: bool = False) -> Support:
+    """Return what `backbone` can verify; tried once per model, attention, dtype and device.
+
+    Args:
+        backbone: the model.
+        static: over a static cache, where it is a tree or nothing.
+    """
     known = _known.setdefault(backbone, {})
     attention = backbone.config._attn_implementation
-    key = (attention, backbone.dtype, _precision(backbone), backbone.device)
+    key = (attention, backbone.dtype, _precision(backbone), backbone.device, static)
     if key not in known:
-        known[key] = _try_tiers(backbone)
+        known[key] = _try_static(backbone) if static else _try_tiers(backbone)
     return known[key]
 
 
@@ -96,6 +102,16 @@ def _try_tiers(backbone: PreTrainedModel) -> Support:
     return Support(Tier.REFUSED, no_chain)
 
 
+@torch.no_grad()
+def _try_static(backbone: PreTrainedModel) -> Support:
+    support = decoding_support(backbone)
+    if support.tier is not Tier.TREE:
+        return Support(Tier.REFUSED, support.reason)
+    paths: list[tuple[int, ...]] = [(0, 2, 3), (0, 1)] if support.ragged else [(0, 2, 3)]
+    reason = _why_not(backbone, [TREE] * len(paths), paths, static=True)
+    return Support(Tier.REFUSED, reason) if reason else support
+
+
 def _takes_ragged(backbone: PreTrainedModel, tree: DraftTree, paths: list[tuple[int, ...]]) -> bool:
     """Whether rows that accept different paths come out right, within a window and beyond it."""
     trees = [tree] * len(paths)
@@ -107,10 +123,11 @@ def _why_not(
     trees: list[DraftTree],
     paths: list[tuple[int, ...]],
     within: bool = False,
+    static: bool = False,
 ) -> str:
     """Say why the model does not take such drafts exactly, one per row; nothing if it does."""
     try:
-        return _why_inexact(backbone, trees, paths, within)
+        return _why_inexact(backbone, trees, paths, within, static)
     except Exception as error:  # whatever it is that this model or its cache cannot do
         logger.info(f"{type(backbone).__name__} cannot verify {trees}: {error!r}")
         return (str(error).strip().splitlines() or [repr(error)])[0][:200]
@@ -150,8 +167,11 @@ def _forward_parameters(backbone: PreTrainedModel) -> Collection[str]:
     return inspect.signature(getattr(backbone, "_orig_mod", backbone).forward).parameters
 
 
-def _new_cache(backbone: PreTrainedModel) -> DynamicCache:
-    return DynamicCache(config=backbone.config.get_text_config(decoder=True))
+def _new_cache(backbone: PreTrainedModel, static_length: int | None = None) -> Cache:
+    config = backbone.config.get_text_config(decoder=True)
+    if static_length is not None:
+        return StaticCache(config=config, max_cache_len=static_length)
+    return DynamicCache(config=config)
 
 
 def _windows(backbone: PreTrainedModel) -> list[int]:
@@ -169,6 +189,7 @@ def _why_inexact(
     trees: list[DraftTree],
     paths: list[tuple[int, ...]],
     within: bool = False,
+    static: bool = False,
 ) -> str:
     """Compare verified paths, and what follows them, with rejected candidates changed and with none.
 
@@ -180,8 +201,8 @@ def _why_inexact(
     numbers = torch.arange(length + max(len(path) for path in paths) + 1, device=backbone.device)
     tokens = torch.stack([(numbers * 7 + 5 * row) % vocab_size for row in range(len(trees))])
 
-    logits = _verified_logits(backbone, trees, paths, tokens, rejected=1)
-    others = _verified_logits(backbone, trees, paths, tokens, rejected=2 % vocab_size)
+    logits = _verified_logits(backbone, trees, paths, tokens, static, rejected=1)
+    others = _verified_logits(backbone, trees, paths, tokens, static, rejected=2 % vocab_size)
     precision = _precision(backbone)
     trace_tolerance = TRACE_TOLERANCE.get(precision, LOW_PRECISION_TRACE_TOLERANCE)
     plain_tolerance = PLAIN_TOLERANCE.get(precision, LOW_PRECISION_PLAIN_TOLERANCE)
@@ -201,6 +222,7 @@ def _verified_logits(
     trees: list[DraftTree],
     paths: list[tuple[int, ...]],
     tokens: torch.Tensor,
+    static: bool,
     rejected: int,
 ) -> list[torch.Tensor]:
     """Verify trees with the tokens of the paths and `rejected` elsewhere, keep the paths, go on.
@@ -214,17 +236,21 @@ def _verified_logits(
     longest = max(len(path) for path in paths)
     prompts = tokens[:, : -longest - 1]
     length = prompts.shape[1]
-    node_ids = torch.full((len(trees), 1 + trees[0].num_nodes), rejected, device=tokens.device)
+    num_nodes = trees[0].num_nodes
+    node_ids = torch.full((len(trees), 1 + num_nodes), rejected, device=tokens.device)
     for row, path in enumerate(paths):
         node_ids[row, list(path)] = tokens[row, length : length + len(path)]
     candidates = Candidates(tuple(trees), node_ids[:, 1:])
-    model_kwargs: dict[str, Any] = {"past_key_values": _new_cache(backbone), "use_cache": True}
+    cache = _new_cache(backbone, tokens.shape[1] + num_nodes if static else None)
+    model_kwargs: dict[str, Any] = {"past_key_values": cache, "use_cache": True}
     backbone(input_ids=prompts, **model_kwargs)
     if "position_ids" in _forward_parameters(backbone):
         model_kwargs["position_ids"] = torch.arange(length, device=tokens.device)[None]
 
     no_states = torch.zeros((len(trees), 1, 1), device=tokens.device)
-    rows, verifier = Rows(prompts, no_states, 1, model_kwargs), Verifier(backbone)
+    verifier = StaticVerifier(backbone, num_nodes) if static else Verifier(backbone)
+    slots = verifier.slots(model_kwargs, len(trees))
+    rows = Rows(prompts, no_states, 1, model_kwargs, slots=slots)
     rows.commit([Walk(tokens=[int(root)]) for root in tokens[:, length]], 1)
     on_paths = verifier.verify(rows.input_ids, candidates, rows.model_kwargs).logits
     rows.new_states = no_states.expand(-1, 1 + candidates.num_nodes, 1)
@@ -237,4 +263,6 @@ def _verified_logits(
     )
     none = Candidates.none(rows.input_ids)
     after = verifier.verify(rows.input_ids, none, rows.model_kwargs, rows.num_replayed).logits
-    return [torch.cat([on_paths[row, list(path)], after[row]]) for row, path in enumerate(paths)]
+    return [
+        torch.cat([on_paths[row, list(path)], after[row, :1]]) for row, path in enumerate(paths)
+    ]

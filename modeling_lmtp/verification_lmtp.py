@@ -10,6 +10,8 @@ from torch.nn.functional import pad
 from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
+from .cache_lmtp import CacheSlots
+from .compiled_lmtp import CompiledPass
 from .drafting_lmtp import Candidates
 from .masks_lmtp import TreeMasks
 from .tree_lmtp import DraftTree
@@ -33,8 +35,17 @@ class Verifier:
     def __init__(self, backbone: PreTrainedModel, takes_trees: bool = True) -> None:
         self.backbone = backbone
         self.takes_trees = takes_trees
+        self.compiled: CompiledPass | None = None
         self._masks = TreeMasks(backbone)
         self._kept: tuple[tuple[DraftTree, ...], _Arrangement] | None = None
+
+    def slots(self, model_kwargs: dict[str, Any], num_rows: int) -> CacheSlots:
+        """Return what keeps the cache of a batch whose prompts have been run."""
+        return CacheSlots(model_kwargs["past_key_values"])
+
+    def of_rows(self, states: torch.Tensor) -> torch.Tensor:
+        """Pick from what a pass collected, `(…, Q, H)`, the rows that were to be verified."""
+        return states
 
     def verify(
         self,

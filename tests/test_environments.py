@@ -39,7 +39,7 @@ def test_a_cache_may_be_offloaded(architecture, inputs):
 
 
 @pytest.mark.parametrize("cache", ["static", "sliding_window", "hybrid_chunked"])
-def test_a_cache_of_fixed_size_is_refused(cache):
+def test_a_cache_of_fixed_size_is_refused_where_it_holds_windows(cache):
     model = wrapped("mistral")
     generate(model, cache_implementation="static", disable_compile=True)
     with pytest.raises(ValueError, match="use_lmtp=True does not support static caches"):

@@ -7,7 +7,7 @@ import re
 import pytest
 import torch
 from architectures import tiny_causal_lm
-from transformers import QuantizedCache, StaticCache
+from transformers import QuantizedCache
 
 from modeling_lmtp import LMTPForCausalLM
 from modeling_lmtp.drafting_lmtp import Candidates, Drafter
@@ -33,10 +33,6 @@ REFUSED = {
     "custom generate": (
         {"custom_generate": "owner/repository"},
         "cannot be combined with ['custom_generate']",
-    ),
-    "static cache": (
-        {"cache_implementation": "static"},
-        "use_lmtp=True does not support static caches",
     ),
     "no cache": ({"use_cache": False}, "use_lmtp=True needs a key-value cache that can be rolled"),
     "embeddings": (
@@ -90,12 +86,6 @@ def test_what_is_not_supported_is_refused_before_any_work(model, options, messag
     finally:
         handle.remove()
     assert not calls
-
-
-def test_a_static_cache_passed_in_is_refused(model):
-    cache = StaticCache(config=model.backbone.config, max_cache_len=32)
-    with pytest.raises(ValueError, match="does not support static caches: they cannot be rolled"):
-        model.generate(PROMPT, past_key_values=cache, max_new_tokens=4, use_lmtp=True)
 
 
 class QuantizedLayerLike:

@@ -1,0 +1,421 @@
+"""Static caches: the same texts from passes that all have the same shapes, so that they can be compiled."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+
+import pytest
+import torch
+from batches import (
+    GREEDY,
+    LENGTH,
+    NEW_TOKENS,
+    NUM_ROWS,
+    OwnProcessor,
+    assert_same_states,
+    assert_same_steps,
+    generate,
+    leap,
+    padded,
+    plain_texts,
+    tokens_that_end,
+    wrapped,
+)
+from drafters import RULES, TREE, Oracle, always, sometimes
+from test_strategies import wrapped as of_twelve_tokens
+from tiny import tiny_llama
+from transformers import CompileConfig, LogitsProcessorList, StaticCache
+
+from modeling_lmtp import LMTPForCausalLM
+from modeling_lmtp.static_lmtp import StaticSlots
+from modeling_lmtp.tree_lmtp import DraftTree
+
+STATIC = {"cache_implementation": "static"}
+PROMPT = torch.tensor([[3, 1, 5, 9, 4, 3, 1, 5]])
+INPUTS = {
+    "one": {"input_ids": PROMPT, "attention_mask": torch.ones_like(PROMPT)},
+    "batch": {
+        "input_ids": torch.tensor([[0, 0, 3, 7, 5], [8, 1, 8, 1, 8], [0, 0, 0, 0, 6]]),
+        "attention_mask": torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1], [0, 0, 0, 0, 1]]),
+    },
+}
+DRAFTS = {
+    "chain": {},
+    "tree": {"draft_tree": [(0,), (1,), (2,), (0, 0), (0, 1), (1, 0), (0, 0, 0)]},
+    "dynamic tree": {"draft_nodes": 9},
+    "lookup and chain": {"prompt_lookup_num_tokens": 5},
+    "lookup and dynamic tree": {"prompt_lookup_num_tokens": 5, "draft_nodes": 9},
+    "forward": {"forward_decoding": True},
+}
+CHOICES = {"greedy": {"do_sample": False}, "sampled": {"do_sample": True, "top_k": 5}}
+
+
+@functools.cache
+def twelve(architecture: str, context: int | str = 0) -> LMTPForCausalLM:
+    """Return a model over twelve tokens, whose heads are right now and then; leave it as it is."""
+    return of_twelve_tokens(architecture, head_context=context)
+
+
+class Passes:
+    """Notes the shapes of all that a backbone is given after the prefill."""
+
+    def __init__(self, backbone: torch.nn.Module) -> None:
+        self.backbone = backbone
+        self.shapes: list[dict[str, tuple[int, ...]]] = []
+        self.places: list[int] = []
+
+    def __enter__(self) -> Passes:
+        self.handle = self.backbone.register_forward_pre_hook(self._note, with_kwargs=True)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.handle.remove()
+        del self.shapes[0], self.places[0]
+
+    def _note(self, module, args, kwargs) -> None:
+        cache = kwargs["past_key_values"].layers[0]
+        tensors = {name: value for name, value in kwargs.items() if torch.is_tensor(value)}
+        if cache.is_initialized:
+            tensors["keys"] = cache.keys
+            self.places.append(cache.keys.data_ptr())
+        else:
+            self.places.append(0)
+        self.shapes.append({name: tuple(value.shape) for name, value in tensors.items()})
+
+
+# Texts
+
+
+@pytest.mark.parametrize("inputs", INPUTS.values(), ids=INPUTS.keys())
+@pytest.mark.parametrize("draft", DRAFTS.values(), ids=DRAFTS.keys())
+@pytest.mark.parametrize("choice", CHOICES.values(), ids=CHOICES.keys())
+@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
+def test_texts_are_those_of_a_dynamic_cache(architecture, choice, draft, inputs):
+    model, options = twelve(architecture), {**choice, **draft, "max_new_tokens": 20}
+    dynamic = generate(model, inputs, use_lmtp=True, **options)
+    static = generate(model, inputs, use_lmtp=True, **STATIC, **options)
+    assert static.sequences.tolist() == dynamic.sequences.tolist()
+    assert static.acceptance_lengths == dynamic.acceptance_lengths
+    if len(inputs["input_ids"]) == 1 or not choice["do_sample"]:
+        plain = generate(model.backbone, inputs, **choice, max_new_tokens=20)
+        assert static.sequences.tolist() == plain.sequences.tolist()
+
+
+@pytest.mark.parametrize("context", [2, "path"])
+@pytest.mark.parametrize("draft", ["tree", "dynamic tree"])
+def test_heads_that_see_tokens_draft_as_with_a_dynamic_cache(context, draft):
+    options = {**DRAFTS[draft], "use_lmtp": True, "max_new_tokens": 20, "do_sample": False}
+    model = twelve("llama", context)
+    dynamic = generate(model, INPUTS["batch"], **options)
+    static = generate(model, INPUTS["batch"], **options, **STATIC)
+    assert static.sequences.tolist() == dynamic.sequences.tolist()
+    assert static.acceptance_lengths == dynamic.acceptance_lengths
+
+
+@pytest.mark.parametrize("right", RULES.values(), ids=RULES.keys())
+@pytest.mark.parametrize("architecture", ["llama", "mixtral", "deepseek_v3"])
+def test_rows_go_as_far_as_they_do_with_a_dynamic_cache(architecture, right):
+    texts = plain_texts(architecture)
+    dynamic = leap(wrapped(architecture), texts, right=right, **GREEDY)
+    static = leap(wrapped(architecture), texts, right=right, **GREEDY, **STATIC)
+    assert static.sequences.tolist() == texts.tolist()
+    assert static.acceptance_lengths == dynamic.acceptance_lengths
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_any_attention_that_takes_a_mask_will_do(attention):
+    backbone = tiny_llama(vocab_size=96, attn_implementation=attention)
+    model = LMTPForCausalLM.from_backbone(backbone, leap_offsets=(2, 3, 5)).eval()
+    texts = generate(backbone, **GREEDY).sequences
+    assert leap(model, texts, **GREEDY, **STATIC).sequences.tolist() == texts.tolist()
+
+
+def test_rows_may_have_to_go_in_step():
+    model = wrapped("llama")
+    options = {**GREEDY, "logits_processor": LogitsProcessorList([OwnProcessor()])}
+    texts = generate(model.backbone, **options).sequences
+    output = leap(model, texts, **options, **STATIC)
+    assert output.sequences.tolist() == texts.tolist()
+    assert max(itertools.chain(*output.acceptance_lengths)) > 1
+
+
+# Shapes
+
+
+@pytest.mark.parametrize("draft", DRAFTS.values(), ids=DRAFTS.keys())
+@pytest.mark.parametrize("inputs", INPUTS.values(), ids=INPUTS.keys())
+def test_all_passes_have_the_same_shapes(draft, inputs):
+    model = twelve("llama")
+    end = {"eos_token_id": [2, 7]}  # rows end at different times
+    options = {**draft, **end, "do_sample": False, "max_new_tokens": 20, "use_lmtp": True}
+    generate(model, inputs, **options, **STATIC)
+    with Passes(model.backbone) as passes:
+        generate(model, inputs, return_dict_in_generate=False, **options, **STATIC)
+    assert len(passes.shapes) > 1
+    assert all(shapes == passes.shapes[0] for shapes in passes.shapes)
+    assert len(set(passes.places)) == 1
+    rows, nodes = passes.shapes[0]["input_ids"]
+    capacity = passes.shapes[0]["keys"][2]
+    assert rows == len(inputs["input_ids"])
+    assert passes.shapes[0]["position_ids"] == (rows, nodes)
+    assert passes.shapes[0]["attention_mask"] == (rows, 1, nodes, capacity)
+
+
+def test_a_pass_is_as_wide_as_the_largest_draft():
+    model = twelve("llama")
+    widths = {}
+    for name, draft in DRAFTS.items():
+        with Passes(model.backbone) as passes:
+            generate(model, INPUTS["one"], use_lmtp=True, **GREEDY, **draft, **STATIC)
+        widths[name] = passes.shapes[0]["input_ids"][1]
+    assert widths == {
+        "chain": 5,
+        "tree": 8,
+        "dynamic tree": 10,
+        "lookup and chain": 10,
+        "lookup and dynamic tree": 15,
+        "forward": 5,
+    }
+
+
+def test_a_drafter_of_ones_own_may_not_exceed_what_it_said():
+    texts = plain_texts("llama")
+    drafter = Oracle(texts, TREE, always)
+    drafter.max_nodes = 3
+    with pytest.raises(ValueError, match="proposed 13 candidates, but its max_nodes is 3"):
+        generate(wrapped("llama"), use_lmtp=True, drafter=drafter, **GREEDY, **STATIC)
+
+
+def test_slots_are_copied_to_the_end_of_their_row():
+    cache = StaticCache(tiny_llama().config, max_cache_len=12)
+    numbers = torch.arange(12.0)[None, None, :, None]
+    states = numbers + torch.tensor([0.0, 100.0])[:, None, None, None]
+    for layer in range(2):
+        cache.update(states[:, :, :4], -states[:, :, :4], layer)
+    slots = StaticSlots(cache, 2, num_nodes=4, attention_mask=None)
+    slots.keep_paths([[0], [0]], 1)
+    for paths in ([[0, 2, 3], [0]], [[0], [0, 3]]):
+        for layer in range(2):
+            new = states[:, :, slots.start : slots.start + 4]
+            cache.update(new, -new, layer)
+        slots.keep_paths(paths, 4)
+    for layer in cache.layers:
+        assert layer.keys[0, 0, : slots.lengths[0], 0].tolist() == [0, 1, 2, 3, 4, 6, 7, 7]
+        assert layer.keys[1, 0, : slots.lengths[1], 0].tolist() == [
+            100 + n for n in (0, 1, 2, 3, 4, 7, 10)
+        ]
+        assert torch.equal(layer.values, -layer.keys)
+        assert int(layer.cumulative_length) == slots.start == 8
+
+
+# Compiled code
+
+COMPILE = {"backend": "eager", "mode": None, "dynamic": False, "fullgraph": True}
+
+
+def compile_config(**settings) -> CompileConfig:
+    """Return how to compile, on a CPU as well."""
+    config = CompileConfig(**{**COMPILE, **settings})
+    config._compile_all_devices = True
+    return config
+
+
+@pytest.fixture
+def compiler():
+    """Start without compiled code, and leave none."""
+    torch.compiler.reset()
+    torch._dynamo.utils.counters.clear()
+    yield torch._dynamo.utils.counters["stats"]
+    torch.compiler.reset()
+
+
+@pytest.mark.parametrize("inputs", INPUTS.values(), ids=INPUTS.keys())
+@pytest.mark.parametrize("draft", ["chain", "lookup and dynamic tree"])
+def test_a_pass_is_compiled_once(compiler, draft, inputs):
+    model = twelve("llama")
+    options = {**DRAFTS[draft], **STATIC, "do_sample": False, "max_new_tokens": 20}
+    options["eos_token_id"] = [2, 7]
+    expected = generate(model, inputs, use_lmtp=True, disable_compile=True, **options)
+    assert not compiler
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for _ in range(2):
+            output = generate(
+                model, inputs, use_lmtp=True, compile_config=compile_config(), **options
+            )
+            assert output.sequences.tolist() == expected.sequences.tolist()
+            assert output.acceptance_lengths == expected.acceptance_lengths
+            assert compiler["unique_graphs"] == 1
+
+
+@pytest.mark.parametrize("head_input", ["last", "weighted"])
+def test_compiled_code_returns_the_states_that_heads_read(compiler, head_input):
+    class Noting(Oracle):
+        def draft(self, input_ids, hidden_states, max_depth):
+            self.noted = [*getattr(self, "noted", []), hidden_states]
+            return super().draft(input_ids, hidden_states, max_depth)
+
+    model = LMTPForCausalLM.from_backbone(
+        tiny_llama(vocab_size=96), leap_offsets=(2, 3), head_input=head_input
+    ).eval()
+    texts, noted = generate(model.backbone, **GREEDY).sequences, []
+    for options in ({}, {**STATIC, "compile_config": compile_config()}):
+        drafter = Noting(texts, TREE, sometimes)
+        output = generate(model, use_lmtp=True, drafter=drafter, **GREEDY, **options)
+        assert output.sequences.tolist() == texts.tolist()
+        noted.append(drafter.noted)
+    for own, expected in zip(*noted, strict=True):
+        torch.testing.assert_close(own, expected, rtol=1e-4, atol=1e-4)
+    assert compiler["unique_graphs"] == 1
+
+
+def test_plain_decoding_and_this_one_compile_apart(compiler):
+    model, options = twelve("llama"), {**STATIC, "do_sample": False, "max_new_tokens": 12}
+    config = compile_config()
+    expected = generate(model.backbone, INPUTS["one"], **options).sequences.tolist()
+    for use_lmtp in (False, True, False, True):
+        output = generate(model, INPUTS["one"], use_lmtp=use_lmtp, compile_config=config, **options)
+        assert output.sequences.tolist() == expected
+
+
+def test_a_prefill_in_chunks_is_not_compiled(compiler):
+    model = twelve("llama")
+    options = {**STATIC, "do_sample": False, "max_new_tokens": 12, "prefill_chunk_size": 3}
+    expected = generate(model.backbone, INPUTS["one"], disable_compile=True, **options)
+    for _ in range(2):
+        output = generate(
+            model, INPUTS["one"], use_lmtp=True, compile_config=compile_config(), **options
+        )
+        assert output.sequences.tolist() == expected.sequences.tolist()
+    assert compiler["unique_graphs"] == 1
+
+
+# What goes back to the caller
+
+
+@pytest.mark.parametrize("num_rows", [1, NUM_ROWS])
+def test_a_cache_goes_back_as_plain_decoding_leaves_it(num_rows):
+    model = wrapped("llama")
+    inputs = {name: tensor[:num_rows] for name, tensor in padded().items()}
+    endless = plain_texts("llama")[:num_rows, LENGTH:]
+    ends = tokens_that_end(endless, [(row, 6 + 5 * row) for row in range(num_rows)])
+    options = {**GREEDY, **STATIC, "eos_token_id": ends}
+    plain = generate(model.backbone, inputs, **options)
+    output = leap(model, plain_texts("llama")[:num_rows], inputs=inputs, **options)
+    assert output.sequences.tolist() == plain.sequences.tolist()
+    length = int(plain.past_key_values.get_seq_length())
+    assert int(output.past_key_values.get_seq_length()) == length == plain.sequences.shape[1] - 1
+    seen = inputs["attention_mask"][:, None, :, None].bool()
+    seen = torch.nn.functional.pad(seen, (0, 0, 0, length - seen.shape[2]), value=True)
+    for own, expected in zip(
+        output.past_key_values.layers, plain.past_key_values.layers, strict=True
+    ):
+        assert type(own) is type(expected)
+        for name in ("keys", "values"):
+            states, others = (getattr(layer, name)[:, :, :length] for layer in (own, expected))
+            torch.testing.assert_close(states * seen, others * seen, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("num_rows", [1, NUM_ROWS])
+def test_a_text_goes_on_from_a_cache_of_ones_own(num_rows):
+    model, first = wrapped("llama"), 9
+    inputs = {name: tensor[:num_rows] for name, tensor in padded().items()}
+    texts = plain_texts("llama")[:num_rows]
+    cache = StaticCache(model.backbone.config, max_cache_len=LENGTH + NEW_TOKENS + TREE.num_nodes)
+    for new_tokens in (first, NEW_TOKENS - first):
+        drafter = Oracle(texts, TREE, sometimes)
+        drafter.max_nodes = TREE.num_nodes
+        options = {**GREEDY, "max_new_tokens": new_tokens}
+        output = generate(
+            model, inputs, use_lmtp=True, drafter=drafter, past_key_values=cache, **options
+        )
+        assert output.past_key_values is cache
+        ones = inputs["attention_mask"].new_ones((num_rows, new_tokens))
+        mask = torch.cat([inputs["attention_mask"], ones], dim=-1)
+        inputs = {"input_ids": output.sequences, "attention_mask": mask}
+    assert output.sequences.tolist() == texts.tolist()
+
+
+def test_states_scores_and_logits_are_those_of_a_dynamic_cache():
+    model, texts = wrapped("llama"), plain_texts("llama")
+    ends = tokens_that_end(texts[:, LENGTH:], [(row, 6 + 5 * row) for row in range(NUM_ROWS)])
+    options = {**GREEDY, "eos_token_id": ends, "output_hidden_states": True}
+    options |= {"output_scores": True, "output_logits": True}
+    dynamic = leap(model, texts, **options)
+    static = leap(model, texts, **options, **STATIC)
+    lengths = [1 + sum(row) for row in dynamic.acceptance_lengths]
+    assert_same_steps(static.scores, dynamic.scores, lengths)
+    assert_same_steps(static.logits, dynamic.logits, lengths)
+    assert_same_states(static.hidden_states, dynamic.hidden_states, lengths)
+
+
+# Refusals
+
+
+@pytest.mark.parametrize("by", ["name", "cache"])
+@pytest.mark.parametrize(
+    ("architecture", "message"),
+    [
+        ("mistral", "with layers of the kind StaticSlidingWindowLayer: they cannot be rolled back"),
+        ("lfm2", "with layers of the kind LinearAttentionLayer: they cannot be rolled back"),
+        ("bloom", r"with BloomForCausalLM \(no trees: its forward takes no position_ids\)"),
+    ],
+)
+def test_static_caches_that_cannot_be_rolled_back_are_refused(architecture, message, by):
+    model = wrapped(architecture)
+    given = dict(STATIC)
+    if by == "cache":
+        config = model.backbone.config.get_text_config()
+        given = {"past_key_values": StaticCache(config, max_cache_len=64)}
+    calls = []
+    handle = model.backbone.register_forward_pre_hook(lambda *_: calls.append(None))
+    try:
+        with pytest.raises(ValueError, match=f"does not support static caches {message}"):
+            generate(model, use_lmtp=True, **GREEDY, **given)
+    finally:
+        handle.remove()
+    assert not calls
+
+
+def test_what_cannot_be_laid_out_as_plain_decoding_does_is_refused():
+    model = wrapped("llama")
+    with pytest.raises(ValueError, match="does not support output_attentions=True with a static"):
+        generate(model, use_lmtp=True, output_attentions=True, **GREEDY, **STATIC)
+    offloaded = StaticCache(model.backbone.config, max_cache_len=99)
+    offloaded.offloading = True
+    with pytest.raises(ValueError, match="does not support static caches that are offloaded"):
+        generate(model, use_lmtp=True, past_key_values=offloaded, **GREEDY)
+
+
+def test_a_given_cache_needs_room_for_the_text_and_a_draft():
+    model, needed = wrapped("llama"), LENGTH + NEW_TOKENS + 4
+    plain = generate(model.backbone, **GREEDY).sequences
+    for length in (LENGTH + NEW_TOKENS, needed - 1):
+        cache = StaticCache(model.backbone.config, max_cache_len=length)
+        message = rf"static cache of {length} slots, and use_lmtp=True needs {needed} here"
+        with pytest.raises(ValueError, match=message):
+            generate(model, use_lmtp=True, past_key_values=cache, **GREEDY)
+    cache = StaticCache(model.backbone.config, max_cache_len=needed)
+    output = generate(model, use_lmtp=True, past_key_values=cache, **GREEDY)
+    assert output.sequences.tolist() == plain.tolist()
+
+
+@pytest.mark.parametrize("right", RULES.values(), ids=RULES.keys())
+def test_the_room_that_is_asked_for_is_enough(right):
+    texts = plain_texts("llama")
+    chain = DraftTree.chain(6)
+    drafter = Oracle(texts, chain, right)
+    drafter.max_nodes = chain.num_nodes
+    cache = StaticCache(wrapped("llama").backbone.config, max_cache_len=LENGTH + NEW_TOKENS + 6)
+    output = generate(
+        wrapped("llama"), use_lmtp=True, drafter=drafter, past_key_values=cache, **GREEDY
+    )
+    assert output.sequences.tolist() == texts.tolist()
+
+
+def test_settings_that_draft_nothing_decode_plainly():
+    model = twelve("llama")
+    options = {"do_sample": False, "max_new_tokens": 12, **STATIC}
+    plain = generate(model.backbone, INPUTS["one"], **options).sequences
+    output = generate(model, INPUTS["one"], use_lmtp=True, draft_length=0, **options)
+    assert output.sequences.tolist() == plain.tolist()
