@@ -4,8 +4,10 @@
 plain pass gives logits, as in evaluation; beside it stands one that gives the last states alone.
 
 *memory*: the joint loss with 6 heads over that of next-token prediction alone, length 1,024 (goal: at
-most 1.2), with LoRA and with all weights training. Counted as in `training_scaling`: the most bytes that
-tensors made during loss and gradients hold at one moment.
+most 1.2), with LoRA and with all weights training. In both, next-token prediction is the backbone's own
+loss, which Transformers computes from whole logits; beside them stands one in chunks, as the heads' is.
+Counted as in `training_scaling`: the most bytes that tensors made during loss and gradients hold at one
+moment.
 
 Weights are random: neither depends on them.
 
@@ -22,10 +24,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from training_scaling import MEGABYTE, PeakBytes
+from peak_bytes import MEGABYTE, PeakBytes
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from modeling_lmtp import LMTPForCausalLM
+from modeling_lmtp.chunked_lmtp import sum_of_means, token_cross_entropy
 from modeling_lmtp.training.adapters import add_adapters
 from modeling_lmtp.training.objective import HeadObjective
 from modeling_lmtp.training.saving import versions
@@ -44,6 +47,8 @@ TIMED_HEADS, COUNTED_HEADS = 3, 6
 LENGTH = 1024
 DRAFT_VOCABULARY = 8192
 REPEATS = 5
+
+Loss = Callable[[Any, torch.Tensor], torch.Tensor]  # of a model and tokens `(1, L)`, a scalar
 
 
 def build(num_heads: int, layers: int, **options: Any) -> LMTPForCausalLM:
@@ -114,28 +119,48 @@ def measure_time(length: int, layers: int) -> dict[str, Any]:
     }
 
 
-def peak_of_loss(num_heads: int, length: int, layers: int, *, lora: bool) -> int:
-    """Return the peak bytes of one joint loss and its gradients."""
+def own_loss(model: Any, input_ids: torch.Tensor) -> torch.Tensor:
+    """Return the model's loss: the backbone's, and the heads' if it has any."""
+    return model(input_ids=input_ids, labels=input_ids, use_cache=False).loss
+
+
+def chunked_next_token_loss(model: Any, input_ids: torch.Tensor) -> torch.Tensor:
+    """Return the loss of next-token prediction in chunks, without whole logits."""
+    with model.head_states(num_logits=1) as states:
+        model.backbone(input_ids, use_cache=False)
+    unembedding = model.get_output_embeddings()
+    loss, _ = sum_of_means([token_cross_entropy(unembedding, states[-1][0, :-1], input_ids[0, 1:])])
+    return loss
+
+
+def peak_of(loss_of: Loss, num_heads: int, length: int, layers: int, *, lora: bool) -> int:
+    """Return the peak bytes of a loss and its gradients."""
     model: Any = build(num_heads, layers, train_backbone=True).train()
     if lora:
         model = add_adapters(model).train()
     input_ids = tokens(length, SMOLLM2["vocab_size"])
     with PeakBytes() as counted:
-        model(input_ids=input_ids, labels=input_ids, use_cache=False).loss.backward()
+        loss_of(model, input_ids).backward()
     return counted.peak
 
 
 def measure_memory(length: int, layers: int) -> dict[str, Any]:
     """Count the joint loss with heads, and that of next-token prediction alone."""
     measured: dict[str, Any] = {"heads": COUNTED_HEADS}
+    runs: dict[str, tuple[Loss, int]] = {
+        "ntp": (own_loss, 0),
+        "ntp_in_chunks": (chunked_next_token_loss, 0),
+        "joint": (own_loss, COUNTED_HEADS),
+    }
     for name, lora in (("lora", True), ("all_weights", False)):
-        alone, joint = (
-            peak_of_loss(heads, length, layers, lora=lora) for heads in (0, COUNTED_HEADS)
-        )
+        peaks = {
+            run: peak_of(loss_of, heads, length, layers, lora=lora)
+            for run, (loss_of, heads) in runs.items()
+        }
         measured[name] = {
-            "ntp_peak_mb": round(alone / MEGABYTE, 1),
-            "joint_peak_mb": round(joint / MEGABYTE, 1),
-            "ratio": round(joint / alone, 3),
+            "peak_mb": {run: round(peak / MEGABYTE, 1) for run, peak in peaks.items()},
+            "joint_over_ntp": round(peaks["joint"] / peaks["ntp"], 3),
+            "joint_over_ntp_in_chunks": round(peaks["joint"] / peaks["ntp_in_chunks"], 3),
         }
     return measured
 

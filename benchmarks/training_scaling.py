@@ -13,15 +13,13 @@ import json
 import os
 import statistics
 import time
-import weakref
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from peak_bytes import MEGABYTE, PeakBytes
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from modeling_lmtp import LMTPForCausalLM
@@ -33,7 +31,6 @@ NOTE = Path(__file__).parent / "training_scaling.md"
 MARKER = "<!-- tables: written by training_scaling.py -->"
 BATCH_SIZE = 1
 STEPS = 3
-MEGABYTE = 1e6
 
 
 @dataclass(frozen=True)
@@ -64,45 +61,6 @@ VARIED: dict[str, list[Setup]] = {
     "share_lm_head": [BASE, replace(BASE, share_lm_head=False)],
     "distillation_weight": [BASE, replace(BASE, distillation_weight=0.5)],
 }
-
-
-class PeakBytes(TorchDispatchMode):
-    """Counts the bytes of the tensors made inside that are alive, and their peak."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.alive: dict[int, int] = {}
-        self.now = self.peak = 0
-
-    def __torch_dispatch__(
-        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
-        """Run one operation and count what it has made."""
-        known = {self._key(leaf) for leaf in tree_leaves((args, kwargs)) if _is_tensor(leaf)}
-        output = function(*args, **(kwargs or {}))
-        for leaf in tree_leaves(output):
-            if _is_tensor(leaf) and self._key(leaf) not in known:
-                self._add(leaf.untyped_storage())
-        return output
-
-    @staticmethod
-    def _key(tensor: torch.Tensor) -> int:
-        return tensor.untyped_storage()._cdata
-
-    def _add(self, storage: torch.UntypedStorage) -> None:
-        key = storage._cdata
-        if key not in self.alive:
-            self.alive[key] = storage.nbytes()
-            self.now += storage.nbytes()
-            self.peak = max(self.peak, self.now)
-            weakref.finalize(storage, self._free, key)
-
-    def _free(self, key: int) -> None:
-        self.now -= self.alive.pop(key)
-
-
-def _is_tensor(leaf: Any) -> bool:
-    return isinstance(leaf, torch.Tensor)
 
 
 def build(setup: Setup) -> LMTPForCausalLM:

@@ -1,26 +1,23 @@
-"""Cross-entropy of the leap heads, in chunks, so that no `(length, vocabulary)` tensor is kept.
+"""Cross-entropy of the leap heads: what each learns from a batch, and the sum over all.
 
 Shapes: `B` batch, `L` length, `H` hidden size, `V` vocabulary size, `N` tokens that count, `m`
 leap heads, `c` context width, `E` embedding size.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
-from torch import nn
 
 from .backbone_lmtp import unembedding_size
+from .chunked_lmtp import TokenLoss, sum_of_means, token_cross_entropy
 from .context_lmtp import embed_context, num_visible
 from .leaps_lmtp import drafts
-from .unembeddings_lmtp import HeadUnembedding
 from .vocabulary_lmtp import draft_labels
 
 IGNORE_INDEX = -100
-CHUNK_SIZE = 256  # larger ones are no faster, and slower where they leave the processor's cache
 
-
-# `leap_losses`, or a function with its arguments that returns as many sums and counts
+# `leap_losses`, or a function with its arguments that returns a loss and as many means
 LeapObjective = Callable[..., tuple[torch.Tensor, torch.Tensor]]
 
 
@@ -45,8 +42,9 @@ def leap_losses(
     input_ids: torch.Tensor | None,
     labels: torch.Tensor,
     position_ids: torch.Tensor | None = None,
+    num_items: torch.Tensor | int | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Sum each leap head's cross-entropy at its offset.
+    """Add up the leap heads' cross-entropies, each at its offset.
 
     Args:
         model: the `LMTPForCausalLM`.
@@ -55,17 +53,20 @@ def leap_losses(
         labels: `(B, L)`, not shifted.
         position_ids: `(B, L)`; where they start anew, as in packed sequences, no target is seen from
             before.
+        num_items: what sums over targets are divided by; by default, for each head, the number of its
+            targets.
 
     Returns:
-        The sums `(m,)`, and how many targets each has `(m,)`, at least 1.
+        The sum, a scalar, and each head's mean cross-entropy `(m,)`, detached.
     """
     labels = number_targets(model, labels)
-    totals, counts = [], []
-    for index, unembedding in enumerate(model.draft_unembeddings()):
+
+    def loss_of(index: int, unembedding: Any) -> TokenLoss:
         tokens = head_tokens(model, index, hidden_states, input_ids, labels, position_ids)
-        totals.append(chunked_cross_entropy(unembedding, tokens.features, tokens.targets))
-        counts.append(max(tokens.targets.numel(), 1))
-    return torch.stack(totals), torch.tensor(counts, device=labels.device)
+        return token_cross_entropy(unembedding, tokens.features, tokens.targets)
+
+    losses = (loss_of(*head) for head in enumerate(model.draft_unembeddings()))
+    return sum_of_means(losses, num_items)
 
 
 def check_labels(labels: torch.Tensor, vocab_size: int) -> None:
@@ -155,97 +156,3 @@ def leap_positions(labels: torch.Tensor, offset: int) -> tuple[torch.Tensor, tor
     """
     rows, positions = (labels[:, offset:] != IGNORE_INDEX).nonzero(as_tuple=True)
     return rows, positions
-
-
-def chunked_cross_entropy(
-    unembedding: nn.Module | HeadUnembedding,
-    hidden_states: torch.Tensor,
-    targets: torch.Tensor,
-    chunk_size: int = CHUNK_SIZE,
-) -> torch.Tensor:
-    """Sum `-log softmax(unembedding(h))[target]` over tokens, one chunk's logits at a time.
-
-    Args:
-        unembedding: maps `(n, H)` to logits `(n, V)`.
-        hidden_states: `(N, H)`; `N = 0` is allowed and gives 0, with a gradient of 0.
-        targets: `(N,)`.
-        chunk_size: tokens whose logits exist at a time.
-
-    Returns:
-        The float32 sum, a scalar.
-    """
-
-    def loss_of_chunk(states: torch.Tensor, chunk: slice) -> torch.Tensor:
-        logits = at_least_float32(unembedding(states))
-        return nn.functional.cross_entropy(logits, targets[chunk], reduction="sum")
-
-    return chunked_sum(loss_of_chunk, hidden_states, unembedding.parameters(), chunk_size)
-
-
-def chunked_sum(
-    loss_of_chunk: Callable[[torch.Tensor, slice], torch.Tensor],
-    hidden_states: torch.Tensor,
-    parameters: Iterable[nn.Parameter],
-    chunk_size: int = CHUNK_SIZE,
-) -> torch.Tensor:
-    """Sum a loss over tokens, chunk by chunk, each chunk's gradients along with it.
-
-    Args:
-        loss_of_chunk: maps states `(n, H)`, and which of the `N` tokens they are, to the sum of their
-            losses.
-        hidden_states: `(N, H)`.
-        parameters: those that the loss depends on besides; frozen ones are left alone.
-        chunk_size: tokens at a time.
-
-    Returns:
-        The sum, a float32 scalar (float64 for float64 states).
-    """
-    trained = [p for p in parameters if p.requires_grad and torch.is_grad_enabled()]
-    return _ChunkedSum.apply(loss_of_chunk, chunk_size, hidden_states, *trained)
-
-
-def at_least_float32(tensor: torch.Tensor) -> torch.Tensor:
-    """Return a tensor of 16-bit numbers in float32, others as they are."""
-    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
-
-
-class _ChunkedSum(torch.autograd.Function):
-    """Computes the gradients along with the loss, chunk by chunk.
-
-    The loss is the end of the graph, so its gradients are known up to a factor as soon as it is:
-    no logits are kept for backward, and none are computed twice.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        loss_of_chunk: Callable[[torch.Tensor, slice], torch.Tensor],
-        chunk_size: int,
-        hidden_states: torch.Tensor,
-        *trained: nn.Parameter,
-    ) -> torch.Tensor:
-        total = at_least_float32(hidden_states.new_zeros(()))
-        state_gradients = []
-        trained_gradients = [torch.zeros_like(parameter) for parameter in trained]
-        start = 0
-        for states in hidden_states.split(chunk_size):
-            states = states.detach().requires_grad_()
-            chunk = slice(start, start + len(states))
-            start = chunk.stop
-            with torch.enable_grad():
-                loss = loss_of_chunk(states, chunk)
-            total += loss.detach()
-            if any(ctx.needs_input_grad):
-                of_states, *of_trained = torch.autograd.grad(loss, (states, *trained))
-                state_gradients.append(of_states)
-                for gradient, part in zip(trained_gradients, of_trained, strict=True):
-                    gradient += part
-        if state_gradients:
-            ctx.save_for_backward(torch.cat(state_gradients), *trained_gradients)
-        return total
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        [factor] = gradients
-        scaled = (gradient * factor.to(gradient.dtype) for gradient in ctx.saved_tensors)
-        return (None, None, *scaled)

@@ -206,8 +206,8 @@ class LMTPForCausalLM(HeadsOnlyMixin, LMTPGenerationMixin):
         for name, value in outputs.items():
             result[name] = value
         if labels is not None and self.config.num_leap_heads:
-            loss, result["leap_losses"] = self.leap_loss(
-                hidden_states, input_ids, labels, num_items_in_batch, position_ids, leap_objective
+            loss, result["leap_losses"] = leap_objective(
+                self, hidden_states, input_ids, labels, position_ids, num_items_in_batch
             )
             if "loss" in result:
                 loss = result["loss"] + self.config.leap_loss_weight * loss
@@ -247,30 +247,6 @@ class LMTPForCausalLM(HeadsOnlyMixin, LMTPGenerationMixin):
         with torch.no_grad(), self.head_states(num_logits=1) as states:
             outputs = self.backbone(**{"use_cache": False, **inputs}, return_dict=True)
         return {name: outputs[name] for name in outputs if name != "logits"}, states[-1]
-
-    def leap_loss(
-        self,
-        hidden_states: torch.Tensor,
-        input_ids: torch.Tensor | None,
-        labels: torch.Tensor,
-        num_items_in_batch: torch.Tensor | int | None = None,
-        position_ids: torch.Tensor | None = None,
-        leap_objective: LeapObjective = leap_losses,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the sum of the heads' losses and each head's mean cross-entropy, detached.
-
-        Args:
-            hidden_states: `(B, L, H)`, the backbone's last hidden states.
-            input_ids: `(B, L)`; None will do without grounded heads.
-            labels: `(B, L)`, not shifted.
-            num_items_in_batch, position_ids, leap_objective: see `forward`.
-
-        Returns:
-            A scalar, and `(m,)`.
-        """
-        totals, counts = leap_objective(self, hidden_states, input_ids, labels, position_ids)
-        means = totals.detach() / counts
-        return (totals / (num_items_in_batch or counts)).sum(), means
 
     def head_states(
         self, num_logits: int | None = None

@@ -10,7 +10,8 @@ import torch
 from tiny import tiny_llama
 
 from modeling_lmtp import LMTPForCausalLM
-from modeling_lmtp.losses_lmtp import CHUNK_SIZE, chunked_cross_entropy, leap_positions
+from modeling_lmtp.chunked_lmtp import CHUNK_SIZE, sum_of_means, token_cross_entropy
+from modeling_lmtp.losses_lmtp import leap_positions
 
 VOCAB_SIZE = 61  # no other axis of these models has this size
 SCHEDULES = [(3, 5, 7), (2, 3, 4), (2, 3, 5)]
@@ -188,8 +189,9 @@ def test_chunks_of_any_size_give_the_same_loss_and_gradients(chunk_size):
     targets = torch.randint(VOCAB_SIZE, (30,), generator=generator)
     unembedding = torch.nn.Linear(8, VOCAB_SIZE)
     inputs = [states, unembedding.weight, unembedding.bias]
-    actual = chunked_cross_entropy(unembedding, states, targets, chunk_size)
-    expected = -unembedding(states).log_softmax(-1)[range(30), targets].sum()
+    losses = [token_cross_entropy(unembedding, states, targets)]
+    actual, _ = sum_of_means(losses, chunk_size=chunk_size)
+    expected = -unembedding(states).log_softmax(-1)[range(30), targets].mean()
     torch.testing.assert_close(actual, expected)
     torch.testing.assert_close(
         torch.autograd.grad(3 * actual, inputs), torch.autograd.grad(3 * expected, inputs)

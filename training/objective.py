@@ -9,13 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from modeling_lmtp.losses_lmtp import (
-    HeadTokens,
-    at_least_float32,
-    chunked_sum,
-    head_tokens,
-    number_targets,
-)
+from modeling_lmtp.chunked_lmtp import TokenLoss, at_least_float32, sum_of_means
+from modeling_lmtp.losses_lmtp import HeadTokens, head_tokens, number_targets
 from modeling_lmtp.vocabulary_lmtp import DraftUnembedding
 
 MEASURES = ("loss", "divergence", "correct", "targets")  # the columns of a tally
@@ -58,33 +53,37 @@ class HeadObjective:
         input_ids: torch.Tensor | None,
         labels: torch.Tensor,
         position_ids: torch.Tensor | None = None,
+        num_items: torch.Tensor | int | None = None,
         *,
         active: Sequence[bool] | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Sum the losses of each head and count its targets; arguments as for `leap_losses`.
+        """Add up the losses of the heads and count their targets; arguments as for `leap_losses`.
 
         Args:
-            active: which heads take part; by default all. The others' sums are 0, without gradient.
+            active: which heads take part, at least one; by default all.
 
         Returns:
-            The sums `(m,)`, and how many targets each has `(m,)`, at least 1.
+            The sum, a scalar, and each head's mean `(m,)`, detached: 0 of those that take no part.
         """
         labels = number_targets(model, labels)
         self.tally = self.tally.to(labels.device)
         teacher = _teacher(model) if self.weight else None
-        totals, counts = [], []
-        for index, unembedding in enumerate(model.draft_unembeddings()):
-            if active is not None and not active[index]:
-                totals.append(at_least_float32(hidden_states.new_zeros(())))
-                counts.append(1)
-                continue
+        unembeddings = model.draft_unembeddings()
+
+        def loss_of(index: int) -> TokenLoss:
             tokens = head_tokens(model, index, hidden_states, input_ids, labels, position_ids)
             offset = model.config.leap_offsets[index]
-            loss = _LossOfChunk(self, unembedding, tokens, teacher, hidden_states, offset)
-            totals.append(chunked_sum(loss, tokens.features, unembedding.parameters()))
-            self.tally[index] += loss.tally
-            counts.append(max(tokens.targets.numel(), 1))
-        return torch.stack(totals), torch.tensor(counts, device=labels.device)
+            tally, unembedding = self.tally[index], unembeddings[index]
+            of_chunk = _LossOfChunk(
+                self, tally, unembedding, tokens, teacher, hidden_states, offset
+            )
+            return TokenLoss(of_chunk, tokens.features, unembedding.parameters())
+
+        heads = [i for i in range(self.num_heads) if active is None or active[i]]
+        loss, of_heads = sum_of_means(map(loss_of, heads), num_items)
+        means = of_heads.new_zeros(self.num_heads)
+        means[heads] = of_heads
+        return loss, means
 
 
 def _teacher(model: Any) -> Callable[[torch.Tensor], torch.Tensor]:
@@ -95,10 +94,11 @@ def _teacher(model: Any) -> Callable[[torch.Tensor], torch.Tensor]:
 
 
 class _LossOfChunk:
-    """One head's loss, chunk by chunk (see `chunked_sum`); `tally` `(4,)` sums what it has seen.
+    """One head's loss, chunk by chunk (see `TokenLoss`).
 
     Args:
         objective: the weight and the temperature.
+        tally: `(4,)`, the head's; what is seen is added to it.
         unembedding: the head's.
         tokens: what the head learns from.
         teacher: see `_teacher`; None where only tokens are learned.
@@ -109,6 +109,7 @@ class _LossOfChunk:
     def __init__(
         self,
         objective: HeadObjective,
+        tally: torch.Tensor,
         unembedding: Any,
         tokens: HeadTokens,
         teacher: Callable[[torch.Tensor], torch.Tensor] | None,
@@ -116,12 +117,12 @@ class _LossOfChunk:
         offset: int,
     ) -> None:
         self.objective = objective
+        self.tally = tally
         self.unembedding = unembedding
         self.tokens = tokens
         self.teacher = teacher
         self.hidden_states = hidden_states
         self.offset = offset
-        self.tally = torch.zeros(len(MEASURES), device=tokens.targets.device)
 
     def __call__(self, states: torch.Tensor, chunk: slice) -> torch.Tensor:
         """Return the sum of the losses of `states` `(n, H)`, the head's targets `chunk`."""

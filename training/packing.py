@@ -16,7 +16,8 @@ import torch
 from torch.utils.data import Dataset
 
 from modeling_lmtp.backbone_lmtp import unembedding_inputs
-from modeling_lmtp.losses_lmtp import IGNORE_INDEX, at_least_float32
+from modeling_lmtp.chunked_lmtp import at_least_float32
+from modeling_lmtp.losses_lmtp import IGNORE_INDEX
 from modeling_lmtp.training.examples import AnswerDataset, Row, padded_states
 
 TRIED_LENGTHS = (7, 12, 9)
