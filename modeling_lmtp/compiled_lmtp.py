@@ -30,7 +30,8 @@ class _Sink:
 
 
 _sinks: "weakref.WeakKeyDictionary[PreTrainedModel, _Sink]" = weakref.WeakKeyDictionary()
-_compiled: dict[str, Callable[..., tuple[ModelOutput, torch.Tensor | None]]] = {}  # by configuration
+# By configuration
+_compiled: dict[str, Callable[..., tuple[ModelOutput, torch.Tensor | None]]] = {}
 
 
 def _run(
@@ -86,4 +87,6 @@ class CompiledPass:
                 "Pass disable_compile=True."
             )
         self._states.append(states)
+        if inputs.get("output_hidden_states"):  # they are kept, and a CUDA graph writes over them
+            outputs.hidden_states = tuple(layer.clone() for layer in outputs.hidden_states)
         return outputs

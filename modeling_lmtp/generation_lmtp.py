@@ -34,7 +34,7 @@ from .leaps_lmtp import drafts
 from .outputs_lmtp import with_acceptance_lengths
 from .path_drafter_lmtp import DynamicPathDrafter, PathDrafter
 from .settings_lmtp import LMTPSettings
-from .static_lmtp import StaticVerifier, check_static_cache, with_room
+from .static_lmtp import StaticVerifier, check_room, check_static_cache, with_room
 from .support_lmtp import Support, Tier, decoding_support
 from .texts_lmtp import Texts
 from .tree_lmtp import DraftTree
@@ -194,12 +194,11 @@ class LMTPGenerationMixin(GenerationMixin):
                 f"use_lmtp=True does not support static caches with {type(self.backbone).__name__} "
                 f"({support.reason}). Leave out cache_implementation, or pass 'dynamic'."
             )
-        model_kwargs["past_key_values"] = with_room(
-            model_kwargs["past_key_values"],
-            self.backbone,
-            generation_config.max_length + max_nodes,
-            cache_is_given,
-        )
+        cache = model_kwargs["past_key_values"]
+        if cache_is_given:
+            check_room(cache, generation_config.max_length, max_nodes)
+        else:
+            model_kwargs["past_key_values"] = with_room(cache, self.backbone, max_nodes)
         compiled = None
         if self.backbone._valid_auto_compile_criteria(model_kwargs, generation_config):
             compile_config = generation_config.compile_config or CompileConfig()

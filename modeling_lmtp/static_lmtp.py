@@ -44,31 +44,27 @@ def check_static_cache(cache: StaticCache) -> None:
         )
 
 
-def with_room(
-    cache: StaticCache, backbone: PreTrainedModel, num_slots: int, is_given: bool
-) -> StaticCache:
-    """Return a cache of at least `num_slots` slots: this one, or a larger one in its place.
-
-    Args:
-        cache: as `generate` prepared it.
-        backbone: the model.
-        num_slots: tokens and a draft.
-        is_given: whether it is the caller's own, which nothing can replace.
-
-    Raises:
-        ValueError: a given cache is too small.
-    """
-    capacity = cache.get_max_length()
-    if capacity >= num_slots:
-        return cache
-    if is_given:
+def check_room(cache: StaticCache, max_length: int, max_nodes: int) -> None:
+    """Raise a ValueError unless `cache` has room for `max_length` tokens and as many candidates."""
+    capacity, needed = cache.get_max_length(), max_length + max_nodes
+    if capacity < needed:
         raise ValueError(
-            f"past_key_values is a static cache of {capacity} slots, and use_lmtp=True needs "
-            f"{num_slots} here: one for each token up to max_length, and one for each candidate. Pass "
-            f"StaticCache(config, max_cache_len={num_slots}), or a smaller max_new_tokens."
+            f"past_key_values is a static cache of {capacity} slots, and use_lmtp=True needs {needed} "
+            "here: one for each token up to max_length, and one for each candidate. Pass "
+            f"StaticCache(config, max_cache_len={needed}), or a smaller max_new_tokens."
         )
-    config = backbone.config.get_text_config(decoder=True)
-    return StaticCache(config=config, max_cache_len=num_slots)
+
+
+def with_room(cache: StaticCache, backbone: PreTrainedModel, max_nodes: int) -> StaticCache:
+    """Return a cache like one that `generate` has made, with room for a draft behind the text.
+
+    It is larger always by as much: Transformers lets caches keep their size from call to call, so that
+    compiled code fits the next one.
+    """
+    return StaticCache(
+        config=backbone.config.get_text_config(decoder=True),
+        max_cache_len=cache.get_max_length() + 1 + max_nodes,
+    )
 
 
 class StaticSlots(CacheSlots):

@@ -209,6 +209,28 @@ def test_slots_are_copied_to_the_end_of_their_row():
         assert int(layer.cumulative_length) == slots.start == 8
 
 
+@pytest.mark.parametrize("draft", ["chain", "tree"])
+def test_a_greedy_step_needs_one_round_trip_to_the_host(monkeypatch, draft):
+    model = twelve("llama")
+    options = {**DRAFTS[draft], **STATIC, "do_sample": False, "use_lmtp": True}
+    generate(model, INPUTS["one"], **options, max_new_tokens=20)
+    trips = []
+    for name in ("tolist", "item", "__bool__", "__int__", "__float__", "__index__", "nonzero"):
+        original = getattr(torch.Tensor, name)
+        monkeypatch.setattr(
+            torch.Tensor, name,
+            lambda self, *args, _own=original, _name=name: trips.append(_name) or _own(self, *args),
+        )  # fmt: skip
+    counts = []
+    for new_tokens in (10, 20):
+        trips.clear()
+        with Passes(model.backbone) as passes:
+            generate(model, INPUTS["one"], **options, max_new_tokens=new_tokens)
+        counts.append((len(passes.shapes), len(trips)))
+    (few, before), (many, after) = counts
+    assert after - before == many - few > 0
+
+
 # Compiled code
 
 COMPILE = {"backend": "eager", "mode": None, "dynamic": False, "fullgraph": True}
@@ -246,6 +268,20 @@ def test_a_pass_is_compiled_once(compiler, draft, inputs):
             assert output.sequences.tolist() == expected.sequences.tolist()
             assert output.acceptance_lengths == expected.acceptance_lengths
             assert compiler["unique_graphs"] == 1
+
+
+def test_shorter_texts_run_the_code_compiled_for_longer_ones(compiler):
+    model, prompt = LMTPForCausalLM.from_backbone(tiny_llama(), leap_offsets=(2, 3)).eval(), PROMPT
+    options = {**STATIC, "do_sample": False, "compile_config": compile_config()}
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for length, new_tokens in ((8, 20), (5, 20), (8, 12), (3, 9)):
+            inputs = {"input_ids": prompt[:, :length], "attention_mask": torch.ones(1, length)}
+            more = {"use_lmtp": True, "max_new_tokens": new_tokens}
+            output = generate(model, inputs, **options, **more)
+            more = {"max_new_tokens": new_tokens, "do_sample": False}
+            plain = generate(model.backbone, inputs, **more)
+            assert output.sequences.tolist() == plain.sequences.tolist()
+    assert compiler["unique_graphs"] == 1
 
 
 @pytest.mark.parametrize("head_input", ["last", "weighted"])
