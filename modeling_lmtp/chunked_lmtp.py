@@ -57,7 +57,7 @@ def sum_of_means(
 
     Args:
         losses: at least one; each is done with before the next is asked for.
-        num_items: what to divide by instead, all alike.
+        num_items: what to divide by instead, all alike, unless it is 0.
         chunk_size: tokens at a time.
 
     Returns:
@@ -65,16 +65,17 @@ def sum_of_means(
     """
     parts, means = [], []
     gradients: dict[nn.Parameter, torch.Tensor] = {}
+    num_items = num_items or None
     for loss in losses:
         count = max(len(loss.hidden_states), 1)
-        divisor = 1 if num_items else count
+        divisor = count if num_items is None else 1
         summed = _sum_chunks(loss, gradients, 1 / divisor, chunk_size)
         parts.append(summed / divisor)
         means.append(summed.detach() / count)
     total = torch.stack(parts).sum()
     for parameter, gradient in gradients.items():
         total = _WithGradient.apply(total, parameter, gradient)
-    return total / (num_items or 1), torch.stack(means)
+    return total if num_items is None else total / num_items, torch.stack(means)
 
 
 def _sum_chunks(
@@ -94,7 +95,7 @@ def _sum_chunks(
     total = at_least_float32(loss.hidden_states.new_zeros(()))
     state_gradients = []
     start = 0
-    for states in loss.hidden_states.detach().split(chunk_size):
+    for states in loss.hidden_states.split(chunk_size):
         states = states.detach().requires_grad_(learns)
         chunk = slice(start, start + len(states))
         start = chunk.stop
