@@ -172,7 +172,7 @@ def _write_figures(
         "command": "lmtp demo",
         "made_from": made_from,
         "max_new_tokens": NEW_TOKENS,
-        "draft_tree": settings.get("draft_tree"),
+        "draft": settings.get("draft_by_batch_size", {}).get("1"),
         "device": best_device().type,
         "threads": torch.get_num_threads(),
         "batch_size": 1,

@@ -10,11 +10,9 @@ from transformers import PreTrainedTokenizerBase
 from modeling_lmtp.conversion.loading import load_backbone
 from modeling_lmtp.conversion.smollm2 import HUB_REPOSITORY
 from modeling_lmtp.conversion.training import HeadShape, add_heads
-from modeling_lmtp.conversion.tuning import choose_tree
-from modeling_lmtp.modeling_lmtp import LMTPForCausalLM
+from modeling_lmtp.conversion.tune_run import set_drafts, tune, verdict_table
 from modeling_lmtp.training.distill import DistillSettings, append_rows, distill
-from modeling_lmtp.training.evaluation import evaluate_heads
-from modeling_lmtp.training.examples import Example, read_examples, split_examples
+from modeling_lmtp.training.examples import read_examples, split_examples
 from modeling_lmtp.training.prompts import end_ids, read_prompts, self_written_prompts
 from modeling_lmtp.training.saving import save_checkpoint
 from modeling_lmtp.training.warmup import WarmupSettings, warm_up
@@ -75,13 +73,16 @@ def train_checkpoint(
         seed=recipe.seed,
     )
     report = warm_up(model, train, held_out, output / "training", settings)
-    tuned = _tune(model, held_out, console)
+    console.print("The draft that is fastest here:")
+    verdicts = tune(model, held_out, (1,))
+    set_drafts(model, verdicts, {})
+    model.generation_config.do_sample = False
+    console.print(verdict_table(verdicts))
     record: dict[str, Any] = {
         "command": "lmtp demo --train",
         "recipe": asdict(recipe),
         "held_out": report.held_out.as_dict() if report.held_out else None,
         "log": report.log,
-        "draft_tree_expected": tuned,
     }
     save_checkpoint(model, tokenizer, checkpoint, record)
 
@@ -106,21 +107,3 @@ def _distil(
     console.print("It answers them: these answers are what the heads learn.")
     distill(backbone, tokenizer, read_prompts(prompts), answers, settings)
     return answers
-
-
-def _tune(
-    model: LMTPForCausalLM, held_out: list[Example], console: Console
-) -> dict[str, float | int]:
-    report, ranks = evaluate_heads(model, held_out)
-    tuned = choose_tree(model, report, ranks, held_out)
-    model.generation_config.draft_tree = [list(path) for path in tuned.tree.paths]
-    model.generation_config.do_sample = False
-    console.print(
-        f"Draft tree for this machine: {tuned.tree.num_nodes} candidates; expected on held-out "
-        f"answers: {tuned.tokens_per_step:.2f} tokens per step."
-    )
-    return {
-        "nodes": tuned.tree.num_nodes,
-        "tokens_per_step": tuned.tokens_per_step,
-        "step_cost_of_the_backbone_alone": tuned.step_cost,
-    }

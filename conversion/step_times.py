@@ -2,7 +2,6 @@
 
 import statistics
 from collections.abc import Sequence
-from typing import Any
 
 from modeling_lmtp.conversion.bench import make_batches
 from modeling_lmtp.conversion.pass_clock import PassClock
@@ -48,16 +47,10 @@ def step_seconds(
                     do_sample=False,
                     eos_token_id=None,
                     max_new_tokens=NEW_TOKENS,
-                    **drafting(tree),
+                    use_lmtp=bool(tree.num_nodes),
+                    draft_tree=[list(path) for path in tree.paths],
                 )
             full = max(1, len(clock.step_seconds) - tree.depth)  # the last ones draft less
             if turn:
                 times[tree] += clock.step_seconds[:full][WARM_STEPS:] or clock.step_seconds[:1]
     return {tree: statistics.median(measured) for tree, measured in times.items()}
-
-
-def drafting(tree: DraftTree) -> dict[str, Any]:
-    """Return what tells `generate` to draft a tree; a tree without nodes is plain decoding."""
-    if not tree.num_nodes:
-        return {"use_lmtp": False}
-    return {"use_lmtp": True, "draft_tree": [list(path) for path in tree.paths]}

@@ -1,7 +1,7 @@
 """`lmtp tune`: the best draft for this device, per batch size, written beside the checkpoint."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,17 +16,29 @@ from modeling_lmtp.conversion.bench_record import rows
 from modeling_lmtp.conversion.bench_run import device_name, pad_id
 from modeling_lmtp.conversion.loading import load_lmtp, load_tokenizer
 from modeling_lmtp.conversion.quiet import measure_quietness
-from modeling_lmtp.conversion.step_times import drafting
-from modeling_lmtp.conversion.tuning import TunedTree, choose_trees
+from modeling_lmtp.conversion.tuning import NOTHING, TunedDraft, choose_drafts
 from modeling_lmtp.modeling_lmtp import LMTPForCausalLM
 from modeling_lmtp.settings_lmtp import DRAFT_SHAPES
 from modeling_lmtp.training.evaluation import evaluate_heads
 from modeling_lmtp.training.examples import Example, read_examples
 from modeling_lmtp.training.prompts import end_ids
-from modeling_lmtp.tree_lmtp import DraftTree
 
-TRIAL_PROMPTS = 8
+TRIAL_PROMPTS = 12
 TRIAL_TOKENS = 64
+HOPELESS = 0.9  # an expected speed-up below it is not tried
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A draft that was tried.
+
+    Args:
+        expected: by simulation and step times.
+        speed_up: when it decoded in turns with plain decoding.
+    """
+
+    expected: TunedDraft
+    speed_up: float
 
 
 @dataclass(frozen=True)
@@ -34,68 +46,80 @@ class Verdict:
     """What is written for one batch size.
 
     Args:
-        expected: the best tree by simulation and step times.
-        measured: its speed-up when it decodes in turns with plain decoding; None without a trial.
+        trials: the best draft of each kind.
     """
 
-    expected: TunedTree
-    measured: float | None
+    trials: Sequence[Trial]
 
     @property
-    def tree(self) -> DraftTree:
+    def best(self) -> Trial | None:
+        """The fastest draft, if any is faster than plain decoding."""
+        best = max(self.trials, key=lambda trial: trial.speed_up, default=None)
+        return best if best is not None and best.speed_up > 1 else None
+
+    @property
+    def options(self) -> dict[str, Any]:
         """What is drafted: nothing, unless drafting has won."""
-        wins = self.measured is not None and self.measured > 1
-        return self.expected.tree if wins else DraftTree()
+        return NOTHING if self.best is None else dict(self.best.expected.options)
 
 
 def tune(
     model: LMTPForCausalLM, examples: Sequence[Example], batch_sizes: Sequence[int]
 ) -> dict[int, Verdict]:
-    """Choose a tree for each batch size, and try it."""
+    """Choose drafts for each batch size, and try them."""
     report, ranks = evaluate_heads(model, examples, progress=True)
-    chosen = choose_trees(model, report, ranks, examples, batch_sizes)
-    return {
-        size: Verdict(expected, trial(model, examples, expected.tree, size))
-        for size, expected in chosen.items()
-    }
+    chosen = choose_drafts(model, report, ranks, examples, batch_sizes, progress=True)
+    return {size: Verdict(try_out(model, examples, best, size)) for size, best in chosen.items()}
 
 
-def trial(
-    model: LMTPForCausalLM, examples: Sequence[Example], tree: DraftTree, batch_size: int
-) -> float | None:
-    """Decode some prompts with a tree and plainly, in turns; return the speed-up over all of them."""
-    if not tree.num_nodes:
-        return None
+def try_out(
+    model: LMTPForCausalLM, examples: Sequence[Example], drafts: Sequence[TunedDraft], size: int
+) -> list[Trial]:
+    """Decode some prompts plainly and with each draft that has a chance, in turns, `size` at a time."""
+    hopeful = [d for d in drafts if d.speed_up > HOPELESS and d.options != NOTHING]
+    if not hopeful:
+        return []
     prompts = [example.input_ids[: example.answer_start] for example in examples]
-    prompts = prompts[: max(TRIAL_PROMPTS, batch_size)]
-    batches = make_batches({"trial": prompts}, batch_size, pad_id(model), model.device)
-    methods = [plain_method(model), Method("tree", model, drafting(tree))]
-    measured = measure(
-        methods, batches, GREEDY_MODE, max_new_tokens=TRIAL_TOKENS, stop_at_end=False
+    every = max(1, len(prompts) // max(TRIAL_PROMPTS, size))
+    prompts = prompts[::every][: max(TRIAL_PROMPTS, size)]
+    batches = make_batches({"trial": prompts}, size, pad_id(model), model.device)
+    methods = [plain_method(model)]
+    methods += [
+        Method(str(number), model, {"use_lmtp": True, **draft.options})
+        for number, draft in enumerate(hopeful)
+    ]
+    measured = rows(
+        measure(methods, batches, GREEDY_MODE, max_new_tokens=TRIAL_TOKENS, stop_at_end=False), ""
     )
-    return rows(measured, "")[1]["speed_up_of_totals"]
+    return [
+        Trial(draft, row["speed_up_of_totals"])
+        for draft, row in zip(hopeful, measured[1:], strict=True)
+    ]
 
 
-def write_draft_trees(
-    model: LMTPForCausalLM, verdicts: dict[int, Verdict], conditions: dict[str, Any], folder: Path
+def set_drafts(
+    model: LMTPForCausalLM, verdicts: Mapping[int, Verdict], conditions: dict[str, Any]
 ) -> None:
-    """Write the trees and their conditions into `generation_config.json`, in place of older shapes.
+    """Put the drafts and their conditions into `generation_config`, in place of what was there.
 
     Args:
         model: whose `generation_config` it is.
         verdicts: by batch size.
         conditions: of the measurement.
-        folder: where the file is, or goes.
     """
     config = model.generation_config
-    for name in DRAFT_SHAPES:
+    for name in (*DRAFT_SHAPES, "draft_threshold"):
         if hasattr(config, name):
             delattr(config, name)
-    config.draft_trees = {
-        str(size): [list(path) for path in verdict.tree.paths] for size, verdict in verdicts.items()
+    config.draft_by_batch_size = {str(size): found.options for size, found in verdicts.items()}
+    config.draft_conditions = {
+        **conditions,
+        "device": device_name(model.device),
+        "dtype": str(model.backbone.dtype).removeprefix("torch."),
+        "threads": torch.get_num_threads(),
+        "attention": model.backbone.config._attn_implementation,
+        "tried": {str(size): _figures(verdict) for size, verdict in verdicts.items()},
     }
-    config.draft_trees_conditions = conditions
-    config.save_pretrained(folder)
 
 
 def run_tune(
@@ -134,41 +158,49 @@ def run_tune(
         console.print(f"[yellow]This machine is not quiet: {complaint}.[/] Tune again when it is.")
     examples = read_examples(answers, tokenizer, end_ids(model.backbone, tokenizer)[0])
     verdicts = tune(model, examples[:num_answers], batch_sizes)
-    conditions = {
-        "device": device_name(model.device),
-        "dtype": str(model.backbone.dtype).removeprefix("torch."),
-        "threads": torch.get_num_threads(),
-        "attention": model.backbone.config._attn_implementation,
-        "quiet": not quietness.complaints(),
-        "expected": {str(size): _figures(verdict) for size, verdict in verdicts.items()},
-    }
-    write_draft_trees(model, verdicts, conditions, folder)
-    console.print(_table(verdicts))
-    console.print(f"Written to {folder / 'generation_config.json'}: {json.dumps(conditions)}")
+    set_drafts(model, verdicts, {"quiet": not quietness.complaints()})
+    model.generation_config.save_pretrained(folder)
+    console.print(verdict_table(verdicts))
+    console.print(f"Written to {folder / 'generation_config.json'}.")
     return verdicts
 
 
-def _figures(verdict: Verdict) -> dict[str, float | int | None]:
-    return {
-        "nodes": verdict.tree.num_nodes,
-        "nodes_tried": verdict.expected.tree.num_nodes,
-        "tokens_per_step": round(verdict.expected.tokens_per_step, 3),
-        "step_cost": round(verdict.expected.step_cost, 3),
-        "speed_up": round(verdict.expected.speed_up, 3),
-        "speed_up_in_trial": verdict.measured,
-    }
+def _figures(verdict: Verdict) -> list[dict[str, Any]]:
+    return [
+        {
+            "draft": dict(trial.expected.options),
+            "tokens_per_step": round(trial.expected.tokens_per_step, 3),
+            "step_cost": round(trial.expected.step_cost, 3),
+            "speed_up": round(trial.expected.speed_up, 3),
+            "speed_up_in_trial": round(trial.speed_up, 3),
+        }
+        for trial in verdict.trials
+    ]
 
 
-def _table(verdicts: dict[int, Verdict]) -> Table:
+def verdict_table(verdicts: Mapping[int, Verdict]) -> Table:
+    """Show what was tried, and what is written."""
     table = Table("batch size", "draft", "tokens per step", "step cost", "expected", "in the trial")
     for size, verdict in verdicts.items():
-        tree, expected = verdict.tree, verdict.expected
-        shape = "a chain of" if tree.is_chain else "a tree of"
-        shown = f"{shape} {tree.num_nodes}" if tree.num_nodes else "none: plain decoding"
-        table.add_row(
-            str(size),
-            shown,
-            *(f"{getattr(expected, n):.2f}" for n in ("tokens_per_step", "step_cost", "speed_up")),
-            "-" if verdict.measured is None else f"{verdict.measured:.2f}",
-        )
+        for trial in verdict.trials:
+            expected = trial.expected
+            table.add_row(
+                str(size),
+                _named(expected.options),
+                *(
+                    f"{getattr(expected, name):.2f}"
+                    for name in ("tokens_per_step", "step_cost", "speed_up")
+                ),
+                f"{trial.speed_up:.2f}" + (" <- written" if trial is verdict.best else ""),
+            )
+        if verdict.best is None:
+            table.add_row(str(size), "none: plain decoding", "1.00", "1.00", "1.00", "<- written")
     return table
+
+
+def _named(options: Mapping[str, Any]) -> str:
+    shown = {
+        name: f"a tree of {len(value)}" if name == "draft_tree" else value
+        for name, value in options.items()
+    }
+    return json.dumps(shown).strip("{}").replace('"', "")

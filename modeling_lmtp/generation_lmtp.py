@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from transformers import (
-    CompileConfig,
     GenerationConfig,
     GenerationMixin,
     LogitsProcessorList,
@@ -24,7 +23,7 @@ from transformers.utils import ModelOutput, logging
 
 from .cache_lmtp import check_cache
 from .choosing_lmtp import TokenChooser
-from .compiled_lmtp import CompiledPass
+from .compiled_lmtp import compiled_pass
 from .composition_lmtp import ForwardDrafter, MergedDrafter
 from .context_lmtp import PATH
 from .decoding_lmtp import Decoder
@@ -34,7 +33,8 @@ from .leaps_lmtp import drafts
 from .outputs_lmtp import with_acceptance_lengths
 from .path_drafter_lmtp import DynamicPathDrafter, PathDrafter
 from .settings_lmtp import LMTPSettings
-from .static_lmtp import StaticVerifier, check_room, check_static_cache, with_room
+from .static_lmtp import check_room, check_static_cache, with_room
+from .static_verification_lmtp import StaticVerifier
 from .support_lmtp import Support, Tier, decoding_support
 from .texts_lmtp import Texts
 from .tree_lmtp import DraftTree
@@ -143,7 +143,7 @@ class LMTPGenerationMixin(GenerationMixin):
                 if not returns_dict:
                     return output
                 return with_acceptance_lengths(output, input_ids, chooser.eos_token_ids)
-            own_drafter = drafter or self._drafter(own_settings, support.tier)
+            own_drafter = drafter or self.new_drafter(own_settings, support.tier)
             if isinstance(model_kwargs["past_key_values"], StaticCache):
                 verifier = self._static_verifier(
                     own_drafter.max_nodes, generation_config, model_kwargs, cache_is_given
@@ -199,14 +199,13 @@ class LMTPGenerationMixin(GenerationMixin):
             check_room(cache, generation_config.max_length, max_nodes)
         else:
             model_kwargs["past_key_values"] = with_room(cache, self.backbone, max_nodes)
-        compiled = None
-        if self.backbone._valid_auto_compile_criteria(model_kwargs, generation_config):
-            compile_config = generation_config.compile_config or CompileConfig()
-            compiled = CompiledPass(self.backbone, self.config.head_input, compile_config)
-            generation_config.disable_compile = True  # Transformers would compile a chunked prefill
+        compiled = compiled_pass(
+            self.backbone, self.config.head_input, generation_config, model_kwargs
+        )
         return StaticVerifier(self.backbone, max_nodes, compiled)
 
-    def _drafter(self, settings: LMTPSettings, tier: Tier) -> Drafter:
+    def new_drafter(self, settings: LMTPSettings, tier: Tier) -> Drafter:
+        """Return the drafter of settings for one batch size, for a backbone that verifies `tier`."""
         drafter: Drafter = self._leap_head_drafter(settings, tier)
         lookup = settings.prompt_lookup()
         if lookup is not None:
@@ -236,7 +235,7 @@ class LMTPGenerationMixin(GenerationMixin):
         is_path = self.config.head_context == PATH
         if num_nodes is not None:
             dynamic = DynamicPathDrafter if is_path else DynamicLeapHeadDrafter
-            return dynamic(num_nodes, *heads)
+            return dynamic(num_nodes, settings.draft_threshold or 0.0, *heads)
         return PathDrafter(*heads) if is_path else LeapHeadDrafter(*heads)
 
 
@@ -336,11 +335,5 @@ def _refuse_unsupported(generation_config: GenerationConfig, model_kwargs: dict[
         )
     cache = model_kwargs.get("past_key_values")
     check_cache(cache)
-    if not isinstance(cache, StaticCache):
-        return
-    check_static_cache(cache)
-    if generation_config.return_dict_in_generate and generation_config.output_attentions:
-        raise ValueError(
-            "use_lmtp=True does not support output_attentions=True with a static cache. Leave out "
-            "cache_implementation, or pass 'dynamic'."
-        )
+    if isinstance(cache, StaticCache):
+        check_static_cache(cache, generation_config)

@@ -129,13 +129,15 @@ class DynamicLeapHeadDrafter(LeapHeadDrafter):
     A path is worth the product of its tokens' probabilities, as if the heads were independent.
 
     Args:
-        num_nodes: candidates per row and step.
+        num_nodes: candidates per row and step, at most.
+        threshold: no path less probable is drafted.
         heads: as for `LeapHeadDrafter`; its tree says how deep.
     """
 
-    def __init__(self, num_nodes: int, *heads: Any) -> None:
+    def __init__(self, num_nodes: int, threshold: float, *heads: Any) -> None:
         super().__init__(*heads)
         self.num_nodes = self.max_nodes = num_nodes
+        self.threshold = threshold
 
     def draft(
         self, input_ids: torch.Tensor, hidden_states: torch.Tensor, max_depth: int
@@ -146,7 +148,10 @@ class DynamicLeapHeadDrafter(LeapHeadDrafter):
             return Candidates.none(input_ids)
         probabilities = self._logits(input_ids, hidden_states, depth).float().softmax(dim=-1)
         best = probabilities.topk(min(MAX_CHILDREN, probabilities.shape[-1]), dim=-1)
-        trees = [grow_tree(accuracies, self.num_nodes) for accuracies in best.values.tolist()]
+        trees = [
+            grow_tree(accuracies, self.num_nodes, self.threshold)
+            for accuracies in best.values.tolist()
+        ]
         return from_ranks(trees, self._token_ids(best.indices).tolist(), input_ids)
 
 

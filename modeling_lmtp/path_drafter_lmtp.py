@@ -7,6 +7,7 @@ Shapes: `B` batch, `L` known tokens, `S` last states known, `H` hidden size, `N`
 a level that have children, `D` draft vocabulary size.
 """
 
+import math
 from itertools import islice
 from typing import Any, NamedTuple
 
@@ -108,13 +109,15 @@ class DynamicPathDrafter(PathDrafter):
     on from each level's best `MAX_PARENTS` paths only.
 
     Args:
-        num_nodes: candidates per row and step.
+        num_nodes: candidates per row and step, at most.
+        threshold: no path less probable is drafted.
         heads: as for `PathDrafter`; the tree says how deep.
     """
 
-    def __init__(self, num_nodes: int, *heads: Any) -> None:
+    def __init__(self, num_nodes: int, threshold: float, *heads: Any) -> None:
         super().__init__(*heads)
         self.num_nodes = self.max_nodes = num_nodes
+        self.least = math.log(threshold) if threshold else -math.inf
 
     def draft(
         self, input_ids: torch.Tensor, hidden_states: torch.Tensor, max_depth: int
@@ -138,8 +141,14 @@ class DynamicPathDrafter(PathDrafter):
             longer = torch.cat([way, tokens[..., None]], dim=-1)
             levels.append((kept.values, longer))
             values, paths = kept.values[:, :MAX_PARENTS], longer[:, :MAX_PARENTS]
-        grown = [tree_of_texts(_best(own, self.num_nodes)) for own in _on_host(levels)]
+        grown = [tree_of_texts(self._best(own)) for own in _on_host(levels)]
         return Candidates.of_rows([t for t, _ in grown], [ids for _, ids in grown], input_ids)
+
+    def _best(self, found: list[tuple[float, tuple[int, ...]]]) -> list[tuple[int, ...]]:
+        """Pick the likeliest texts; a text is never likelier than its parent, so they form a tree."""
+        likely = [item for item in found if item[0] >= self.least]
+        likely.sort(key=lambda item: (-item[0], len(item[1])))
+        return [text for _, text in likely[: self.num_nodes]]
 
 
 def _on_host(
@@ -158,9 +167,3 @@ def _on_host(
         texts = [tuple(islice(row, depth)) for count, depth in shapes for _ in range(count)]
         found.append(list(zip(values, texts, strict=True)))
     return found
-
-
-def _best(found: list[tuple[float, tuple[int, ...]]], num_nodes: int) -> list[tuple[int, ...]]:
-    """Pick the likeliest texts; a text is never likelier than its parent, so they form a tree."""
-    ordered = sorted(found, key=lambda item: (-item[0], len(item[1])))
-    return [text for _, text in ordered[:num_nodes]]

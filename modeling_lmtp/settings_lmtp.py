@@ -9,9 +9,10 @@ from transformers import GenerationConfig
 from .lookup_lmtp import PromptLookupDrafter
 from .tree_lmtp import MAX_NODES, DraftTree
 
-DRAFT_SHAPES = ("draft_tree", "draft_length", "draft_nodes", "draft_trees")
+DRAFT_SHAPES = ("draft_tree", "draft_length", "draft_nodes", "draft_by_batch_size")
 # Transformers' own names, for what is here part of the draft instead of another strategy
 PROMPT_LOOKUP = ("prompt_lookup_num_tokens", "max_matching_ngram_size")
+BESIDE_A_SHAPE = ("draft_threshold", *PROMPT_LOOKUP)
 
 
 @dataclass
@@ -22,9 +23,10 @@ class LMTPSettings:
         use_lmtp: draft with the leap heads.
         draft_tree: a static draft tree as the paths of its nodes, see `DraftTree.from_paths`.
         draft_length: instead, a top-1 chain of that many candidates.
-        draft_nodes: instead, that many candidates in a tree grown for every state by itself.
-        draft_trees: instead, a static tree for each batch size, `lmtp tune` finds them; a size between
-            two of them gets the larger one's. One without nodes decodes plainly.
+        draft_nodes: instead, up to that many candidates in a tree grown for every state by itself.
+        draft_threshold: in such a tree, draft no path that the heads hold less probable.
+        draft_by_batch_size: instead, what is drafted (settings of the draft, by name) for each batch
+            size, as `lmtp tune` finds them; a size between two of them gets the larger one's.
         forward_decoding: run the backbone once more before each draft, the paper's ablation F-MTP.
         prompt_lookup_num_tokens: draft as well so many tokens that followed the last n-gram before.
         max_matching_ngram_size: its largest n-gram.
@@ -37,7 +39,8 @@ class LMTPSettings:
     draft_tree: Sequence[Sequence[int]] | None = None
     draft_length: int | None = None
     draft_nodes: int | None = None
-    draft_trees: Mapping[str, Sequence[Sequence[int]]] | None = None
+    draft_threshold: float | None = None
+    draft_by_batch_size: Mapping[str, Mapping[str, Any]] | None = None
     forward_decoding: bool = False
     prompt_lookup_num_tokens: int | None = None
     max_matching_ngram_size: int | None = None
@@ -98,29 +101,41 @@ class LMTPSettings:
             value = getattr(self, name)
             if not 0 < value <= 1:
                 raise ValueError(f"{name} must be above 0 and at most 1, got {value!r}.")
-        for size in self._tuned_sizes() or [1]:
-            self.for_batch(size).tree(horizon)
+        if self.draft_threshold is not None and not 0 <= self.draft_threshold < 1:
+            raise ValueError(
+                f"draft_threshold must be at least 0 and below 1, got {self.draft_threshold!r}."
+            )
+        if self.draft_by_batch_size is None:
+            self.tree(horizon)
+            return
+        for size in self._batch_sizes(self.draft_by_batch_size):
+            self.for_batch(size).check(horizon)
 
-    def _tuned_sizes(self) -> list[int]:
-        """The batch sizes of `draft_trees`, increasing; JSON has made strings of them."""
-        if self.draft_trees is None:
-            return []
-        sizes = [str(size) for size in self.draft_trees]
+    def _batch_sizes(self, by_size: Mapping[str, Mapping[str, Any]]) -> list[int]:
+        """The sizes of `draft_by_batch_size`, increasing; JSON has made strings of them."""
+        sizes = [str(size) for size in by_size]
         if not sizes or not all(size.isdecimal() and int(size) > 0 for size in sizes):
             raise ValueError(
-                "draft_trees must have a draft tree for each of some batch sizes, such as "
-                f"{{'1': [[0], [0, 0]], '8': []}}, got the sizes {sizes}."
+                "draft_by_batch_size must say for some batch sizes what is drafted, such as "
+                f"{{'1': {{'draft_nodes': 8}}, '8': {{'draft_length': 0}}}}, got the sizes {sizes}."
             )
+        for size, draft in by_size.items():
+            if not _is_draft(draft):
+                raise ValueError(
+                    f"draft_by_batch_size[{size!r}] must be a dict that may name one of "
+                    f"{DRAFT_SHAPES[:-1]}, and any of {BESIDE_A_SHAPE}; got {draft!r}."
+                )
         return sorted(map(int, sizes))
 
     def for_batch(self, batch_size: int) -> "LMTPSettings":
-        """Return the settings for that many rows: one tree in place of those by batch size."""
-        sizes = self._tuned_sizes()
-        if self.draft_trees is None:
+        """Return the settings for that many rows; what is set for all sizes goes before."""
+        if self.draft_by_batch_size is None:
             return self
+        sizes = self._batch_sizes(self.draft_by_batch_size)
         chosen = next((size for size in sizes if size >= batch_size), sizes[-1])
-        by_size = {str(size): tree for size, tree in self.draft_trees.items()}
-        return replace(self, draft_trees=None, draft_tree=by_size[str(chosen)])
+        by_size = {str(size): draft for size, draft in self.draft_by_batch_size.items()}
+        draft = {n: v for n, v in by_size[str(chosen)].items() if getattr(self, n) is None}
+        return replace(self, draft_by_batch_size=None, **draft)
 
     def drafts_nothing(self, horizon: int) -> bool:
         """Whether there is nothing to verify, ever, so that decoding is plain."""
@@ -152,3 +167,11 @@ class LMTPSettings:
         if self.prompt_lookup_num_tokens is None:
             return None
         return PromptLookupDrafter(self.prompt_lookup_num_tokens, self.max_matching_ngram_size)
+
+
+def _is_draft(draft: Any) -> bool:
+    """Whether this may stand for one batch size in `draft_by_batch_size`."""
+    if not isinstance(draft, Mapping):
+        return False
+    shapes = draft.keys() & set(DRAFT_SHAPES[:-1])
+    return len(shapes) <= 1 and draft.keys() <= {*shapes, *BESIDE_A_SHAPE}

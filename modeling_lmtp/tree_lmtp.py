@@ -129,7 +129,10 @@ def _check_path(path: tuple[int, ...], numbers: dict[tuple[int, ...], int]) -> N
 
 
 def grow_tree(
-    accuracies: Sequence[Sequence[float]], num_nodes: int, max_children: int = MAX_CHILDREN
+    accuracies: Sequence[Sequence[float]],
+    num_nodes: int,
+    threshold: float = 0.0,
+    max_children: int = MAX_CHILDREN,
 ) -> DraftTree:
     """Grow the tree of `num_nodes` candidates that is expected to be accepted furthest.
 
@@ -140,6 +143,7 @@ def grow_tree(
         accuracies: `accuracies[a - 1][r]`, how often the rank-`r` candidate for distance `a` is
             right, as measured on held-out text.
         num_nodes: candidates wanted; fewer come back if the accuracies offer no more.
+        threshold: no node worth less is taken.
         max_children: candidates per node that are looked at, the lowest ranks.
     """
     if not 0 <= num_nodes < MAX_NODES:
@@ -150,7 +154,7 @@ def grow_tree(
     def offer_children(value: float, path: tuple[int, ...]) -> None:
         at_next_distance = accuracies[len(path)] if len(path) < len(accuracies) else ()
         for rank, accuracy in enumerate(at_next_distance[:max_children]):
-            if accuracy > 0:
+            if accuracy > 0 and value * accuracy >= threshold:
                 heapq.heappush(frontier, (-value * accuracy, (*path, rank)))
 
     offer_children(1.0, ())

@@ -97,7 +97,7 @@ class GreedyWalker(Walker):
 
     def walk(self, candidates: Candidates, logits: torch.Tensor, rows: Sequence[int]) -> list[Walk]:
         """Walk row by row, on the host."""
-        most_likely = logits.argmax(dim=-1)
+        most_likely = logits.max(dim=-1).indices  # argmax's, in a fraction of its time on CPU
         num_nodes = most_likely.shape[1]
         both = torch.cat([most_likely, candidates.token_ids.to(most_likely.device)], dim=1).tolist()
         walks = []

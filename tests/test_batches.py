@@ -214,6 +214,7 @@ DRAFTS = {
     "a short chain": {"draft_length": 2},
     "a tree": {"draft_tree": [(0,), (1,), (0, 0), (0, 1), (1, 0), (0, 0, 0), (0, 0, 0, 0)]},
     "a tree grown per row": {"draft_nodes": 9},
+    "trees of different sizes": {"draft_nodes": 9, "draft_threshold": 0.02},
     "prompt look-up": {"prompt_lookup_num_tokens": 4},
     "forward decoding": {"forward_decoding": True},
     "a grown tree, look-up and forward decoding": {

@@ -52,9 +52,13 @@ REFUSED = {
     "negative length": ({"draft_length": -1}, "draft_length must be from 0 to 63, got -1."),
     "length of another type": ({"draft_length": 2.0}, "draft_length must be an integer, got 2.0"),
     "nodes": ({"draft_nodes": 64}, "draft_nodes must be from 0 to 63, got 64."),
+    "draft threshold": (
+        {"draft_nodes": 8, "draft_threshold": 1.0},
+        "draft_threshold must be at least 0 and below 1, got 1.0.",
+    ),
     "tree and length": (
         {"draft_tree": [(0,)], "draft_length": 1},
-        "Pass only one of ('draft_tree', 'draft_length', 'draft_nodes', 'draft_trees'), got "
+        "Pass only one of ('draft_tree', 'draft_length', 'draft_nodes', 'draft_by_batch_size'), got "
         "{'draft_tree': [(0,)], 'draft_length': 1}.",
     ),
     "look-up of nothing": (

@@ -90,7 +90,7 @@ def test_every_draft_is_what_the_formulas_give(offsets, shape, prompt, share_lm_
     tree = DraftTree.chain(horizon)
     if shape == "tree":
         tree = DraftTree.from_paths(PATHS).truncate(horizon)
-    recording = Recording(model._drafter(LMTPSettings(draft_tree=tree.paths), Tier.TREE))
+    recording = Recording(model.new_drafter(LMTPSettings(draft_tree=tree.paths), Tier.TREE))
     prompt = torch.tensor(prompt)
     options = {"do_sample": False, "max_new_tokens": 40, "attention_mask": torch.ones_like(prompt)}
     output = model.generate(

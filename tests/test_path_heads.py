@@ -180,8 +180,8 @@ def texts_of(tree: DraftTree, token_ids: list[int]) -> list[tuple[int, ...]]:
     return texts[1:]
 
 
-def best_texts(model, input_ids, depth: int, num_nodes: int) -> set[tuple[int, ...]]:
-    """The likeliest texts among all there are."""
+def best_texts(model, input_ids, depth: int, num_nodes: int) -> dict[tuple[int, ...], float]:
+    """The likeliest texts among all there are, best first, and their log-probabilities."""
     ids = model.config.draft_token_ids
     value = {(): 0.0}
     for length in range(depth):
@@ -189,7 +189,8 @@ def best_texts(model, input_ids, depth: int, num_nodes: int) -> set[tuple[int, .
             chances = candidates_by_text(model, input_ids, text).log_softmax(-1).tolist()
             value |= {(*text, t): value[text] + v for t, v in zip(ids, chances, strict=True)}
     del value[()]
-    return set(sorted(value, key=value.__getitem__, reverse=True)[:num_nodes])
+    best = sorted(value, key=value.__getitem__, reverse=True)[:num_nodes]
+    return {text: value[text] for text in best}
 
 
 @pytest.mark.parametrize(
@@ -214,8 +215,22 @@ def test_a_dynamic_tree_holds_the_likeliest_of_all_texts(offsets, ids, num_nodes
     for row, tree in enumerate(candidates.trees):
         texts = texts_of(tree, candidates.token_ids[row].tolist())
         assert len(texts) == len(set(texts)) == min(num_nodes, len(ids) ** (depth + 1) - 2)
-        assert set(texts) == best_texts(model, input_ids[row : row + 1], depth, num_nodes)
+        assert set(texts) == best_texts(model, input_ids[row : row + 1], depth, num_nodes).keys()
     assert len(set(candidates.trees)) > 1 or depth == 2  # rows have trees of their own
+
+
+def test_a_dynamic_tree_holds_no_path_below_its_threshold():
+    model = wrapped(draft_token_ids=(2, 3, 5, 7, 11))
+    with torch.no_grad():
+        states = states_of(model, PROMPT)[:, :-1]
+    best = best_texts(model, PROMPT, 3, 8)
+    threshold = math.exp(sum(list(best.values())[3:5]) / 2)  # between the fourth and the fifth
+    drafter = drafter_of(model, draft_nodes=8, draft_threshold=threshold)
+    candidates = drafter.draft(PROMPT, states[:, -drafter.num_states :], 3)
+    [tree] = candidates.trees
+    assert set(texts_of(tree, candidates.token_ids[0].tolist())) == set(list(best)[:4])
+    strict = drafter_of(model, draft_nodes=8, draft_threshold=0.99)
+    assert strict.draft(PROMPT, states[:, -strict.num_states :], 3).num_nodes == 0
 
 
 def test_a_dynamic_tree_s_siblings_are_ordered_by_likelihood():
@@ -246,6 +261,7 @@ DRAFTS = {
     "chain": {},
     "tree": {"draft_tree": PATHS},
     "dynamic tree": {"draft_nodes": 12},
+    "dynamic tree with a threshold": {"draft_nodes": 12, "draft_threshold": 0.02},
     "forward": {"forward_decoding": True},
     "lookup": {"prompt_lookup_num_tokens": 4, "draft_tree": PATHS},
 }

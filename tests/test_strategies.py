@@ -53,6 +53,7 @@ def generate(model, prompt: torch.Tensor = PROMPT, mask: torch.Tensor | None = N
 STRATEGIES = {
     "static tree": {"draft_tree": [(0,), (1,), (2,), (0, 0), (0, 1), (1, 0), (0, 0, 0)]},
     "dynamic tree": {"draft_nodes": 9},
+    "dynamic tree with a threshold": {"draft_nodes": 9, "draft_threshold": 0.02},
     "lookup": {"prompt_lookup_num_tokens": 5},
     "lookup and chain of none": {"prompt_lookup_num_tokens": 5, "draft_length": 0},
     "lookup and dynamic tree": {"prompt_lookup_num_tokens": 5, "draft_nodes": 9},
@@ -92,9 +93,10 @@ def test_strategies_may_stand_in_the_generation_config(settings):
 # Dynamic trees
 
 
-def test_a_dynamic_tree_holds_the_paths_most_probable_for_this_state():
+@pytest.mark.parametrize("threshold", [None, 0.1, 0.99])
+def test_a_dynamic_tree_holds_the_paths_most_probable_for_this_state(threshold):
     model = wrapped()
-    drafter = model._drafter(LMTPSettings(draft_nodes=7), Tier.TREE)
+    drafter = model.new_drafter(LMTPSettings(draft_nodes=7, draft_threshold=threshold), Tier.TREE)
     assert isinstance(drafter, DynamicLeapHeadDrafter)
     hidden_states = torch.randn(3, 3, 32, generator=torch.Generator().manual_seed(1))
     input_ids = small(torch.arange(24).reshape(3, 8))
@@ -110,8 +112,10 @@ def test_a_dynamic_tree_holds_the_paths_most_probable_for_this_state():
             for tokens in itertools.product(range(12), repeat=depth)
         }
         best = sorted(value, key=value.__getitem__, reverse=True)[:7]
-        assert set(token_paths(tree, candidates.token_ids[row].tolist())) == set(best)
-    assert len(set(candidates.trees)) > 1  # rows have trees of their own
+        best = [tokens for tokens in best if value[tokens] >= (threshold or 0)]
+        tokens = candidates.token_ids[row].tolist()[: tree.num_nodes]
+        assert set(token_paths(tree, tokens)) == set(best)
+    assert len(set(candidates.trees)) > 1 or threshold == 0.99  # rows have trees of their own
 
 
 def token_paths(tree: DraftTree, token_ids: list[int]) -> list[tuple[int, ...]]:
@@ -122,7 +126,7 @@ def token_paths(tree: DraftTree, token_ids: list[int]) -> list[tuple[int, ...]]:
 
 
 def test_a_dynamic_tree_is_no_deeper_than_there_is_room():
-    drafter = wrapped()._drafter(LMTPSettings(draft_nodes=30), Tier.TREE)
+    drafter = wrapped().new_drafter(LMTPSettings(draft_nodes=30), Tier.TREE)
     hidden_states = torch.randn(1, 3, 32)
     for room, depth in ((0, 0), (1, 1), (2, 2), (9, 4)):
         candidates = drafter.draft(small(PROMPT), hidden_states, room)

@@ -143,7 +143,7 @@ def test_no_other_tree_of_the_size_is_expected_to_be_accepted_further(num_nodes)
 @pytest.mark.parametrize("num_nodes", [1, 6, 13, 63])
 def test_the_tree_holds_the_most_valuable_paths(num_nodes, max_children):
     best = sorted(all_paths(max_children), key=value, reverse=True)[:num_nodes]
-    assert set(grow_tree(ACCURACIES, num_nodes, max_children).paths) == set(best)
+    assert set(grow_tree(ACCURACIES, num_nodes, max_children=max_children).paths) == set(best)
 
 
 def test_candidates_that_are_never_right_are_left_out():

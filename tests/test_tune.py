@@ -13,17 +13,22 @@ from transformers.utils import logging
 from modeling_lmtp import LMTPForCausalLM
 from modeling_lmtp.conversion import tune_run
 from modeling_lmtp.conversion.step_times import step_seconds
-from modeling_lmtp.conversion.tune_run import Verdict, write_draft_trees
+from modeling_lmtp.conversion.tune_run import Trial, Verdict, set_drafts
 from modeling_lmtp.conversion.tuning import (
-    TunedTree,
-    best_tree,
+    NOTHING,
+    TunedDraft,
+    _Costs,
+    best_drafts,
     candidate_trees,
-    choose_trees,
+    choose_drafts,
+    of_tree,
     steps_together,
 )
 from modeling_lmtp.settings_lmtp import LMTPSettings
-from modeling_lmtp.training.evaluation import evaluate_heads, tokens_per_step
+from modeling_lmtp.support_lmtp import Tier
+from modeling_lmtp.training.evaluation import answer_states, evaluate_heads, tokens_per_step
 from modeling_lmtp.training.examples import Example
+from modeling_lmtp.training.simulation import simulate
 from modeling_lmtp.tree_lmtp import DraftTree
 
 GREEDY = {"do_sample": False, "max_new_tokens": 12, "eos_token_id": None}
@@ -71,16 +76,15 @@ def test_the_choice_is_that_of_an_exhaustive_search(accuracies, cost):
     value = value_of(accuracies)
     best = max(value(tree) / cost(tree) for tree in all_trees(3, 2, 4))
     trees = candidate_trees(accuracies, value, node_counts=range(1, 5))
-    chosen = best_tree(trees, value, {tree: cost(tree) for tree in trees})
+    [chosen] = best_drafts([[TunedDraft(of_tree(t), value(t), cost(t)) for t in trees]])
     assert chosen.speed_up == pytest.approx(best)
-    assert chosen.step_cost == cost(chosen.tree)
 
 
 def test_where_drafting_cannot_win_nothing_is_drafted():
-    value = value_of(ACCURACIES["useless"])
+    value, cost = value_of(ACCURACIES["useless"]), COSTS["steep"]
     trees = candidate_trees(ACCURACIES["useless"], value)
-    chosen = best_tree(trees, value, {tree: COSTS["steep"](tree) for tree in trees})
-    assert chosen.tree == DraftTree()
+    [chosen] = best_drafts([[TunedDraft(of_tree(t), value(t), cost(t)) for t in trees]])
+    assert chosen.options == NOTHING
     assert chosen.speed_up == 1
 
 
@@ -108,7 +112,7 @@ def answers_of(model):
     return answers
 
 
-def test_each_batch_size_gets_its_own_tree():
+def test_each_batch_size_gets_its_own_drafts():
     model = tiny_model(leap_offsets=(2, 3))
     answers = answers_of(model)
     report, ranks = evaluate_heads(model, answers)
@@ -118,13 +122,56 @@ def test_each_batch_size_gets_its_own_tree():
         asked.append(batch_size)
         return {tree: 1 + (batch_size - 1) * tree.num_nodes for tree in trees}
 
-    chosen = choose_trees(model, report, ranks, answers, (1, 8), timer)
+    chosen = choose_drafts(model, report, ranks, answers, (1, 8), timer)
     assert asked == [1, 8]
-    assert chosen[1].tree.num_nodes > 0
-    assert chosen[1].tokens_per_step == pytest.approx(
-        tokens_per_step(ranks, answers, chosen[1].tree)
+    assert [draft.speed_up for draft in chosen[1]] == sorted(
+        (draft.speed_up for draft in chosen[1]), reverse=True
     )
-    assert chosen[8].tree.num_nodes == 0
+    by_kind = {frozenset(draft.options): draft for draft in chosen[1]}
+    assert frozenset({"draft_nodes", "draft_threshold"}) in by_kind
+    assert any("prompt_lookup_num_tokens" in kind for kind in by_kind)
+    [static] = [d for d in chosen[1] if "draft_nodes" not in d.options]
+    paths = (
+        static.options.get("draft_tree") or DraftTree.chain(static.options["draft_length"]).paths
+    )
+    assert static.tokens_per_step == pytest.approx(
+        tokens_per_step(ranks, answers, DraftTree.from_paths(paths))
+    )
+    assert chosen[8][0].options == NOTHING
+
+
+def test_a_simulated_draft_emits_what_decoding_does():
+    model = tiny_model(leap_offsets=(2, 3))
+    for answer in answers_of(model):
+        states = answer_states(model, answer)
+        for options in (
+            {"draft_length": 2},
+            {"draft_nodes": 9},
+            {"draft_nodes": 9, "draft_threshold": 0.02, "prompt_lookup_num_tokens": 6},
+        ):
+            drafter = model.new_drafter(LMTPSettings(use_lmtp=True, **options), Tier.TREE)
+            steps = simulate(drafter, answer, states)
+            prompt = torch.tensor([answer.input_ids[: answer.answer_start]])
+            new_tokens = len(answer.input_ids) - answer.answer_start
+            output = model.generate(
+                prompt,
+                attention_mask=torch.ones_like(prompt),
+                use_lmtp=True,
+                return_dict_in_generate=True,
+                **{**GREEDY, "max_new_tokens": new_tokens},
+                **options,
+            )
+            assert [step.tokens for step in steps] == output.acceptance_lengths[0]
+            assert any(step.nodes for step in steps)
+
+
+def test_in_a_batch_the_row_with_the_most_candidates_costs():
+    nodes, costs = [0, 1, 1, 3], _Costs({0: 1.0, 1: 1.5, 3: 3.5})
+    for size in (1, 2, 3):
+        most = [max(rows) for rows in itertools.product(nodes, repeat=size)]
+        naive = sum({0: 1.0, 1: 1.5, 3: 3.5}[count] for count in most) / len(most)
+        assert costs.mean(nodes, size) == pytest.approx(naive)
+    assert costs.mean([2], 1) == pytest.approx(2.5)  # between measured numbers
 
 
 def test_steps_are_timed_with_all_that_belongs_to_them():
@@ -146,16 +193,26 @@ def sizes_of_passes(model, rows, **options):
     return output, {size[1] for size in sizes[1:] if size[0] == rows}
 
 
-def test_generate_obeys_the_tree_of_the_batch_size():
+def test_generate_obeys_the_draft_of_the_batch_size():
     model = tiny_model(head_context=0)
     sizes_of_passes(model, 1, use_lmtp=True)  # so that what fits is found out
-    model.generation_config.draft_trees = {"1": [[0], [0, 0]], "4": [[0]], "8": []}
+    model.generation_config.draft_by_batch_size = {
+        "1": {"draft_tree": [[0], [0, 0]]},
+        "4": {"draft_length": 1},
+        "8": {"draft_length": 0},
+    }
     for rows, nodes in [(1, 2), (2, 1), (4, 1), (5, 0), (8, 0), (9, 0)]:
         plain, _ = sizes_of_passes(model, rows)
         output, sizes = sizes_of_passes(model, rows, use_lmtp=True)
         assert output.tolist() == plain.tolist()
         assert max(sizes) == 1 + nodes, rows
     assert max(sizes_of_passes(model, 8, use_lmtp=True, draft_length=3)[1]) == 4
+
+
+def test_what_is_said_for_all_batch_sizes_goes_before():
+    table = {"1": {"draft_nodes": 9, "draft_threshold": 0.1, "prompt_lookup_num_tokens": 10}}
+    settings = LMTPSettings(draft_by_batch_size=table, prompt_lookup_num_tokens=3).for_batch(2)
+    assert settings == LMTPSettings(draft_nodes=9, draft_threshold=0.1, prompt_lookup_num_tokens=3)
 
 
 def test_a_tree_without_nodes_is_plain_decoding_and_says_so(monkeypatch):
@@ -189,34 +246,49 @@ def test_acceptance_lengths_of_plain_rows_stop_at_their_end():
     assert ended.acceptance_lengths == [[1] * first]
 
 
-@pytest.mark.parametrize("trees", [{}, {"0": []}, {"one": []}], ids=str)
-def test_draft_trees_need_batch_sizes(trees):
-    with pytest.raises(
-        ValueError, match="draft_trees must have a draft tree for each of some batch"
-    ):
-        LMTPSettings(draft_trees=trees).check(horizon=3)
+@pytest.mark.parametrize("table", [{}, {"0": {}}, {"one": {}}], ids=str)
+def test_drafts_by_batch_size_need_batch_sizes(table):
+    with pytest.raises(ValueError, match="must say for some batch sizes what is drafted"):
+        LMTPSettings(draft_by_batch_size=table).check(horizon=3)
 
 
-def test_draft_trees_may_not_be_too_deep_for_the_heads():
+@pytest.mark.parametrize(
+    "draft",
+    [[[0]], {"temperature": 2}, {"draft_nodes": 3, "draft_length": 1}, {"draft_by_batch_size": {}}],
+    ids=str,
+)
+def test_a_draft_of_a_batch_size_has_one_shape_and_nothing_strange(draft):
+    with pytest.raises(ValueError, match=r"draft_by_batch_size\['1'\] must be a dict"):
+        LMTPSettings(draft_by_batch_size={"1": draft}).check(horizon=3)
+
+
+def test_drafts_by_batch_size_may_not_be_too_deep_for_the_heads():
+    table = {"1": {"draft_length": 1}, "2": {"draft_tree": [[0], [0, 0]]}}
     with pytest.raises(ValueError, match="2 tokens deep, but these leap heads can draft 1"):
-        LMTPSettings(draft_trees={"1": [[0]], "2": [[0], [0, 0]]}).check(horizon=1)
+        LMTPSettings(draft_by_batch_size=table).check(horizon=1)
 
 
-def test_what_lost_its_trial_is_written_as_nothing(tmp_path):
+def test_the_fastest_draft_is_written_and_nothing_where_all_lost(tmp_path):
     model = tiny_model()
-    model.generation_config.draft_length = 2
-    chain = TunedTree(DraftTree.chain(2), 1.5, 1.2)
+    model.generation_config.draft_nodes = 2
+    model.generation_config.draft_threshold = 0.5
+    chain, tree = (
+        TunedDraft({"draft_length": 2}, 1.5, 1.2),
+        TunedDraft({"draft_nodes": 4}, 1.6, 1.1),
+    )
     verdicts = {
-        1: Verdict(chain, 1.1),
-        2: Verdict(chain, 0.99),
-        4: Verdict(TunedTree(DraftTree(), 1, 1), None),
+        1: Verdict([Trial(tree, 1.1), Trial(chain, 1.2)]),
+        2: Verdict([Trial(chain, 0.99)]),
+        4: Verdict([]),
     }
+    set_drafts(model, verdicts, {"quiet": True})
     model.save_pretrained(tmp_path)
-    write_draft_trees(model, verdicts, {"device": "cpu"}, tmp_path)
     saved = LMTPForCausalLM.from_pretrained(tmp_path).generation_config
-    assert saved.draft_trees == {"1": [[0], [0, 0]], "2": [], "4": []}
-    assert getattr(saved, "draft_length", None) is None
-    assert saved.draft_trees_conditions == {"device": "cpu"}
+    assert saved.draft_by_batch_size == {"1": {"draft_length": 2}, "2": NOTHING, "4": NOTHING}
+    assert getattr(saved, "draft_nodes", None) is None
+    assert getattr(saved, "draft_threshold", None) is None
+    assert saved.draft_conditions["quiet"] is True
+    assert len(saved.draft_conditions["tried"]["1"]) == 2
 
 
 def test_the_command_tunes_a_folder(tmp_path, monkeypatch):
@@ -229,6 +301,6 @@ def test_the_command_tunes_a_folder(tmp_path, monkeypatch):
     result = lmtp("tune", checkpoint, "--answers", answers, "--batch-sizes", "1,2")
     assert result.exit_code == 0, result.output
     saved = json.loads((checkpoint / "generation_config.json").read_text())
-    assert set(saved["draft_trees"]) == {"1", "2"}
-    assert {"device", "dtype", "threads", "expected"} <= set(saved["draft_trees_conditions"])
+    assert set(saved["draft_by_batch_size"]) == {"1", "2"}
+    assert {"device", "dtype", "threads", "tried"} <= set(saved["draft_conditions"])
     assert "is no folder to write" in error_of("tune", "some/hub-id", "--answers", answers)

@@ -1,0 +1,224 @@
+"""Where a decoding step's time goes: the backbone's pass, and what stands around it.
+
+    python benchmarks/step_profile.py CHECKPOINT --output FILE
+
+Each way of drafting decodes the same prompts, and takes turns with the *bare pass*: the backbone over as
+many tokens behind as many cached ones, with Transformers' own cache and mask and nothing around it.
+Medians in milliseconds; `overhead` is a step over a bare pass. Only steps with a full draft are counted.
+Parts are timed on the host: on an accelerator, which works while the host goes on, only steps count.
+"""
+
+import argparse
+import json
+import statistics
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from functools import wraps
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+from transformers import DynamicCache
+
+from modeling_lmtp.conversion.bench_run import base_name, device_name
+from modeling_lmtp.conversion.loading import first_prompts, load_lmtp, load_tokenizer
+from modeling_lmtp.conversion.pass_clock import synchronize
+from modeling_lmtp.conversion.quiet import measure_quietness, quiet_record
+from modeling_lmtp.decoding_lmtp import Decoder
+from modeling_lmtp.modeling_lmtp import LMTPForCausalLM
+from modeling_lmtp.rows_lmtp import Rows
+from modeling_lmtp.texts_lmtp import Texts
+from modeling_lmtp.training.prompts import render_prompt
+from modeling_lmtp.training.saving import versions
+from modeling_lmtp.verification_lmtp import Verifier
+from modeling_lmtp.walking_lmtp import GreedyWalker
+
+PROMPTS = Path(__file__).parent / "held_out.jsonl"
+WARM_STEPS = 3
+PARTS: dict[str, tuple[type, str]] = {
+    "draft": (Decoder, "_draft"),
+    "verify": (Verifier, "verify"),
+    "walk": (GreedyWalker, "walk"),
+    "commit": (Rows, "commit"),
+    "emit": (Texts, "emit"),
+}
+
+
+class StepClock:
+    """The seconds of each part of each step of one call of `generate`."""
+
+    def __init__(self, model: LMTPForCausalLM) -> None:
+        self.model = model
+        self.parts: dict[str, list[float]] = defaultdict(list)
+        self.starts: list[float] = []  # of the passes
+        self.sizes: list[int] = []
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """Time the parts."""
+        backbone = self.model.backbone
+        with ExitStack() as stack:
+            for name, (owner, method) in PARTS.items():
+                timed = self._timed(name, getattr(owner, method))
+                stack.enter_context(mock.patch.object(owner, method, timed))
+            stack.enter_context(
+                mock.patch.object(backbone, "forward", self._timed("pass", backbone.forward))
+            )
+            yield
+
+    def _timed(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        @wraps(function)  # its signature is looked at
+        def timed(*args: Any, **kwargs: Any) -> Any:
+            started = time.perf_counter()
+            if name == "pass":
+                self.starts.append(started)
+                self.sizes.append(kwargs["input_ids"].shape[1])
+            result = function(*args, **kwargs)
+            self.parts[name].append(time.perf_counter() - started)
+            return result
+
+        return timed
+
+    def steps(self) -> list[dict[str, float]]:
+        """Return the parts of each step with a full draft: from the start of a draft to the next."""
+        found = []
+        full = max(self.sizes[1:])
+        for number in range(1 + WARM_STEPS, len(self.starts) - 1):
+            if self.sizes[number] == full:
+                step = {"step": self.starts[number + 1] - self.starts[number]}
+                step |= {name: self.parts[name][number] for name in ("pass", "walk", "commit")}
+                step["emit"] = self.parts["emit"][number]
+                step["draft"] = self.parts["draft"][number]
+                step["arrange"] = self.parts["verify"][number - 1] - self.parts["pass"][number]
+                found.append(step)
+        return found
+
+
+def bare_passes(
+    model: LMTPForCausalLM, prompt: torch.Tensor, num_tokens: int, count: int
+) -> list[float]:
+    """Time the backbone over `num_tokens` tokens behind a prompt `(1, L)`."""
+    cache = DynamicCache(config=model.backbone.config)
+    model.backbone(prompt, past_key_values=cache, logits_to_keep=1)
+    found = []
+    for _ in range(count):
+        synchronize(model.device)
+        started = time.perf_counter()
+        model.backbone(prompt[:, -num_tokens:], past_key_values=cache)
+        synchronize(model.device)
+        found.append(time.perf_counter() - started)
+        cache.crop(-num_tokens)
+    return found[WARM_STEPS:]
+
+
+def profile(
+    model: LMTPForCausalLM,
+    prompts: Sequence[torch.Tensor],
+    ways: Mapping[str, dict[str, Any]],
+    new_tokens: int,
+    rounds: int,
+) -> list[dict[str, Any]]:
+    """Let the ways and the bare passes take turns; return a row per way."""
+    steps: dict[str, list[dict[str, float]]] = {name: [] for name in ways}
+    bare: dict[str, list[float]] = {name: [] for name in ways}
+    sizes: dict[str, int] = {}
+    for turn in range(1 + rounds):
+        for prompt in prompts:
+            for name, options in ways.items():
+                clock = StepClock(model)
+                with clock.listening():
+                    model.generate(
+                        prompt,
+                        attention_mask=torch.ones_like(prompt),
+                        do_sample=False,
+                        eos_token_id=None,
+                        max_new_tokens=new_tokens,
+                        use_lmtp=True,
+                        **options,
+                    )
+                sizes[name] = max(clock.sizes[1:])
+                passes = bare_passes(model, prompt, sizes[name], WARM_STEPS + 12)
+                if turn:
+                    steps[name] += clock.steps()
+                    bare[name] += passes
+    return [_row(name, sizes[name], steps[name], bare[name]) for name in ways]
+
+
+def _row(
+    name: str, size: int, steps: Sequence[Mapping[str, float]], bare: Sequence[float]
+) -> dict[str, Any]:
+    parts = {part: statistics.median(step[part] for step in steps) for part in steps[0]}
+    bare_pass = statistics.median(bare)
+    return {
+        "way": name,
+        "tokens": size,
+        "steps": len(steps),
+        "bare_pass_ms": round(bare_pass * 1e3, 3),
+        **{f"{part}_ms": round(seconds * 1e3, 3) for part, seconds in parts.items()},
+        "overhead": round(parts["step"] / bare_pass, 3),
+    }
+
+
+def ways_of(model: LMTPForCausalLM) -> dict[str, dict[str, Any]]:
+    """Return what `generate` is told: a chain, trees of two sizes, one that grows, and with lookup."""
+    depth = len(model.config.leap_offsets)
+    return {
+        "chain": {"draft_length": depth},
+        "as saved": {},
+        "dynamic tree of 8": {"draft_nodes": 8},
+        "as saved, and prompt lookup": {"prompt_lookup_num_tokens": 10},
+    }
+
+
+def main() -> None:
+    """Measure one checkpoint and write the figures."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("checkpoint")
+    parser.add_argument("--prompts", type=Path, default=PROMPTS)
+    parser.add_argument("--num-prompts", type=int, default=4)
+    parser.add_argument("--new-tokens", type=int, default=64)
+    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--output", type=Path)
+    arguments = parser.parse_args()
+    model = load_lmtp(arguments.checkpoint, arguments.dtype)
+    tokenizer = load_tokenizer(arguments.checkpoint)
+    texts = first_prompts(arguments.prompts, "prompt", arguments.num_prompts)
+    prompts = [
+        torch.tensor([render_prompt(tokenizer, text)], device=model.device) for text in texts
+    ]
+    model.generate(prompts[0], use_lmtp=True, max_new_tokens=4)  # what is found out once per model
+    before = measure_quietness(model.device)
+    with torch.no_grad():
+        rows = profile(model, prompts, ways_of(model), arguments.new_tokens, arguments.rounds)
+    record = {
+        "command": "python benchmarks/step_profile.py",
+        "conditions": {
+            "base_model": base_name(model),
+            "leap_offsets": list(model.config.leap_offsets),
+            "head_context": model.config.head_context,
+            "draft_vocab_size": len(model.config.draft_token_ids or []),
+            "device": device_name(model.device),
+            "dtype": arguments.dtype,
+            "threads": torch.get_num_threads(),
+            "prompts": arguments.prompts.name,
+            "prompt_tokens": [prompt.shape[1] for prompt in prompts],
+            "new_tokens": arguments.new_tokens,
+            "rounds": arguments.rounds,
+            **quiet_record(before, measure_quietness(model.device)),
+            "versions": versions(),
+        },
+        "rows": rows,
+    }
+    print(json.dumps(record, indent=1))
+    if arguments.output is not None:
+        arguments.output.write_text(json.dumps(record, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
