@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import CompileConfig, PreTrainedModel
+from transformers import CompileConfig, GenerationConfig, PreTrainedModel
 from transformers.utils import ModelOutput
 
 from .states_lmtp import LAST, join_states
@@ -44,6 +44,26 @@ def _run(
     if head_input != LAST and states is not None:
         states = join_states(backbone, outputs.hidden_states, states)
     return outputs, states
+
+
+def compiled_pass(
+    backbone: PreTrainedModel,
+    head_input: str,
+    generation_config: GenerationConfig,
+    model_kwargs: dict[str, Any],
+) -> "CompiledPass | None":
+    """Return a compiled call of the backbone where Transformers would decode with one.
+
+    Args:
+        backbone: the model.
+        head_input: what heads read, see `LMTPConfig`.
+        generation_config: of this call; a prefill in chunks is told not to be compiled, hooks and all.
+        model_kwargs: as `generate` prepared them, the cache among them.
+    """
+    if not backbone._valid_auto_compile_criteria(model_kwargs, generation_config):
+        return None
+    generation_config.disable_compile = True
+    return CompiledPass(backbone, head_input, generation_config.compile_config or CompileConfig())
 
 
 class CompiledPass:

@@ -20,7 +20,7 @@ from .drafting_lmtp import Candidates, Drafter
 from .outputs_lmtp import LMTPGenerateOutput, PassRecorder, ReturnedCache
 from .replay_lmtp import has_recurrent_states
 from .rows_lmtp import Rows
-from .static_lmtp import ReturnedStaticCache, StaticVerifier
+from .static_verification_lmtp import ReturnedStaticCache, StaticVerifier
 from .texts_lmtp import Texts
 from .verification_lmtp import Verifier
 from .walking_lmtp import Walk, Walker

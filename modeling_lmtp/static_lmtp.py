@@ -1,7 +1,7 @@
-"""Decoding over a static cache: all passes after the prefill have the same shapes, and no tensor moves.
+"""A static cache: the room it must have, and where the tokens of each row lie in it.
 
-A row's tokens lie from the left, where plain decoding would have them. A pass writes its nodes behind the
-longest row, and what a walk accepts is copied from there to the end of its own row:
+Rows lie from the left, where plain decoding would have them. A pass writes its nodes behind the longest
+row, and what a walk accepts is copied from there to the end of its own row; no tensor moves:
 
     row 0   p p p a . . . │ r n n n      p prompt, a accepted, r root, n candidate
     row 1   p p p a a a a │ r n n n
@@ -12,24 +12,16 @@ every pass, `N` the most candidates that are ever drafted, `W` the slot of the r
 """
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
-from torch.nn.functional import pad
-from transformers import Cache, PreTrainedModel, StaticCache
+from transformers import Cache, GenerationConfig, PreTrainedModel, StaticCache
 from transformers.cache_utils import StaticLayer
-from transformers.utils import ModelOutput
 
 from .cache_lmtp import CacheSlots
-from .compiled_lmtp import CompiledPass
-from .drafting_lmtp import Candidates
-from .texts_lmtp import Texts
-from .tree_lmtp import DraftTree
-from .verification_lmtp import Verifier
 
 
-def check_static_cache(cache: StaticCache) -> None:
-    """Raise a ValueError unless every layer of `cache` keeps all of its slots, on its own device."""
+def check_static_cache(cache: StaticCache, generation_config: GenerationConfig) -> None:
+    """Raise a ValueError for layers that do not keep all slots in place, and outputs laid out otherwise."""
     others = {type(layer).__name__ for layer in cache.layers if type(layer) is not StaticLayer}
     if others:
         raise ValueError(
@@ -41,6 +33,11 @@ def check_static_cache(cache: StaticCache) -> None:
         raise ValueError(
             "use_lmtp=True does not support static caches that are offloaded. Pass "
             "cache_implementation='static', or 'offloaded'."
+        )
+    if generation_config.return_dict_in_generate and generation_config.output_attentions:
+        raise ValueError(
+            "use_lmtp=True does not support output_attentions=True with a static cache. Leave out "
+            "cache_implementation, or pass 'dynamic'."
         )
 
 
@@ -165,138 +162,3 @@ class StaticSlots(CacheSlots):
         sees = known[:, None].repeat(1, self.num_nodes, 1)
         sees[..., self.start : self.start + self.num_nodes] = visible
         return sees
-
-
-class StaticVerifier(Verifier):
-    """Verifies drafts over a static cache; each pass has `B` rows of `Q` nodes.
-
-    Args:
-        backbone: takes trees.
-        max_nodes: `N`.
-        compiled: the backbone's pass, compiled; None to run it as it is.
-    """
-
-    def __init__(
-        self, backbone: PreTrainedModel, max_nodes: int, compiled: CompiledPass | None = None
-    ) -> None:
-        super().__init__(backbone)
-        self.num_nodes = 1 + max_nodes
-        self.compiled = compiled
-
-    def slots(self, model_kwargs: dict[str, Any], num_rows: int) -> CacheSlots:
-        """Return where the rows lie, and verify there from now on."""
-        cache, mask = model_kwargs["past_key_values"], model_kwargs.get("attention_mask")
-        self._slots = StaticSlots(cache, num_rows, self.num_nodes, mask)
-        return self._slots
-
-    def of_rows(self, states: torch.Tensor) -> torch.Tensor:
-        """Pick the rows that are still generating."""
-        return self._slots.of_rows(states)
-
-    def verify(
-        self,
-        input_ids: torch.Tensor,
-        candidates: Candidates,
-        model_kwargs: dict[str, Any],
-        num_replayed: int = 0,
-    ) -> ModelOutput:
-        """Run the backbone on `Q` nodes per row: the root, the candidates, and what fills them up.
-
-        Args:
-            input_ids: `(A, L)`, the roots last.
-            candidates: for each row, at most `N`.
-            model_kwargs: what `generate` keeps between steps; not changed.
-            num_replayed: 0, as nothing lacks in a static cache.
-
-        Returns:
-            The backbone's output for the `A` rows, logits `(A, Q, V)`.
-
-        Raises:
-            ValueError: there are more candidates than the drafter said there would be.
-        """
-        if candidates.num_nodes >= self.num_nodes:
-            raise ValueError(
-                f"The drafter proposed {candidates.num_nodes} candidates, but its max_nodes is "
-                f"{self.num_nodes - 1}, and a pass over a static cache has room for no more."
-            )
-        all_candidates = self._fill_up(candidates)
-        roots = self._slots.among_all(input_ids[:, -1:])
-        nodes = torch.cat([roots, all_candidates.token_ids], dim=-1)
-        depths, visible = self._arrangement(all_candidates, nodes.device)
-        inputs = self.backbone.prepare_inputs_for_generation(
-            nodes,
-            next_sequence_length=self.num_nodes,
-            attention_mask=visible[:, None],  # in the place of ours, so that no other is made
-            **self._of_all_rows(model_kwargs, depths),
-        )
-        inputs["attention_mask"] = self._masks.over_all_slots(
-            self._slots.seen(visible), self._slots.cache
-        )
-        if "logits_to_keep" in inputs:
-            inputs["logits_to_keep"] = 0  # those of every node
-        outputs = (self.compiled or self.backbone)(**inputs, return_dict=True)
-        outputs.logits = self.of_rows(outputs.logits)
-        if outputs.get("hidden_states") is not None:
-            outputs.hidden_states = tuple(map(self.of_rows, outputs.hidden_states))
-        return outputs
-
-    def _fill_up(self, candidates: Candidates) -> Candidates:
-        """Make drafts for all `B` rows of what `A` rows have, `N` tokens each."""
-        trees = [DraftTree()] * len(self._slots.lengths)
-        for place, tree in zip(self._slots.places, candidates.trees, strict=True):
-            trees[place] = tree
-        missing = self.num_nodes - 1 - candidates.num_nodes
-        token_ids = self._slots.among_all(pad(candidates.token_ids, (0, missing)))
-        return Candidates(tuple(trees), token_ids)
-
-    def _of_all_rows(self, model_kwargs: dict[str, Any], depths: torch.Tensor) -> dict[str, Any]:
-        """Return what `generate` keeps, with a value for each of the nodes `(B, Q)`."""
-        kept = {}
-        for name, value in model_kwargs.items():
-            if name == "position_ids" and value is not None:
-                kept[name] = self._slots.among_all(value, dim=-2) + depths
-            elif name.endswith("token_type_ids") and value is not None:  # new ones are as the last
-                kept[name] = self._slots.among_all(value[:, -1:]).expand(-1, self.num_nodes)
-            elif torch.is_tensor(value) and value.ndim > 1:
-                kept[name] = self._slots.among_all(value)
-            else:
-                kept[name] = value
-        kept.pop("attention_mask", None)
-        return kept
-
-
-class ReturnedStaticCache:
-    """Gives rows of a batch that ended early what plain decoding has behind them: an end and padding.
-
-    Args:
-        verifier: knows where the rows lie.
-        model_kwargs: what `generate` keeps, for the prompts.
-        texts: what has been emitted.
-    """
-
-    def __init__(
-        self, verifier: StaticVerifier, model_kwargs: dict[str, Any], texts: Texts
-    ) -> None:
-        self.verifier = verifier
-        self.model_kwargs = dict(model_kwargs)
-        self.texts = texts
-        self.prompt_slots = int(model_kwargs["past_key_values"].get_seq_length())
-
-    def take(self, places: Sequence[int], rows: Sequence[int]) -> None:
-        """Leave rows that have ended where they are."""
-
-    def put_together(self) -> None:
-        """Run the tokens that the shortest row lacks, in all rows."""
-        slots, backbone = self.verifier._slots, self.verifier.backbone
-        num_new = len(self.texts.padded()) - 1
-        missing = self.prompt_slots + num_new - min(slots.lengths)
-        slots._forget_after(min(slots.lengths))
-        if missing == 0:
-            return
-        model_kwargs = backbone._update_model_kwargs_for_generation(
-            ModelOutput(), self.model_kwargs, num_new_tokens=num_new
-        )
-        inputs = backbone.prepare_inputs_for_generation(
-            self.texts.sequences()[:, :-1], next_sequence_length=missing, **model_kwargs
-        )
-        backbone(**inputs, return_dict=True)

@@ -18,7 +18,7 @@ from transformers.utils import logging
 
 from .drafting_lmtp import Candidates
 from .rows_lmtp import Rows
-from .static_lmtp import StaticVerifier
+from .static_verification_lmtp import StaticVerifier
 from .tree_lmtp import DraftTree
 from .verification_lmtp import Verifier
 from .walking_lmtp import Walk

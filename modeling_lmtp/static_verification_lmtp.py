@@ -1,0 +1,159 @@
+"""Verification over a static cache: all passes after the prefill have the same shapes.
+
+Drafts are filled up to `N` nodes that are never accepted, rows that have ended go on unheeded, and masks
+reach over the whole cache, so that the pass can be compiled, or captured as a CUDA graph.
+
+Shapes: `B` rows of the call, `A` of them still generating, `C` slots of the cache, `Q = 1 + N` nodes of
+every pass, `N` the most candidates that are ever drafted.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch.nn.functional import pad
+from transformers import PreTrainedModel
+from transformers.utils import ModelOutput
+
+from .cache_lmtp import CacheSlots
+from .compiled_lmtp import CompiledPass
+from .drafting_lmtp import Candidates
+from .static_lmtp import StaticSlots
+from .texts_lmtp import Texts
+from .tree_lmtp import DraftTree
+from .verification_lmtp import Verifier
+
+
+class StaticVerifier(Verifier):
+    """Verifies drafts over a static cache; each pass has `B` rows of `Q` nodes.
+
+    Args:
+        backbone: takes trees.
+        max_nodes: `N`.
+        compiled: the backbone's pass, compiled; None to run it as it is.
+    """
+
+    def __init__(
+        self, backbone: PreTrainedModel, max_nodes: int, compiled: CompiledPass | None = None
+    ) -> None:
+        super().__init__(backbone)
+        self.num_nodes = 1 + max_nodes
+        self.compiled = compiled
+
+    def slots(self, model_kwargs: dict[str, Any], num_rows: int) -> CacheSlots:
+        """Return where the rows lie, and verify there from now on."""
+        cache, mask = model_kwargs["past_key_values"], model_kwargs.get("attention_mask")
+        self._slots = StaticSlots(cache, num_rows, self.num_nodes, mask)
+        return self._slots
+
+    def of_rows(self, states: torch.Tensor) -> torch.Tensor:
+        """Pick the rows that are still generating."""
+        return self._slots.of_rows(states)
+
+    def verify(
+        self,
+        input_ids: torch.Tensor,
+        candidates: Candidates,
+        model_kwargs: dict[str, Any],
+        num_replayed: int = 0,
+    ) -> ModelOutput:
+        """Run the backbone on `Q` nodes per row: the root, the candidates, and what fills them up.
+
+        Args:
+            input_ids: `(A, L)`, the roots last.
+            candidates: for each row, at most `N`.
+            model_kwargs: what `generate` keeps between steps; not changed.
+            num_replayed: 0, as nothing lacks in a static cache.
+
+        Returns:
+            The backbone's output for the `A` rows, logits `(A, Q, V)`.
+
+        Raises:
+            ValueError: there are more candidates than the drafter said there would be.
+        """
+        if candidates.num_nodes >= self.num_nodes:
+            raise ValueError(
+                f"The drafter proposed {candidates.num_nodes} candidates, but its max_nodes is "
+                f"{self.num_nodes - 1}, and a pass over a static cache has room for no more."
+            )
+        all_candidates = self._fill_up(candidates)
+        roots = self._slots.among_all(input_ids[:, -1:])
+        nodes = torch.cat([roots, all_candidates.token_ids], dim=-1)
+        depths, visible = self._arrangement(all_candidates, nodes.device)
+        inputs = self.backbone.prepare_inputs_for_generation(
+            nodes,
+            next_sequence_length=self.num_nodes,
+            attention_mask=visible[:, None],  # in the place of ours, so that no other is made
+            **self._of_all_rows(model_kwargs, depths),
+        )
+        inputs["attention_mask"] = self._masks.over_all_slots(
+            self._slots.seen(visible), self._slots.cache
+        )
+        if "logits_to_keep" in inputs:
+            inputs["logits_to_keep"] = 0  # those of every node
+        outputs = (self.compiled or self.backbone)(**inputs, return_dict=True)
+        outputs.logits = self.of_rows(outputs.logits)
+        if outputs.get("hidden_states") is not None:
+            outputs.hidden_states = tuple(map(self.of_rows, outputs.hidden_states))
+        return outputs
+
+    def _fill_up(self, candidates: Candidates) -> Candidates:
+        """Make drafts for all `B` rows of what `A` rows have, `N` tokens each."""
+        trees = [DraftTree()] * len(self._slots.lengths)
+        for place, tree in zip(self._slots.places, candidates.trees, strict=True):
+            trees[place] = tree
+        missing = self.num_nodes - 1 - candidates.num_nodes
+        token_ids = self._slots.among_all(pad(candidates.token_ids, (0, missing)))
+        return Candidates(tuple(trees), token_ids)
+
+    def _of_all_rows(self, model_kwargs: dict[str, Any], depths: torch.Tensor) -> dict[str, Any]:
+        """Return what `generate` keeps, with a value for each of the nodes `(B, Q)`."""
+        kept = {}
+        for name, value in model_kwargs.items():
+            if name == "position_ids" and value is not None:
+                kept[name] = self._slots.among_all(value, dim=-2) + depths
+            elif name.endswith("token_type_ids") and value is not None:  # new ones are as the last
+                kept[name] = self._slots.among_all(value[:, -1:]).expand(-1, self.num_nodes)
+            elif torch.is_tensor(value) and value.ndim > 1:
+                kept[name] = self._slots.among_all(value)
+            else:
+                kept[name] = value
+        kept.pop("attention_mask", None)
+        return kept
+
+
+class ReturnedStaticCache:
+    """Gives rows of a batch that ended early what plain decoding has behind them: an end and padding.
+
+    Args:
+        verifier: knows where the rows lie.
+        model_kwargs: what `generate` keeps, for the prompts.
+        texts: what has been emitted.
+    """
+
+    def __init__(
+        self, verifier: StaticVerifier, model_kwargs: dict[str, Any], texts: Texts
+    ) -> None:
+        self.verifier = verifier
+        self.model_kwargs = dict(model_kwargs)
+        self.texts = texts
+        self.prompt_slots = int(model_kwargs["past_key_values"].get_seq_length())
+
+    def take(self, places: Sequence[int], rows: Sequence[int]) -> None:
+        """Leave rows that have ended where they are."""
+
+    def put_together(self) -> None:
+        """Run the tokens that the shortest row lacks, in all rows."""
+        slots, backbone = self.verifier._slots, self.verifier.backbone
+        num_new = len(self.texts.padded()) - 1
+        missing = self.prompt_slots + num_new - min(slots.lengths)
+        slots._forget_after(min(slots.lengths))
+        if missing == 0:
+            return
+        model_kwargs = backbone._update_model_kwargs_for_generation(
+            ModelOutput(), self.model_kwargs, num_new_tokens=num_new
+        )
+        inputs = backbone.prepare_inputs_for_generation(
+            self.texts.sequences()[:, :-1], next_sequence_length=missing, **model_kwargs
+        )
+        backbone(**inputs, return_dict=True)
