@@ -146,7 +146,11 @@ class LMTPGenerationMixin(GenerationMixin):
             own_drafter = drafter or self.new_drafter(own_settings, support.tier)
             if isinstance(model_kwargs["past_key_values"], StaticCache):
                 verifier = self._static_verifier(
-                    own_drafter.max_nodes, generation_config, model_kwargs, cache_is_given
+                    input_ids,
+                    own_drafter.max_nodes,
+                    generation_config,
+                    model_kwargs,
+                    cache_is_given,
                 )
             else:
                 verifier = Verifier(backbone, takes_trees=support.tier is Tier.TREE)
@@ -182,6 +186,7 @@ class LMTPGenerationMixin(GenerationMixin):
 
     def _static_verifier(
         self,
+        input_ids: torch.Tensor,
         max_nodes: int,
         generation_config: GenerationConfig,
         model_kwargs: dict[str, Any],
@@ -196,7 +201,14 @@ class LMTPGenerationMixin(GenerationMixin):
             )
         cache = model_kwargs["past_key_values"]
         if cache_is_given:
-            check_room(cache, generation_config.max_length, max_nodes)
+            mask = model_kwargs.get("attention_mask")  # over tokens of earlier turns as well
+            length = input_ids.shape[1]
+            num_known = (
+                getattr(generation_config, "_mask_length", length)
+                if mask is None
+                else mask.shape[1]
+            )
+            check_room(cache, num_known - length + generation_config.max_length, max_nodes)
         else:
             model_kwargs["past_key_values"] = with_room(cache, self.backbone, max_nodes)
         compiled = compiled_pass(

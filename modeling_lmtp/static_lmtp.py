@@ -41,13 +41,13 @@ def check_static_cache(cache: StaticCache, generation_config: GenerationConfig) 
         )
 
 
-def check_room(cache: StaticCache, max_length: int, max_nodes: int) -> None:
-    """Raise a ValueError unless `cache` has room for `max_length` tokens and as many candidates."""
-    capacity, needed = cache.get_max_length(), max_length + max_nodes
+def check_room(cache: StaticCache, num_tokens: int, max_nodes: int) -> None:
+    """Raise a ValueError unless `cache` has room for a text, and for as many candidates behind it."""
+    capacity, needed = cache.get_max_length(), num_tokens + max_nodes
     if capacity < needed:
         raise ValueError(
             f"past_key_values is a static cache of {capacity} slots, and use_lmtp=True needs {needed} "
-            "here: one for each token up to max_length, and one for each candidate. Pass "
+            f"here: one for each token of prompt and text, and {max_nodes} for a draft. Pass "
             f"StaticCache(config, max_cache_len={needed}), or a smaller max_new_tokens."
         )
 

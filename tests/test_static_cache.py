@@ -436,6 +436,27 @@ def test_a_given_cache_needs_room_for_the_text_and_a_draft():
     assert output.sequences.tolist() == plain.tolist()
 
 
+@pytest.mark.parametrize("num_rows", [1, NUM_ROWS])
+def test_a_turn_given_without_the_one_before_needs_room_for_both(num_rows):
+    model, first = wrapped("llama"), 9
+    inputs = {name: tensor[:num_rows] for name, tensor in padded().items()}
+    texts, needed = plain_texts("llama")[:num_rows], LENGTH + NEW_TOKENS + 4
+    for missing in (1, 0):
+        cache = StaticCache(model.backbone.config, max_cache_len=needed - missing)
+        options = {"use_lmtp": True, "past_key_values": cache, "do_sample": False}
+        output = generate(model, inputs, **options, max_new_tokens=first)
+        ones = inputs["attention_mask"].new_ones((num_rows, first))
+        mask = torch.cat([inputs["attention_mask"], ones], dim=-1)
+        turn = {"input_ids": output.sequences[:, -1:], "attention_mask": mask}
+        options["max_new_tokens"] = NEW_TOKENS - first
+        if missing:
+            with pytest.raises(ValueError, match=f"use_lmtp=True needs {needed} here"):
+                generate(model, turn, **options)
+        else:
+            output = generate(model, turn, **options)
+            assert output.sequences[:, 1:].tolist() == texts[:, LENGTH + first :].tolist()
+
+
 @pytest.mark.parametrize("right", RULES.values(), ids=RULES.keys())
 def test_the_room_that_is_asked_for_is_enough(right):
     texts = plain_texts("llama")
