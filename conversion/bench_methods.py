@@ -65,22 +65,25 @@ def methods_to_compare(
     if assistant is not None:
         helped = {"use_lmtp": False, "assistant_model": assistant}
         methods.append(Method("assistant", model, helped, is_ours=False, takes_batches=False))
-    methods += _of_heads(model, "", draft_nodes)
-    shape = {} if saved_shape(model) else {"draft_nodes": draft_nodes}
-    both = {"use_lmtp": True, **shape, "prompt_lookup_num_tokens": lookup_tokens}
-    methods.append(Method("heads and prompt lookup", model, both))
-    for name, other in (others or {}).items():
-        methods += _of_heads(other, f"{name}: ", draft_nodes)
+    for prefix, with_heads in {
+        "": model,
+        **{f"{n}: ": m for n, m in (others or {}).items()},
+    }.items():
+        methods += _of_heads(with_heads, prefix, draft_nodes, lookup_tokens)
     return methods
 
 
-def _of_heads(model: LMTPForCausalLM, prefix: str, draft_nodes: int) -> list[Method]:
+def _of_heads(
+    model: LMTPForCausalLM, prefix: str, draft_nodes: int, lookup_tokens: int
+) -> list[Method]:
     tried: dict[str, dict[str, Any]] = {
         "chain": {"draft_length": len(drafts(model.config.leap_offsets))}
     }
     if decoding_tier(model.backbone) is Tier.TREE:
         tried["static tree"] = drafts_to_try(model)["tree"]
         tried["dynamic tree"] = {"draft_nodes": draft_nodes}
+    widest = tried.get("dynamic tree", tried["chain"])
+    tried["heads and prompt lookup"] = {**widest, "prompt_lookup_num_tokens": lookup_tokens}
     if saved_shape(model):
         tried["as saved"] = {}
     return [

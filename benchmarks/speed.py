@@ -1,0 +1,140 @@
+"""Writes the tables of `speed.md` from the result files of `lmtp bench` and `step_profile.py`.
+
+    python benchmarks/speed.py
+
+Text between the marks in `speed.md` is replaced, everything else stays. A mark names its file:
+`<!-- results/NAME.json -->` … `<!-- end -->`.
+"""
+
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+PAGE = Path(__file__).with_suffix(".md")
+BLOCK = re.compile(r"(<!-- results/(\S+)\.json -->\n).*?(<!-- end -->)", re.DOTALL)
+GROUP = ("dtype", "mode", "batch_size")
+PARTS = ("pass_ms", "draft_ms", "arrange_ms", "walk_ms", "commit_ms", "emit_ms")
+
+Row = Mapping[str, Any]
+
+
+def markdown(header: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
+    """Return a Markdown table."""
+    all_lines = [header, ["---"] * len(header), *lines]
+    return "\n".join("| " + " | ".join(line) + " |" for line in all_lines)
+
+
+def number(value: float | None, digits: int = 2) -> str:
+    """Return a number as the tables show it."""
+    return "-" if value is None else f"{value:.{digits}f}"
+
+
+def conditions(record: Mapping[str, Any]) -> str:
+    """Say in a sentence under which conditions a file was measured."""
+    found = record["conditions"]
+    versions = found["versions"]
+    parts = [
+        f"{found['device']}, {found['threads']} threads",
+        f"torch {versions['torch']}, Transformers {versions['transformers']}",
+        f"{found['rounds']} round{'s' if found['rounds'] > 1 else ''}",
+    ]
+    if "max_new_tokens" in found:
+        parts.append(f"at most {found['max_new_tokens']} new tokens")
+    if "kinds" in found:
+        kinds = ", ".join(f"{count} {kind}" for kind, count in found["kinds"].items())
+        parts.append(f"prompts: {kinds}")
+    parts.append(f"load average {found['load'][0]} before")
+    return "; ".join([*parts, *found["complaints"]]) + "."
+
+
+def bench_tables(record: Mapping[str, Any]) -> str:
+    """Return a table per dtype, mode and batch size: ways of decoding by kind of prompts."""
+    rows = [row for row in record["rows"] if row["decoding"] != "plain"]
+    if record["conditions"].get("sweep"):
+        return sweep_table(rows, record["conditions"]["sweep"])
+    tables = []
+    for group in dict.fromkeys(tuple(row[name] for name in GROUP) for row in rows):
+        own = [row for row in rows if tuple(row[name] for name in GROUP) == group]
+        tables.append(f"{group[0]}, {group[1]}, batch size {group[2]}:\n\n{group_table(own)}")
+    return "\n\n".join(tables)
+
+
+def group_table(rows: Sequence[Row]) -> str:
+    """Return speed-ups by kind, and tokens per step, step cost and equal texts over all kinds."""
+    kinds = list(dict.fromkeys(row["prompts"] for row in rows))
+    header = ["decoding", *(f"speed-up, {kind}" for kind in kinds)]
+    header += ["total", "τ", "step cost", "speed-up / τ", "equal texts", "errors"]
+    lines = []
+    for way in dict.fromkeys(row["decoding"] for row in rows):
+        own = {row["prompts"]: row for row in rows if row["decoding"] == way}
+        whole = own[kinds[-1]]
+        tau, speed_up = whole["tokens_per_step"], whole["speed_up"]
+        lines.append(
+            [
+                way,
+                *(number(own[kind]["speed_up"]) for kind in kinds),
+                number(whole["speed_up_of_totals"]),
+                number(tau),
+                number(whole["step_cost"]),
+                number(speed_up / tau if tau and speed_up else None),
+                whole["equal_texts"] if whole["equal"] is not None else "-",
+                str(whole["errors"]),
+            ]
+        )
+    return markdown(header, lines)
+
+
+def sweep_table(rows: Sequence[Row], sweep: str) -> str:
+    """Return a line for each value of what was swept and way of decoding, over all kinds."""
+    header = [sweep, "decoding", "τ", "step cost", "speed-up", "ms per step"]
+    last = {(row["at"], row["decoding"]): row for row in rows}  # the one over all kinds comes last
+    lines = [
+        [
+            str(at),
+            way,
+            number(row["tokens_per_step"]),
+            number(row["step_cost"]),
+            number(row["speed_up"]),
+            number(row["seconds_per_step"] * 1e3, 1),
+        ]
+        for (at, way), row in last.items()
+    ]
+    return markdown(header, lines)
+
+
+def profile_table(record: Mapping[str, Any]) -> str:
+    """Return the parts of a step of each way of drafting."""
+    header = ["draft", "tokens", "bare pass", "step", "step / bare pass"]
+    header += [part.removesuffix("_ms") for part in PARTS]
+    lines = [
+        [
+            row["way"],
+            str(row["tokens"]),
+            number(row["bare_pass_ms"], 1),
+            number(row["step_ms"], 1),
+            number(row["overhead"], 3),
+            *(number(row[part], 2) for part in PARTS),
+        ]
+        for row in record["rows"]
+    ]
+    return markdown(header, lines)
+
+
+def block(name: str) -> str:
+    """Return what stands between the marks of a result file."""
+    record = json.loads((PAGE.parent / "results" / f"{name}.json").read_text())
+    is_profile = "step_profile" in record["command"]
+    tables = profile_table(record) if is_profile else bench_tables(record)
+    return f"{tables}\n\n{conditions(record)}\n"
+
+
+def main() -> None:
+    """Replace what stands between the marks."""
+    text = PAGE.read_text()
+    PAGE.write_text(BLOCK.sub(lambda found: f"{found[1]}{block(found[2])}{found[3]}", text))
+
+
+if __name__ == "__main__":
+    main()
