@@ -26,12 +26,12 @@ from modeling_lmtp.training.examples import Example
 from modeling_lmtp.training.simulation import Step, simulate
 from modeling_lmtp.tree_lmtp import DraftTree, grow_tree
 
-NODE_COUNTS = (1, 2, 3, 4, 6, 8, 12, 16, 26)
+NODE_COUNTS = (1, 2, 3, 4, 6, 8, 12, 16, 32)
 # A flatter tree of as many nodes is cheaper to draft, but cannot make up for more than this
 SHALLOWER_LOSS = 0.05
 THRESHOLDS = (0.03, 0.06, 0.12, 0.25)
 MOST_NODES = 16  # of a tree with a threshold
-LOOKUP_TOKENS = 10
+LOOKUP_TOKENS = 16
 SIMULATED_ANSWERS = 24  # by drafting again, which takes longer than counting ranks
 
 NOTHING: dict[str, Any] = {"draft_length": 0}

@@ -142,7 +142,7 @@ LOOKUPS = {
     "a repeated token": ([6, 6, 6], [6, 6, 6]),
     "a period": ([9, 1, 2, 1, 2, 1, 2], [1, 2, 1]),
     "no match": ([1, 2, 3, 4], []),
-    "one token alone is no match": ([1, 2, 1], []),
+    "one token alone": ([1, 2, 1], [2, 1, 2]),
     "a single token": ([1], []),
 }
 
@@ -152,6 +152,36 @@ def test_lookup_proposes(tokens, expected):
     candidates = PromptLookupDrafter(3).draft(torch.tensor([tokens]), torch.zeros(1, 1, 1), 9)
     assert candidates.is_chain
     assert candidates.token_ids[0].tolist() == expected
+
+
+def looked_up(tokens: list[int], num_tokens: int, max_ngram_size: int) -> list[int]:
+    """What prompt lookup proposes, naively."""
+    for size in range(min(max_ngram_size, len(tokens) - 1), 0, -1):
+        for start in range(len(tokens) - 1 - size, -1, -1):
+            if tokens[start : start + size] == tokens[-size:]:
+                text = list(tokens)
+                for place in range(start + size, start + size + min(num_tokens, 3 * size)):
+                    text.append(text[place])
+                return text[len(tokens) :]
+    return []
+
+
+@pytest.mark.parametrize(("num_tokens", "max_ngram_size"), [(1, 1), (5, 2), (10, 3), (16, 6)])
+def test_lookup_copies_after_the_longest_match_and_further_the_longer_it_is(
+    num_tokens, max_ngram_size
+):
+    generator = torch.Generator().manual_seed(num_tokens)
+    drafter = PromptLookupDrafter(num_tokens, max_ngram_size)
+    lengths = set()
+    for length in range(1, 40):
+        rows = torch.randint(2, (3, length), generator=generator)
+        rows[2] = torch.arange(length)  # nothing to find here
+        candidates = drafter.draft(rows, torch.zeros(3, 1, 1), 99)
+        for row, tree in enumerate(candidates.trees):
+            expected = looked_up(rows[row].tolist(), num_tokens, max_ngram_size)
+            assert candidates.token_ids[row].tolist()[: tree.num_nodes] == expected
+            lengths.add(len(expected))
+    assert lengths >= {0, min(num_tokens, 3), min(num_tokens, 3 * max_ngram_size)}
 
 
 def test_rows_are_looked_up_apart_and_padded():
