@@ -24,6 +24,7 @@ import torch
 from transformers import DynamicCache
 
 from modeling_lmtp.conversion.bench_run import base_name, device_name
+from modeling_lmtp.conversion.exactness import drafts_to_try
 from modeling_lmtp.conversion.loading import first_prompts, load_lmtp, load_tokenizer
 from modeling_lmtp.conversion.pass_clock import synchronize
 from modeling_lmtp.conversion.quiet import measure_quietness, quiet_record
@@ -163,14 +164,8 @@ def _row(
 
 
 def ways_of(model: LMTPForCausalLM) -> dict[str, dict[str, Any]]:
-    """Return what `generate` is told: a chain, trees of two sizes, one that grows, and with lookup."""
-    depth = len(model.config.leap_offsets)
-    return {
-        "chain": {"draft_length": depth},
-        "as saved": {},
-        "dynamic tree of 8": {"draft_nodes": 8},
-        "as saved, and prompt lookup": {"prompt_lookup_num_tokens": 10},
-    }
+    """Return what `generate` is told, by name; each always drafts as many candidates."""
+    return {**drafts_to_try(model), "dynamic tree": {"draft_nodes": 8}}
 
 
 def main() -> None:

@@ -8,7 +8,7 @@ from modeling_lmtp.conversion.pass_clock import PassClock
 from modeling_lmtp.modeling_lmtp import LMTPForCausalLM
 from modeling_lmtp.tree_lmtp import DraftTree
 
-ROUNDS = 3
+ROUNDS = 2
 NEW_TOKENS = 24
 WARM_STEPS = 2  # at the start of each call
 ANY_TOKEN = 0

@@ -88,12 +88,12 @@ def try_out(
         Method(str(number), model, {"use_lmtp": True, **draft.options})
         for number, draft in enumerate(hopeful)
     ]
-    measured = rows(
-        measure(methods, batches, GREEDY_MODE, max_new_tokens=TRIAL_TOKENS, stop_at_end=False), ""
+    measured = measure(
+        methods, batches, GREEDY_MODE, max_new_tokens=TRIAL_TOKENS, rounds=1, stop_at_end=False
     )
     return [
         Trial(draft, row["speed_up_of_totals"])
-        for draft, row in zip(hopeful, measured[1:], strict=True)
+        for draft, row in zip(hopeful, rows(measured, "")[1:], strict=True)
     ]
 
 

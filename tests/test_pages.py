@@ -1,0 +1,54 @@
+"""The pages in `benchmarks/` say what the result files say."""
+
+import importlib.util
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from bench_runs import tiny_model
+
+BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+
+
+def script(name):
+    spec = importlib.util.spec_from_file_location(name, BENCHMARKS / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_page_on_speed_is_up_to_date():
+    speed = script("speed")
+    text = speed.PAGE.read_text()
+    names = [found[2] for found in speed.BLOCK.finditer(text)]
+    assert names
+    assert (
+        speed.BLOCK.sub(lambda found: f"{found[1]}{speed.block(found[2])}{found[3]}", text) == text
+    )
+
+
+def test_the_page_on_heads_is_up_to_date():
+    ablation = script("ablation")
+    record = json.loads((BENCHMARKS / "results" / "ablation.json").read_text())
+    assert ablation.PAGE.read_text().endswith(f"{ablation.MARK}\n\n{ablation.table(record)}\n")
+
+
+@pytest.mark.parametrize("path", sorted(BENCHMARKS.glob("results/*.json")), ids=lambda p: p.name)
+def test_no_result_breaks_the_promise_of_equal_texts(path):
+    rows = json.loads(path.read_text()).get("rows", [])
+    assert not any(row.get("errors") for row in rows)
+
+
+def test_a_profile_has_the_parts_of_full_steps():
+    step_profile, model = script("step_profile"), tiny_model()
+    prompt = torch.arange(3, 12)[None]
+    model.generate(prompt, use_lmtp=True, max_new_tokens=4)
+    with torch.no_grad():
+        rows = step_profile.profile(model, [prompt], step_profile.ways_of(model), 40, 1)
+    assert [row["way"] for row in rows] == ["chain", "tree", "dynamic tree"]
+    assert [row["tokens"] for row in rows] == [4, 13, 9]
+    for row in rows:
+        parts = ("pass", "draft", "arrange", "walk", "commit", "emit")
+        assert row["steps"] > 0
+        assert 0 < sum(row[f"{part}_ms"] for part in parts) < 1.5 * row["step_ms"]
