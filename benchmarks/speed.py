@@ -106,7 +106,7 @@ def sweep_table(rows: Sequence[Row], sweep: str) -> str:
 
 def profile_table(record: Mapping[str, Any]) -> str:
     """Return the parts of a step of each way of drafting."""
-    header = ["draft", "tokens", "bare pass", "step", "step / bare pass"]
+    header = ["draft", "tokens", "bare pass", "step", "step / bare pass", "around / bare pass"]
     header += [part.removesuffix("_ms") for part in PARTS]
     lines = [
         [
@@ -115,6 +115,7 @@ def profile_table(record: Mapping[str, Any]) -> str:
             number(row["bare_pass_ms"], 1),
             number(row["step_ms"], 1),
             number(row["overhead"], 3),
+            number(sum(row[part] for part in PARTS[1:]) / row["bare_pass_ms"], 3),
             *(number(row[part], 2) for part in PARTS),
         ]
         for row in record["rows"]
