@@ -28,8 +28,9 @@ class LMTPSettings:
         draft_by_batch_size: instead, what is drafted (settings of the draft, by name) for each batch
             size, as `lmtp tune` finds them; a size between two of them gets the larger one's.
         forward_decoding: run the backbone once more before each draft, the paper's ablation F-MTP.
-        prompt_lookup_num_tokens: draft as well so many tokens that followed the last n-gram before.
-        max_matching_ngram_size: its largest n-gram.
+        prompt_lookup_num_tokens: draft as well up to so many tokens that followed the longest n-gram in
+            which the text ends.
+        max_matching_ngram_size: the longest one looked for.
         acceptance_rule: `"exact"`, or `"typical"`, which changes the text: any candidate is taken
             that the model holds typical (arXiv 2401.10774).
         posterior_threshold, posterior_alpha: ε and δ of the typical rule.

@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from round_trips import count_round_trips
 from test_strategies import BATCH, BATCH_MASK
 from tiny import tiny_llama
 from transformers import DynamicCache
@@ -121,13 +122,7 @@ def test_a_greedy_step_needs_one_round_trip_to_the_host(monkeypatch, context, dr
     prompt = torch.arange(3, 11)[None]
     options = {**GREEDY, "attention_mask": torch.ones_like(prompt), "use_lmtp": True, **draft}
     model.generate(prompt, **options)
-    trips = []
-    for name in ("tolist", "item", "__bool__", "__int__", "__float__", "nonzero"):
-        original = getattr(torch.Tensor, name)
-        monkeypatch.setattr(
-            torch.Tensor, name,
-            lambda self, *args, _own=original, _name=name: trips.append(_name) or _own(self, *args),
-        )  # fmt: skip
+    trips = count_round_trips(monkeypatch)
     counts = []
     for tokens in (6, 12):
         trips.clear()

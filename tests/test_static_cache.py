@@ -23,6 +23,7 @@ from batches import (
     wrapped,
 )
 from drafters import RULES, TREE, Oracle, always, sometimes
+from round_trips import count_round_trips
 from test_strategies import wrapped as of_twelve_tokens
 from tiny import tiny_llama
 from transformers import CompileConfig, LogitsProcessorList, StaticCache
@@ -214,13 +215,7 @@ def test_a_greedy_step_needs_one_round_trip_to_the_host(monkeypatch, draft):
     model = twelve("llama")
     options = {**DRAFTS[draft], **STATIC, "do_sample": False, "use_lmtp": True}
     generate(model, INPUTS["one"], **options, max_new_tokens=20)
-    trips = []
-    for name in ("tolist", "item", "__bool__", "__int__", "__float__", "__index__", "nonzero"):
-        original = getattr(torch.Tensor, name)
-        monkeypatch.setattr(
-            torch.Tensor, name,
-            lambda self, *args, _own=original, _name=name: trips.append(_name) or _own(self, *args),
-        )  # fmt: skip
+    trips = count_round_trips(monkeypatch)
     counts = []
     for new_tokens in (10, 20):
         trips.clear()
