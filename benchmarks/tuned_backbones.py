@@ -5,12 +5,13 @@ better model even when it decodes without them. Give the backbones tuned with NT
 and the one that they came from; each is compared with the first:
 
     python benchmarks/tuned_backbones.py base=FOLDER ntp=FOLDER mtp=FOLDER lmtp=FOLDER \
-        --answers held_out.jsonl --questions gsm8k_test.jsonl --output results.json
+        --answers held_out.jsonl --arithmetic gsm8k_test.jsonl --functions humaneval.jsonl \
+        --run-written-code --output results.json
 
 Folders hold plain backbones (`lmtp merge` makes one of an adapter) or full L-MTP checkpoints, whose
-heads are left out. Questions are rows with `question` and an `answer` that ends in `#### NUMBER`, as in
-GSM8K. They are asked through lm-evaluation-harness (`pip install lm_eval`), from the local file: no hub
-is needed. Without --questions only perplexity is measured.
+heads are left out. Questions are asked through lm-evaluation-harness (`pip install lm_eval`), from local
+files in GSM8K's and HumanEval's forms (`local_tasks.py`): no hub is needed. Without them only perplexity
+is measured. A model's results are written as soon as they are known; a stopped run goes on.
 """
 
 import argparse
@@ -21,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from local_tasks import SCORE, arithmetic, functions
 from tqdm.auto import tqdm
 
 from modeling_lmtp.conversion.loading import DTYPES, load_backbone, load_tokenizer
@@ -28,9 +30,6 @@ from modeling_lmtp.training.examples import Example, read_examples
 from modeling_lmtp.training.prompts import end_ids
 from modeling_lmtp.training.resampling import resample, resampled_ratios
 from modeling_lmtp.training.saving import file_sha256, versions
-
-TASK = "local_arithmetic"
-METRIC = "exact_match"
 
 
 def read_models(named: Sequence[str]) -> dict[str, str]:
@@ -89,41 +88,6 @@ def perplexities(
     }
 
 
-def local_task(questions: Path, max_new_tokens: int) -> dict[str, Any]:
-    """Describe the questions to lm-evaluation-harness: the last number of the answer is what counts."""
-    return {
-        "task": TASK,
-        "dataset_path": "json",
-        "dataset_kwargs": {"data_files": {"test": str(questions.resolve())}},
-        "test_split": "test",
-        "output_type": "generate_until",
-        "doc_to_text": "{{question}}",
-        "doc_to_target": "{{answer.split('####')[-1].strip()}}",
-        "generation_kwargs": {"until": [], "do_sample": False, "max_gen_toks": max_new_tokens},
-        "filter_list": [
-            {
-                "name": "last-number",
-                "filter": [
-                    {
-                        "function": "regex",
-                        "regex_pattern": r"(-?\d[\d,]*(?:\.\d+)?)",
-                        "group_select": -1,
-                    },
-                    {"function": "take_first"},
-                ],
-            }
-        ],
-        "metric_list": [
-            {
-                "metric": METRIC,
-                "aggregation": "mean",
-                "higher_is_better": True,
-                "regexes_to_ignore": [",", r"\.0+$"],
-            }
-        ],
-    }
-
-
 def right_answers(
     model: Any, tokenizer: Any, task: dict[str, Any], num_questions: int, batch_size: int
 ) -> torch.Tensor:
@@ -133,7 +97,8 @@ def right_answers(
         from lm_eval.models.huggingface import HFLM
     except ImportError as error:
         raise RuntimeError(
-            "Task accuracy needs lm-evaluation-harness: pip install lm_eval. Or leave out --questions."
+            "Task accuracy needs lm-evaluation-harness: pip install lm_eval. Or leave out "
+            "--arithmetic and --functions."
         ) from error
     wrapped = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
     found = simple_evaluate(
@@ -144,8 +109,8 @@ def right_answers(
         bootstrap_iters=0,
         log_samples=True,
     )
-    samples = sorted(found["samples"][TASK], key=lambda sample: sample["doc_id"])
-    return torch.tensor([float(sample[METRIC]) for sample in samples])
+    samples = sorted(found["samples"][task["task"]], key=lambda sample: sample["doc_id"])
+    return torch.tensor([float(sample[SCORE]) for sample in samples])
 
 
 def accuracies(right: dict[str, torch.Tensor]) -> dict[str, dict[str, float]]:
@@ -163,34 +128,92 @@ def accuracies(right: dict[str, torch.Tensor]) -> dict[str, dict[str, float]]:
     }
 
 
-def measure(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Measure all models, one after the other, and return the record."""
-    losses, right, counts, conditions = {}, {}, torch.tensor(0), {}
-    for name, folder in read_models(arguments.models).items():
-        model, tokenizer = load_backbone(folder, arguments.dtype), load_tokenizer(folder)
-        model = model.backbone if model.config.model_type == "lmtp" else model
-        end_id = next(iter(end_ids(model, tokenizer)), None)
-        examples = read_examples(arguments.answers, tokenizer, end_id)[: arguments.num_answers]
-        losses[name], counts = answer_losses(model, examples)
-        if arguments.questions is not None:
-            task = local_task(arguments.questions, arguments.max_new_tokens)
-            right[name] = right_answers(
-                model, tokenizer, task, arguments.num_questions, arguments.batch_size
+def tasks_of(arguments: argparse.Namespace) -> dict[str, dict[str, Any]]:
+    """Return the tasks that were asked for, by name."""
+    tasks = {}
+    if arguments.arithmetic is not None:
+        tasks["arithmetic"] = arithmetic(arguments.arithmetic, arguments.max_new_tokens)
+    if arguments.functions is not None:
+        if not arguments.run_written_code:
+            raise ValueError(
+                "--functions runs code that a model wrote on this machine, with your rights. Say "
+                "--run-written-code as well if that may be."
             )
-        conditions = {"device": str(model.device), "model_dtype": str(model.dtype)}
+        tasks["functions"] = functions(arguments.functions, arguments.max_new_tokens)
+    return tasks
+
+
+def measure_one(arguments: argparse.Namespace, folder: str) -> dict[str, Any]:
+    """Return the raw results of one model: losses of the answers, and which questions it got right."""
+    model, tokenizer = load_backbone(folder, arguments.dtype), load_tokenizer(folder)
+    model = model.backbone if model.config.model_type == "lmtp" else model
+    end_id = next(iter(end_ids(model, tokenizer)), None)
+    examples = read_examples(arguments.answers, tokenizer, end_id)[: arguments.num_answers]
+    losses, counts = answer_losses(model, examples)
+    right = {
+        name: right_answers(model, tokenizer, task, arguments.num_questions, arguments.batch_size)
+        for name, task in tasks_of(arguments).items()
+    }
     return {
-        "command": "python benchmarks/tuned_backbones.py",
-        "arguments": {name: str(value) for name, value in vars(arguments).items()},
-        "answers_sha256": file_sha256(arguments.answers),
-        "questions_sha256": file_sha256(arguments.questions) if arguments.questions else None,
-        **conditions,
+        "losses": losses.tolist(),
+        "counts": counts.tolist(),
+        "right": {name: found.tolist() for name, found in right.items()},
+        "device": str(model.device),
+        "model_dtype": str(model.dtype),
+    }
+
+
+def conditions(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Return what all models have in common."""
+    files = ("answers", "arithmetic", "functions")
+    given = {name: getattr(arguments, name) for name in files}
+    return {
+        **{f"{name}_sha256": file_sha256(path) for name, path in given.items() if path},
+        "num_answers": arguments.num_answers,
+        "num_questions": arguments.num_questions,
+        "max_new_tokens": arguments.max_new_tokens,
+        "batch_size": arguments.batch_size,
         "threads": torch.get_num_threads(),
         "versions": versions(),
-        "answers": len(counts),
-        "answer_tokens": int(counts.sum()),
-        "perplexity": perplexities(losses, counts),
-        "accuracy": accuracies(right) if right else None,
     }
+
+
+def summary(models: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """Compare each model with the first."""
+    first = next(iter(models.values()))
+    return {
+        "perplexity": perplexities(
+            {name: torch.tensor(found["losses"]) for name, found in models.items()},
+            torch.tensor(first["counts"]),
+        ),
+        "accuracy": {
+            task: accuracies(
+                {name: torch.tensor(found["right"][task]) for name, found in models.items()}
+            )
+            for task in first["right"]
+        },
+    }
+
+
+def measure(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Measure the models that the output file does not have yet, and return the record."""
+    tasks_of(arguments)  # refuses before anything is loaded
+    record: dict[str, Any] = {
+        "command": "python benchmarks/tuned_backbones.py",
+        "conditions": conditions(arguments),
+        "models": {},
+    }
+    if arguments.output.exists():
+        found = json.loads(arguments.output.read_text())
+        if found["conditions"] != record["conditions"]:
+            raise SystemExit(f"{arguments.output} was made under other conditions.")
+        record = found
+    for name, folder in read_models(arguments.models).items():
+        if name not in record["models"]:
+            record["models"][name] = measure_one(arguments, folder)
+            record |= summary(record["models"])
+            arguments.output.write_text(json.dumps(record) + "\n")
+    return record
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -203,8 +226,12 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         "--answers", type=Path, required=True, help="held-out prompts and responses"
     )
     parser.add_argument("--num-answers", type=int, default=64)
-    parser.add_argument("--questions", type=Path, help="a local .jsonl file")
-    parser.add_argument("--num-questions", type=int, default=200)
+    parser.add_argument("--arithmetic", type=Path, help="questions in GSM8K's form")
+    parser.add_argument("--functions", type=Path, help="stubs with tests in HumanEval's form")
+    parser.add_argument(
+        "--run-written-code", action="store_true", help="let --functions run what a model wrote"
+    )
+    parser.add_argument("--num-questions", type=int, default=200, help="the first ones, of each")
     parser.add_argument("--max-new-tokens", type=int, default=256)
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--dtype", choices=DTYPES, default="auto")
@@ -214,9 +241,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 
 def main() -> None:
     """Measure, print and write."""
-    arguments = parse()
-    record = measure(arguments)
-    arguments.output.write_text(json.dumps(record, indent=2) + "\n")
+    record = measure(parse())
     print(json.dumps({key: record[key] for key in ("perplexity", "accuracy")}, indent=2))
 
 

@@ -1,17 +1,14 @@
 """What joint tuning holds beside next-token prediction alone, counted byte by byte."""
 
-import importlib.util
-from pathlib import Path
-
 import pytest
 import torch
+from scripts import load_script
 from tiny import tiny_llama
 
 from modeling_lmtp import LMTPForCausalLM
 from modeling_lmtp.losses_lmtp import leap_losses
 from modeling_lmtp.training.objective import HeadObjective
 
-SCRIPT = Path(__file__).parent.parent / "benchmarks" / "peak_bytes.py"
 NUM_HEADS, VOCAB_SIZE, HIDDEN_SIZE, LENGTH = 6, 8192, 32, 64
 GRADIENT = 4 * VOCAB_SIZE * HIDDEN_SIZE  # bytes of one unembedding's
 OBJECTIVES = {"plain": lambda _: leap_losses, "distilling": lambda heads: HeadObjective(heads, 0.5)}
@@ -19,10 +16,7 @@ OBJECTIVES = {"plain": lambda _: leap_losses, "distilling": lambda heads: HeadOb
 
 @pytest.fixture(scope="module")
 def peak_bytes():
-    spec = importlib.util.spec_from_file_location("peak_bytes", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.PeakBytes
+    return load_script("peak_bytes").PeakBytes
 
 
 @pytest.fixture(params=OBJECTIVES.values(), ids=OBJECTIVES)

@@ -1,25 +1,15 @@
 """The pages in `benchmarks/` say what the result files say."""
 
-import importlib.util
 import json
-from pathlib import Path
 
 import pytest
 import torch
 from bench_runs import tiny_model
-
-BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
-
-
-def script(name):
-    spec = importlib.util.spec_from_file_location(name, BENCHMARKS / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+from scripts import BENCHMARKS, load_script
 
 
 def test_the_page_on_speed_is_up_to_date():
-    speed = script("speed")
+    speed = load_script("speed")
     text = speed.PAGE.read_text()
     names = [found[2] for found in speed.BLOCK.finditer(text)]
     assert names
@@ -29,7 +19,7 @@ def test_the_page_on_speed_is_up_to_date():
 
 
 def test_the_page_on_heads_is_up_to_date():
-    ablation = script("ablation")
+    ablation = load_script("ablation")
     record = json.loads((BENCHMARKS / "results" / "ablation.json").read_text())
     assert ablation.PAGE.read_text().endswith(f"{ablation.MARK}\n\n{ablation.table(record)}\n")
 
@@ -41,7 +31,7 @@ def test_no_result_breaks_the_promise_of_equal_texts(path):
 
 
 def test_a_profile_has_the_parts_of_full_steps():
-    step_profile, model = script("step_profile"), tiny_model()
+    step_profile, model = load_script("step_profile"), tiny_model()
     prompt = torch.arange(3, 12)[None]
     model.generate(prompt, use_lmtp=True, max_new_tokens=4)
     with torch.no_grad():

@@ -1,27 +1,26 @@
 """The comparison of tuned backbones: perplexity here, task accuracy where lm-evaluation-harness is."""
 
-import importlib.util
 import json
 import math
 import sys
-from pathlib import Path
 
 import pytest
 import torch
+from scripts import load_script
 from tiny import tiny_llama, tiny_tokenizer
 
 from modeling_lmtp import LMTPForCausalLM
 from modeling_lmtp.training.examples import Example
 
-SCRIPT = Path(__file__).parent.parent / "benchmarks" / "tuned_backbones.py"
-
 
 @pytest.fixture(scope="module")
 def tuned_backbones():
-    spec = importlib.util.spec_from_file_location("tuned_backbones", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script("tuned_backbones")
+
+
+@pytest.fixture(scope="module")
+def local_tasks():
+    return load_script("local_tasks")
 
 
 def test_only_the_answers_tokens_count(tuned_backbones):
@@ -70,9 +69,19 @@ def test_folders_with_and_without_heads_are_measured_and_written_down(
     found = record["perplexity"]
     assert found["same"]["perplexity"] == found["base"]["perplexity"]
     assert found["other"]["log_ratio"] != 0
-    assert record["accuracy"] is None
-    assert record["answers"] == 2
+    assert record["accuracy"] == {}
+    assert len(record["models"]["base"]["losses"]) == 2
     assert "log_ratio" in capsys.readouterr().out
+
+    def load_again(*arguments):
+        raise AssertionError("what is known is not measured again")
+
+    monkeypatch.setattr(tuned_backbones, "load_backbone", load_again)
+    tuned_backbones.main()
+    assert json.loads((tmp_path / "out.json").read_text()) == record
+    monkeypatch.setattr(sys, "argv", [*sys.argv, "--num-answers", "1"])
+    with pytest.raises(SystemExit, match="other conditions"):
+        tuned_backbones.main()
 
 
 def test_bad_arguments_are_refused(tuned_backbones, monkeypatch):
@@ -85,16 +94,69 @@ def test_bad_arguments_are_refused(tuned_backbones, monkeypatch):
         tuned_backbones.right_answers(None, None, {}, 1, 1)
 
 
+def test_code_is_run_only_where_that_was_said(tuned_backbones, tmp_path):
+    options = ["base=x", "--answers", "a", "--output", str(tmp_path / "o"), "--functions", "f"]
+    with pytest.raises(ValueError, match="--run-written-code"):
+        tuned_backbones.measure(tuned_backbones.parse(options))
+    assert tuned_backbones.tasks_of(tuned_backbones.parse([*options, "--run-written-code"]))
+
+
+@pytest.mark.parametrize(
+    ("reply", "gold", "right"),
+    [
+        ("3 + 4 = 7. So 1,200.", "1200", True),
+        ("It is 18.0", "18", True),
+        ("I do not know.", "5", False),
+        ("5 is not 6", "5", False),
+        ("It fell to -3.", "-3", True),
+    ],
+)
+def test_the_last_number_of_an_answer_is_what_counts(local_tasks, reply, gold, right):
+    assert local_tasks.ends_in_its_number({"answer": f"So. #### {gold}"}, reply) is right
+
+
+STUB = {
+    "prompt": 'from math import pi\n\n\ndef area(r):\n    """Area of a circle."""\n',
+    "entry_point": "area",
+    "test": "def check(candidate):\n    assert abs(candidate(3) - 28.274) < 1e-3\n",
+}
+
+
+@pytest.mark.parametrize(
+    ("reply", "right"),
+    [
+        ("Here it is:\n```python\ndef area(r):\n    return pi * r**2\n```\nDone.", True),
+        ("```python\n    return pi * r * r\n```", True),  # the rest of the stub
+        ("    return pi * r * r\n", True),  # no fence
+        ("```python\ndef area(r):\n    return pi * r**2", True),  # cut before the fence closed
+        ("```python\ndef area(r):\n    return 2 * pi * r\n```", False),
+        ("```python\ndef area(r):\n    return pi *\n```", False),
+        ("", False),
+    ],
+)
+def test_a_function_counts_if_its_tests_pass(local_tasks, reply, right):
+    assert local_tasks.passes_its_tests(STUB, reply) is right
+
+
+def test_a_function_that_does_not_end_is_stopped(local_tasks):
+    reply = "```python\ndef area(r):\n    while True: pass\n```"
+    assert not local_tasks.passes_its_tests(STUB, reply, seconds=0.5)
+
+
 @pytest.mark.filterwarnings("ignore")
-def test_the_last_number_of_an_answer_is_what_counts(tuned_backbones, tmp_path):
+@pytest.mark.parametrize("name", ["arithmetic", "functions"])
+def test_the_harness_asks_and_scores_local_tasks(local_tasks, tmp_path, name):
     lm_eval = pytest.importorskip("lm_eval")
     from lm_eval.api.model import LM
 
-    texts = ["3 + 4 = 7. So 1,200.", "It is 18.0", "I do not know.", "5 is not 6"]
-    golds = ["1200", "18", "5", "5"]
+    texts = ["It is 7. ```python\n    return pi * r * r\n```\n7", "No."]
+    rows = [STUB | {"question": "How many?", "answer": "Some. #### 7"}] * 2
+    (tmp_path / "q.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    asked = []
 
     class Answers(LM):
         def generate_until(self, requests, disable_tqdm=False):
+            asked.extend(request.args[0] for request in requests)
             return texts[: len(requests)]
 
         def loglikelihood(self, requests):
@@ -102,9 +164,10 @@ def test_the_last_number_of_an_answer_is_what_counts(tuned_backbones, tmp_path):
 
         loglikelihood_rolling = loglikelihood
 
-    rows = [{"question": "How many?", "answer": f"Some. #### {gold}"} for gold in golds]
-    (tmp_path / "q.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    task = tuned_backbones.local_task(tmp_path / "q.jsonl", 16)
+    task = getattr(local_tasks, name)(tmp_path / "q.jsonl", 16)
     found = lm_eval.simple_evaluate(model=Answers(), tasks=[task], bootstrap_iters=0)
-    right = [sample[tuned_backbones.METRIC] for sample in found["samples"][tuned_backbones.TASK]]
-    assert right == [1, 1, 0, 0]
+    right = [sample[local_tasks.SCORE] for sample in found["samples"][task["task"]]]
+    assert right == [1, 0]
+    question = STUB["prompt"].strip()
+    wanted = f"Complete this Python function:\n```python\n{question}\n```"
+    assert asked[0] == ("How many?" if name == "arithmetic" else wanted)
