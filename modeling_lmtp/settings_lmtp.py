@@ -55,7 +55,8 @@ class LMTPSettings:
     ) -> "LMTPSettings":
         """Take the settings out of `kwargs`, and what they leave open from the configurations.
 
-        A tree, a length or a number of nodes in one place hides any of them in the places after it.
+        A tree, a length or a number of nodes in one place hides any of them in the places after it, and
+        its threshold.
         The settings that Transformers knows as well stay in `kwargs` unless L-MTP is used.
 
         Raises:
@@ -74,7 +75,9 @@ class LMTPSettings:
             shapes = {name: given.pop(name) for name in DRAFT_SHAPES if name in given}
             if len(shapes) > 1:
                 raise ValueError(f"Pass only one of {DRAFT_SHAPES}, got {shapes}.")
-            if not chosen.keys() & set(DRAFT_SHAPES):
+            if chosen.keys() & set(DRAFT_SHAPES):
+                given.pop("draft_threshold", None)  # says how the hidden one grows
+            else:
                 chosen.update(shapes)
             chosen = {**given, **chosen}
         settings = cls(**chosen)
@@ -107,6 +110,11 @@ class LMTPSettings:
                 f"draft_threshold must be at least 0 and below 1, got {self.draft_threshold!r}."
             )
         if self.draft_by_batch_size is None:
+            if self.draft_threshold is not None and self.draft_nodes is None:
+                raise ValueError(
+                    "draft_threshold says where a tree that is grown for every state ends: set "
+                    "draft_nodes as well."
+                )
             self.tree(horizon)
             return
         for size in self._batch_sizes(self.draft_by_batch_size):
@@ -124,7 +132,8 @@ class LMTPSettings:
             if not _is_draft(draft):
                 raise ValueError(
                     f"draft_by_batch_size[{size!r}] must be a dict that may name one of "
-                    f"{DRAFT_SHAPES[:-1]}, and any of {BESIDE_A_SHAPE}; got {draft!r}."
+                    f"{DRAFT_SHAPES[:-1]}, and any of {BESIDE_A_SHAPE} (a threshold beside draft_nodes "
+                    f"only); got {draft!r}."
                 )
         return sorted(map(int, sizes))
 
@@ -136,6 +145,10 @@ class LMTPSettings:
         chosen = next((size for size in sizes if size >= batch_size), sizes[-1])
         by_size = {str(size): draft for size, draft in self.draft_by_batch_size.items()}
         draft = {n: v for n, v in by_size[str(chosen)].items() if getattr(self, n) is None}
+        if "draft_nodes" not in draft:
+            draft["draft_threshold"] = (
+                None  # what is set for all sizes is for those that grow trees
+            )
         return replace(self, draft_by_batch_size=None, **draft)
 
     def drafts_nothing(self, horizon: int) -> bool:
@@ -175,4 +188,5 @@ def _is_draft(draft: Any) -> bool:
     if not isinstance(draft, Mapping):
         return False
     shapes = draft.keys() & set(DRAFT_SHAPES[:-1])
-    return len(shapes) <= 1 and draft.keys() <= {*shapes, *BESIDE_A_SHAPE}
+    beside = BESIDE_A_SHAPE if "draft_nodes" in shapes else PROMPT_LOOKUP
+    return len(shapes) <= 1 and draft.keys() <= {*shapes, *beside}

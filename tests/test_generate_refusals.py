@@ -56,6 +56,14 @@ REFUSED = {
         {"draft_nodes": 8, "draft_threshold": 1.0},
         "draft_threshold must be at least 0 and below 1, got 1.0.",
     ),
+    "draft threshold alone": (
+        {"draft_threshold": 0.1},
+        "draft_threshold says where a tree that is grown for every state ends: set draft_nodes",
+    ),
+    "draft threshold of a chain": (
+        {"draft_by_batch_size": {"1": {"draft_length": 2, "draft_threshold": 0.1}}},
+        "(a threshold beside draft_nodes only); got {'draft_length': 2, 'draft_threshold': 0.1}.",
+    ),
     "tree and length": (
         {"draft_tree": [(0,)], "draft_length": 1},
         "Pass only one of ('draft_tree', 'draft_length', 'draft_nodes', 'draft_by_batch_size'), got "

@@ -8,6 +8,7 @@ import torch
 from bench_runs import PROMPTS, tiny_model, write_checkpoint
 from test_cli import error_of, lmtp
 from tiny import tiny_tokenizer
+from transformers import GenerationConfig
 from transformers.utils import logging
 
 from modeling_lmtp import LMTPForCausalLM
@@ -213,6 +214,19 @@ def test_what_is_said_for_all_batch_sizes_goes_before():
     table = {"1": {"draft_nodes": 9, "draft_threshold": 0.1, "prompt_lookup_num_tokens": 10}}
     settings = LMTPSettings(draft_by_batch_size=table, prompt_lookup_num_tokens=3).for_batch(2)
     assert settings == LMTPSettings(draft_nodes=9, draft_threshold=0.1, prompt_lookup_num_tokens=3)
+    table["4"] = {"draft_length": 2}
+    settings = LMTPSettings(draft_by_batch_size=table, draft_threshold=0.5)
+    settings.check(horizon=3)
+    assert settings.for_batch(1).draft_threshold == 0.5
+    assert settings.for_batch(4) == LMTPSettings(draft_length=2)
+
+
+def test_a_draft_hides_those_of_later_places_with_their_threshold():
+    config = GenerationConfig(draft_nodes=16, draft_threshold=0.1)
+    chain = LMTPSettings.take_from({"draft_length": 2}, config)
+    assert chain == LMTPSettings(draft_length=2)
+    stricter = LMTPSettings.take_from({"draft_threshold": 0.3}, config)
+    assert stricter == LMTPSettings(draft_nodes=16, draft_threshold=0.3)
 
 
 def test_a_tree_without_nodes_is_plain_decoding_and_says_so(monkeypatch):
