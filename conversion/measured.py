@@ -9,7 +9,7 @@ from typing import Any
 from modeling_lmtp.conversion.forms import read_json
 
 FIGURES = ("tokens_per_step", "step_cost", "speed_up")
-OF_EACH_ROW = ("prompts", "decoding", "dtype", "batch_size")
+OF_EACH_ROW = ("prompts", "decoding", "dtype", "mode", "batch_size")
 OF_ALL_ROWS = ("device", "threads", "max_new_tokens", "versions")
 SHOWN_VERSIONS = ("torch", "transformers")
 
@@ -35,8 +35,8 @@ def read_measured(path: Path, config: Any) -> MeasuredTable:
         config: of the checkpoint that it must be about.
 
     Raises:
-        ValueError: there are no rows, a condition or a figure is missing, or the figures are another
-            model's; says which.
+        ValueError: there are no rows, a condition or a figure is missing, the rows are a sweep's, or the
+            figures are another model's; says which.
     """
     record = read_json(path)
     conditions, rows = record.get("conditions", {}), record.get("rows", [])
@@ -62,6 +62,11 @@ def _row(path: Path, number: int, row: dict[str, Any]) -> dict[str, str]:
     missing = [name for name in (*OF_EACH_ROW, *FIGURES) if _lacks(row, name)]
     if missing:
         raise ValueError(f"{path}, row {number}: missing: {', '.join(missing)}.")
+    if row.get("at") is not None:  # no column tells such rows apart
+        raise ValueError(
+            f"{path}, row {number}: is at {row['at']} of a sweep ({row.get('sweep')}), which the card's "
+            "table does not tell. Give it a file that `lmtp bench` wrote without --sweep."
+        )
     figures = {name: f"{_number(path, number, name, row[name]):.2f}" for name in FIGURES}
     return {**{name: str(row[name]) for name in OF_EACH_ROW}, **figures}
 

@@ -28,6 +28,7 @@ ROW = {
     "prompts": "maths",
     "decoding": "tree of 8",
     "dtype": "bfloat16",
+    "mode": "greedy",
     "batch_size": 1,
     "tokens_per_step": 1.8149,
     "step_cost": 1.2,
@@ -104,7 +105,7 @@ def test_each_form_has_a_complete_card(request, tmp_path, form):
         assert part in text
     assert 'repo, revision = "me/model", "v2"' in text
     assert "revision=revision" in text
-    assert "| maths | tree of 8 | bfloat16 | 1 | 1.81 | 1.20 | 1.51 |" in text
+    assert "| maths | tree of 8 | bfloat16 | greedy | 1 | 1.81 | 1.20 | 1.51 |" in text
     assert "cpu, 2 threads, at most 128 new tokens per prompt, torch 2.13.0" in text
     assert "| plain |" not in text
     assert "| leap offsets | 2, 3 |" in text
@@ -146,6 +147,22 @@ def test_no_number_without_its_conditions(full, tmp_path, name):
     row = {key: value for key, value in ROW.items() if key != name}
     with pytest.raises(ValueError, match=f"missing: {name}"):
         read_measured(results(tmp_path, conditions, [row]), AutoConfig.from_pretrained(full))
+
+
+def test_rows_of_either_mode_are_told_apart(full, tmp_path):
+    rows = [ROW, {**ROW, "mode": "sampling", "speed_up": 1.2}]
+    text = build_card(full, FACTS, [results(tmp_path, rows=rows)]).text
+    assert "| maths | tree of 8 | bfloat16 | greedy | 1 | 1.81 | 1.20 | 1.51 |" in text
+    assert "| maths | tree of 8 | bfloat16 | sampling | 1 | 1.81 | 1.20 | 1.20 |" in text
+
+
+@pytest.mark.parametrize("at", [0, 128])
+def test_a_sweep_is_no_table_of_a_card(full, tmp_path, at):
+    conditions, rows = {**CONDITIONS, "sweep": "context"}, [{**ROW, "at": None}, {**ROW, "at": at}]
+    message = rf"bench\.json, row 2: is at {at} of a sweep \(context\).*without --sweep"
+    with pytest.raises(ValueError, match=message):
+        build_card(full, FACTS, [results(tmp_path, conditions, rows)])
+    build_card(full, FACTS, [results(tmp_path, CONDITIONS, rows[:1])])
 
 
 @pytest.mark.parametrize("value", ["fast", True, float("nan"), {"max": 2.0}], ids=str)
