@@ -27,7 +27,7 @@ from modeling_lmtp.modeling_lmtp import LMTPForCausalLM
 from modeling_lmtp.training.analysis import cross_validated, rank_shares, simulated_tokens_per_step
 from modeling_lmtp.training.evaluation import draft_ranks
 from modeling_lmtp.training.examples import Example, read_examples
-from modeling_lmtp.training.prompts import end_ids
+from modeling_lmtp.training.prompts import answer_end_id
 from modeling_lmtp.training.resampling import ratio
 from modeling_lmtp.training.saving import file_sha256, versions
 from modeling_lmtp.training.state_cache import StateCache
@@ -76,7 +76,7 @@ def measure(
 ) -> dict[str, Any]:
     """Judge heads on held-out answers."""
     ranks = [
-        draft_ranks(model, example, None if cache is None else cache.load(example))
+        draft_ranks(model, example, None if cache is None else cache.load(example).to(model.device))
         for example in examples
     ]
     chain = simulated_tokens_per_step(ranks, examples, DraftTree.chain(ranks[0].shape[0]))
@@ -98,7 +98,7 @@ class Laboratory:
         self.backbone = load_backbone(arguments.backbone, arguments.dtype)
         self.exact_backbone = load_backbone(arguments.backbone, "float32")
         self.tokenizer = load_tokenizer(arguments.backbone)
-        end_id = next(iter(end_ids(self.backbone, self.tokenizer)), None)
+        end_id = answer_end_id(self.backbone, self.tokenizer)
         every = read_examples(arguments.answers, self.tokenizer, end_id)
         step = max(1, len(every) // arguments.num_answers)
         self.examples = every[::step][: arguments.num_answers]

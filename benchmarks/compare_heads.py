@@ -23,7 +23,7 @@ from modeling_lmtp.conversion.loading import load_lmtp, load_tokenizer
 from modeling_lmtp.training.analysis import cross_validated, rank_shares, simulated_tokens_per_step
 from modeling_lmtp.training.evaluation import draft_ranks
 from modeling_lmtp.training.examples import read_examples
-from modeling_lmtp.training.prompts import end_ids
+from modeling_lmtp.training.prompts import answer_end_id
 from modeling_lmtp.training.resampling import (
     Estimate,
     ratio,
@@ -40,7 +40,7 @@ Counts = tuple[torch.Tensor, torch.Tensor]  # tokens and steps per answer, each 
 def judge(folder: str, answers: Path) -> tuple[dict[str, Any], dict[str, Counts]]:
     """Return a checkpoint's accuracies and what its drafts came to: tokens and steps by shape."""
     model, tokenizer = load_lmtp(folder, "float32"), load_tokenizer(folder)
-    end_id = next(iter(end_ids(model.backbone, tokenizer)), None)
+    end_id = answer_end_id(model, tokenizer)
     examples = read_examples(answers, tokenizer, end_id)
     ranks = [draft_ranks(model, example) for example in examples]
     chain = DraftTree.chain(ranks[0].shape[0])

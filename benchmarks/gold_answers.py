@@ -11,6 +11,7 @@ import json
 import re
 from pathlib import Path
 
+from modeling_lmtp.training.examples import evenly
 from modeling_lmtp.training.prompts import read_json_lines
 
 CALCULATOR = re.compile(r"<<[^<>]*>>")
@@ -24,10 +25,8 @@ def main() -> None:
     parser.add_argument("--num-answers", type=int, required=True)
     arguments = parser.parse_args()
     rows = [row for _, row in read_json_lines(arguments.questions)]
-    count = min(arguments.num_answers, len(rows))
     with arguments.output.open("w", encoding="utf-8") as output:
-        for number in range(count):
-            row = rows[number * len(rows) // count]
+        for row in evenly(rows, arguments.num_answers):
             answer = CALCULATOR.sub("", row["answer"])
             output.write(json.dumps({"prompt": row["question"], "response": answer}) + "\n")
 

@@ -9,10 +9,11 @@ answers quote a passage, were written for this project and stand in `retrieval.j
 
 import argparse
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from modeling_lmtp.training.examples import evenly
 from modeling_lmtp.training.prompts import read_json_lines
 
 PER_KIND = 8
@@ -42,11 +43,6 @@ SOURCES: dict[str, tuple[Callable[[dict[str, Any]], str], str, str]] = {
     "code": (code, "openai/human-eval @ 6d43fb98", "MIT"),
     "chat": (chat, "yizhongw/self-instruct, user-oriented instructions", "Apache-2.0"),
 }
-
-
-def evenly(rows: Sequence[str], count: int) -> list[str]:
-    """Take `count` of the rows, evenly spread."""
-    return [rows[number * len(rows) // count] for number in range(count)]
 
 
 def main() -> None:

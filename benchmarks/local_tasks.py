@@ -5,6 +5,7 @@ where an answer is right.
 """
 
 import re
+import secrets
 import subprocess
 import sys
 import tempfile
@@ -62,8 +63,11 @@ def _value(number: str) -> float:
     return float(number.replace(",", ""))
 
 
-def program(row: dict[str, Any], reply: str) -> str:
-    """Return the Python program that tests what `reply` holds: a whole function, or the rest of one."""
+def program(row: dict[str, Any], reply: str, passed: str) -> str:
+    """Return the Python program that tests what `reply` holds, and prints `passed` at its end.
+
+    That is a whole function, or the rest of one.
+    """
     blocks = FENCED.findall(reply)
     written = blocks[0] if blocks else reply
     stub: str = row["prompt"]
@@ -71,17 +75,18 @@ def program(row: dict[str, Any], reply: str) -> str:
         before = stub[: stub.index(f"def {row['entry_point']}(")]  # imports, helpers
     else:
         before = stub
-    return f"{before}{written}\n{row['test']}\ncheck({row['entry_point']})\n"
+    return f"{before}{written}\n{row['test']}\ncheck({row['entry_point']})\nprint({passed!r})\n"
 
 
 def passes_its_tests(row: dict[str, Any], reply: str, seconds: float = CODE_SECONDS) -> bool:
     """Run what `reply` holds with the row's tests, and say whether they pass in time."""
+    passed = secrets.token_hex()  # a script that ends before its tests cannot know it
     with tempfile.TemporaryDirectory() as folder:
-        command: Sequence[str] = [sys.executable, "-I", "-c", program(row, reply)]
+        command: Sequence[str] = [sys.executable, "-I", "-c", program(row, reply, passed)]
         try:
             done = subprocess.run(
                 command, cwd=folder, timeout=seconds, capture_output=True, check=False
             )
         except subprocess.TimeoutExpired:
             return False
-    return done.returncode == 0
+    return done.returncode == 0 and passed.encode() in done.stdout

@@ -4,14 +4,15 @@ The paper's other claim (arXiv 2505.17505, its accuracy table): the auxiliary lo
 better model even when it decodes without them. Give the backbones tuned with NTP, MTP and L-MTP losses,
 and the one that they came from; each is compared with the first:
 
-    python benchmarks/tuned_backbones.py base=FOLDER ntp=FOLDER mtp=FOLDER lmtp=FOLDER \
+    python benchmarks/tuned_backbones.py NTP=FOLDER MTP=FOLDER L-MTP=FOLDER original=FOLDER \
         --answers held_out.jsonl --arithmetic gsm8k_test.jsonl --functions humaneval.jsonl \
-        --run-written-code --output results.json
+        --run-written-code --output benchmarks/results/tuned_backbones.json
 
 Folders hold plain backbones (`lmtp merge` makes one of an adapter) or full L-MTP checkpoints, whose
 heads are left out. Questions are asked through lm-evaluation-harness (`pip install lm_eval`), from local
 files in GSM8K's and HumanEval's forms (`local_tasks.py`): no hub is needed. Without them only perplexity
-is measured. A model's results are written as soon as they are known; a stopped run goes on.
+is measured. A model's results are written as soon as they are known; a stopped run goes on. With
+--tables they go into `tuned_backbones.md`.
 """
 
 import argparse
@@ -27,9 +28,12 @@ from tqdm.auto import tqdm
 
 from modeling_lmtp.conversion.loading import DTYPES, load_backbone, load_tokenizer
 from modeling_lmtp.training.examples import Example, read_examples
-from modeling_lmtp.training.prompts import end_ids
+from modeling_lmtp.training.prompts import answer_end_id
 from modeling_lmtp.training.resampling import resample, resampled_ratios
-from modeling_lmtp.training.saving import file_sha256, versions
+from modeling_lmtp.training.saving import PROVENANCE, file_sha256, versions
+
+PAGE = Path(__file__).with_suffix(".md")
+MARK = "<!-- tables: written by tuned_backbones.py -->"
 
 
 def read_models(named: Sequence[str]) -> dict[str, str]:
@@ -143,11 +147,25 @@ def tasks_of(arguments: argparse.Namespace) -> dict[str, dict[str, Any]]:
     return tasks
 
 
+def weights_sha256(folder: str) -> dict[str, str]:
+    """Return the hashes of a folder's weights by file; empty for a Hub id."""
+    return {path.name: file_sha256(path) for path in sorted(Path(folder).glob("*.safetensors"))}
+
+
+def tuning_of(folder: str) -> dict[str, Any] | None:
+    """Return what `lmtp joint` wrote down of its run, heads before and after among it."""
+    path = Path(folder) / PROVENANCE
+    record = json.loads(path.read_text()) if path.exists() else {}
+    if record.get("command") != "lmtp joint":
+        return None
+    return {name: record[name] for name in ("answers_sha256", "examples", "settings", "held_out")}
+
+
 def measure_one(arguments: argparse.Namespace, folder: str) -> dict[str, Any]:
     """Return the raw results of one model: losses of the answers, and which questions it got right."""
     model, tokenizer = load_backbone(folder, arguments.dtype), load_tokenizer(folder)
     model = model.backbone if model.config.model_type == "lmtp" else model
-    end_id = next(iter(end_ids(model, tokenizer)), None)
+    end_id = answer_end_id(model, tokenizer)
     examples = read_examples(arguments.answers, tokenizer, end_id)[: arguments.num_answers]
     losses, counts = answer_losses(model, examples)
     right = {
@@ -158,6 +176,8 @@ def measure_one(arguments: argparse.Namespace, folder: str) -> dict[str, Any]:
         "losses": losses.tolist(),
         "counts": counts.tolist(),
         "right": {name: found.tolist() for name, found in right.items()},
+        "tuning": tuning_of(folder),
+        "weights_sha256": weights_sha256(folder),
         "device": str(model.device),
         "model_dtype": str(model.dtype),
     }
@@ -169,6 +189,7 @@ def conditions(arguments: argparse.Namespace) -> dict[str, Any]:
     given = {name: getattr(arguments, name) for name in files}
     return {
         **{f"{name}_sha256": file_sha256(path) for name, path in given.items() if path},
+        "dtype": arguments.dtype,
         "num_answers": arguments.num_answers,
         "num_questions": arguments.num_questions,
         "max_new_tokens": arguments.max_new_tokens,
@@ -209,11 +230,72 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
             raise SystemExit(f"{arguments.output} was made under other conditions.")
         record = found
     for name, folder in read_models(arguments.models).items():
-        if name not in record["models"]:
+        if name in record["models"]:
+            if record["models"][name]["weights_sha256"] != weights_sha256(folder):
+                raise SystemExit(f"In {arguments.output} {name!r} is another model.")
+        else:
             record["models"][name] = measure_one(arguments, folder)
             record |= summary(record["models"])
             arguments.output.write_text(json.dumps(record) + "\n")
     return record
+
+
+def table(record: dict[str, Any]) -> str:
+    """Return the comparison as Markdown."""
+    first = next(iter(record["models"]))
+    tasks = list(record["accuracy"])
+    columns = ["backbone", "held-out perplexity", f"nats per token − {first}'s"]
+    columns += [title for task in tasks for title in (f"{task}, right", f"− {first}'s")]
+    lines = ["| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"]
+    for name, found in record["perplexity"].items():
+        cells = [name, f"{found['perplexity']:.3f}"]
+        cells.append(f"{found['log_ratio']:+.4f} ± {found['log_ratio_standard_error']:.4f}")
+        for task in tasks:
+            right = record["accuracy"][task][name]
+            cells.append(f"{right['accuracy']:.1%} ± {right['accuracy_standard_error']:.1%}")
+            cells.append(f"{right['gain']:+.1%} ± {right['gain_standard_error']:.1%}")
+        lines.append("| " + " | ".join(cells) + " |")
+    asked = next(iter(record["models"].values()))
+    lines += [
+        "",
+        f"{len(asked['counts'])} held-out answers, {sum(asked['counts'])} tokens; "
+        + "".join(f"{len(asked['right'][task])} questions of {task}; " for task in tasks)
+        + f"at most {record['conditions']['max_new_tokens']} new tokens, greedy, "
+        f"{asked['model_dtype'].removeprefix('torch.')}, {asked['device']}. ± standard errors, those of "
+        f"differences over the same answers.",
+    ]
+    return "\n".join(lines)
+
+
+def heads_table(record: dict[str, Any]) -> str:
+    """Return what tuning did to the heads, and how far it drove the backbone, as Markdown."""
+    lines = [
+        "| tuning | KL from the original | heads' top-1 at t+2, t+3, …, before | after | "
+        "τ of the chain, before | after |",
+        "|---|---|---|---|---|---|",
+    ]
+    for name, found in record["models"].items():
+        if found["tuning"] is None:
+            continue
+        held_out = found["tuning"]["held_out"]
+        heads = [held_out[f"heads_{when}"] for when in ("before", "after")]
+        cells = [name, f"{held_out['drift']['kl']:.4f}"]
+        cells += [" ".join(f"{row[0]:.2f}" for row in h["accuracies"]) for h in heads]
+        cells += [f"{h['chain_tokens_per_step']:.2f}" for h in heads]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def tables(record: dict[str, Any]) -> str:
+    """Return all that stands below the mark in `tuned_backbones.md`."""
+    between = "On answers of the training file that tuning kept out, as people wrote them:"
+    return f"{table(record)}\n\n{between}\n\n{heads_table(record)}\n"
+
+
+def write_tables(output: Path) -> None:
+    """Replace what stands below the mark in `tuned_backbones.md`."""
+    above = PAGE.read_text().split(MARK)[0]
+    PAGE.write_text(f"{above}{MARK}\n\n{tables(json.loads(output.read_text()))}")
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -236,12 +318,16 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--dtype", choices=DTYPES, default="auto")
     parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--tables", action="store_true", help="write tuned_backbones.md as well")
     return parser.parse_args(arguments)
 
 
 def main() -> None:
     """Measure, print and write."""
-    record = measure(parse())
+    arguments = parse()
+    record = measure(arguments)
+    if arguments.tables:
+        write_tables(arguments.output)
     print(json.dumps({key: record[key] for key in ("perplexity", "accuracy")}, indent=2))
 
 

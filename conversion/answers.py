@@ -14,7 +14,7 @@ from modeling_lmtp.training.answers import Answers, read_answers
 from modeling_lmtp.training.distill_files import manifest_path
 from modeling_lmtp.training.fingerprints import is_model_of
 from modeling_lmtp.training.processes import processes
-from modeling_lmtp.training.prompts import end_ids
+from modeling_lmtp.training.prompts import answer_end_id
 
 logger = logging.get_logger(__name__)
 
@@ -23,7 +23,7 @@ def load_answers(
     path: Path,
     model: Any,
     tokenizer: PreTrainedTokenizerBase,
-    max_length: int,
+    max_length: int = 1024,
     bad_rows: str = "refuse",
 ) -> Answers:
     """Read answers for a model, and note if another one made them.
@@ -38,7 +38,7 @@ def load_answers(
         ValueError: a bad row is refused, or nothing is left.
     """
     backbone = getattr(model, "backbone", model)
-    end_id = next(iter(end_ids(backbone, tokenizer)), None)
+    end_id = answer_end_id(model, tokenizer)
     vocab_size, _ = unembedding_size(backbone)
     answers = read_answers(
         path, tokenizer, end_id, max_length, vocab_size=vocab_size, bad_rows=bad_rows

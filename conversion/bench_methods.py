@@ -4,11 +4,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from modeling_lmtp.conversion.exactness import drafts_to_try
+from modeling_lmtp.conversion.exactness import drafts_to_try, saved_shape
 from modeling_lmtp.leaps_lmtp import drafts
 from modeling_lmtp.lookup_lmtp import PromptLookupDrafter
 from modeling_lmtp.modeling_lmtp import LMTPForCausalLM
-from modeling_lmtp.settings_lmtp import DRAFT_SHAPES
 from modeling_lmtp.support_lmtp import Tier, decoding_tier
 
 PLAIN = "plain"
@@ -90,9 +89,3 @@ def _of_heads(
         Method(prefix + name, model, {"use_lmtp": True, **options})
         for name, options in tried.items()
     ]
-
-
-def saved_shape(model: LMTPForCausalLM) -> dict[str, Any]:
-    """Return what the checkpoint's `generation_config` says of the draft's shape, if anything."""
-    found = {name: getattr(model.generation_config, name, None) for name in DRAFT_SHAPES}
-    return {name: value for name, value in found.items() if value is not None}

@@ -14,6 +14,14 @@ PANELS = (
 )
 
 
+def check_pictures() -> None:
+    """Raise a RuntimeError if matplotlib is not installed."""
+    if not pictures_available():
+        raise RuntimeError(
+            "Pictures need matplotlib, which is not installed: pip install 'modeling-lmtp[plots]'."
+        )
+
+
 def draw_bench(record: Mapping[str, Any], path: Path) -> None:
     """Draw the first dtype, mode and batch size of a result; or its sweep as curves.
 
@@ -24,10 +32,7 @@ def draw_bench(record: Mapping[str, Any], path: Path) -> None:
     Raises:
         RuntimeError: matplotlib is not installed.
     """
-    if not pictures_available():
-        raise RuntimeError(
-            "Pictures need matplotlib, which is not installed: pip install 'modeling-lmtp[plots]'."
-        )
+    check_pictures()
     from matplotlib.figure import Figure
 
     rows = [row for row in record["rows"] if row["decoding"] != "plain" and row["speed_up"]]

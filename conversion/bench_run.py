@@ -1,5 +1,6 @@
 """One run of `lmtp bench`: load, check the machine, measure, and put the record together."""
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -11,7 +12,7 @@ from rich.console import Console
 from modeling_lmtp.conversion.bench import GREEDY_MODE, MODES, make_batches, measure
 from modeling_lmtp.conversion.bench_methods import Method, methods_to_compare
 from modeling_lmtp.conversion.bench_record import rows, table
-from modeling_lmtp.conversion.bench_sweeps import Point, check_sweep, points
+from modeling_lmtp.conversion.bench_sweeps import SWEEPS, Point, check_sweep, points
 from modeling_lmtp.conversion.exactness import SAMPLING
 from modeling_lmtp.conversion.loading import (
     best_device,
@@ -37,7 +38,8 @@ class BenchSettings:
         rounds: how often each answer is decoded in each way.
         per_kind: use so many prompts of each kind, the first ones; None is all.
         draft_nodes, lookup_tokens: see `methods_to_compare`.
-        only: ways of decoding to measure beside plain decoding, by name; None is all.
+        only: ways of decoding to measure beside plain decoding, by name; None is all. Sweeps over heads
+            and nodes measure their own way alone.
         stop_at_end: end where the model ends.
         seed: for every call.
         sweep, at: vary one thing over some values, see `bench_sweeps`.
@@ -58,11 +60,16 @@ class BenchSettings:
     at: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
-        """Check the ranges."""
+        """Check the ranges, and that there is a sweep for its values."""
         for mode in self.modes:
             if mode not in MODES:
                 raise ValueError(f"mode must be one of {', '.join(MODES)}, got {mode!r}.")
         check_sweep(self.sweep)
+        if self.at is not None and self.sweep is None:
+            raise ValueError(
+                f"at={self.at} are values of a sweep, and sweep is None. Say what to sweep, one of "
+                f"{', '.join(SWEEPS)}, or leave them out."
+            )
         if min(self.batch_sizes) < 1:
             raise ValueError(f"A batch size must be 1 or more, got {min(self.batch_sizes)}.")
 
@@ -100,8 +107,10 @@ def run_bench(
         assistant: a small plain model that drafts.
 
     Raises:
-        ValueError: another checkpoint has another backbone, or a file or setting is wrong.
+        ValueError: another checkpoint has another backbone or is given twice, or a file or setting is
+            wrong.
     """
+    names = names_of(against)
     before = measure_quietness(best_device())
     for complaint in before.complaints():
         console.print(f"[yellow]This machine is not quiet: {complaint}.[/] Times will mislead.")
@@ -111,7 +120,10 @@ def run_bench(
     found: list[dict[str, Any]] = []
     for dtype in settings.dtypes:
         model = load_lmtp(checkpoint, dtype)
-        others = {Path(name).name: load_beside(name, dtype, model) for name in against}
+        others = {
+            name: load_beside(source, dtype, model)
+            for name, source in zip(names, against, strict=True)
+        }
         helper = None if assistant is None else load_backbone(assistant, dtype)
         methods = choose_methods(
             methods_to_compare(
@@ -130,7 +142,7 @@ def run_bench(
         "command": "lmtp bench",
         "conditions": {
             **conditions(checkpoint, model, settings),
-            "against": [Path(name).name for name in against],
+            "against": names,
             "assistant": None if assistant is None else Path(assistant).name,
             "prompts": [{"file": path.name, "sha256": file_sha256(path)} for path in prompts],
             "kinds": {kind: len(rows) for kind, rows in tokens.items()},
@@ -177,6 +189,19 @@ def choose_methods(methods: Sequence[Method], only: Sequence[str] | None) -> lis
     if unknown:
         raise ValueError(f"There is no way of decoding called {unknown[0]!r}; there are {names}.")
     return [methods[0], *(method for method in methods[1:] if method.name in only)]
+
+
+def names_of(sources: Sequence[str]) -> list[str]:
+    """Call each checkpoint by its folder's name, or all by their whole paths where two share one.
+
+    Raises:
+        ValueError: one is given twice.
+    """
+    repeated = [source for source, count in Counter(sources).items() if count > 1]
+    if repeated:
+        raise ValueError(f"{repeated[0]!r} is given twice. Name each checkpoint once.")
+    short = [Path(source).name or source for source in sources]
+    return short if len(set(short)) == len(short) else list(sources)
 
 
 def load_beside(source: str, dtype: str, model: LMTPForCausalLM) -> LMTPForCausalLM:

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from modeling_lmtp.conversion.cli_base import Dtype, app, console, reports_errors
+from modeling_lmtp.conversion.cli_base import BadRows, Dtype, app, console, reports_errors
 
 
 @app.command()
@@ -33,8 +33,9 @@ def bench(
     seed: int = 0,
 ) -> None:
     """Measure ways of decoding side by side; exits with 1 if a text differs that must not."""
-    from modeling_lmtp.conversion.bench_pictures import draw_bench
+    from modeling_lmtp.conversion.bench_pictures import check_pictures, draw_bench
     from modeling_lmtp.conversion.bench_run import BenchSettings, run_bench
+    from modeling_lmtp.training.saving import check_output_file
 
     settings = BenchSettings(
         batch_sizes=parse_numbers("--batch-sizes", batch_sizes),
@@ -51,6 +52,11 @@ def bench(
         sweep=sweep,
         at=parse_numbers("--at", at) if at else None,
     )
+    for path in (output, picture):
+        if path is not None:
+            check_output_file(path)
+    if picture is not None:
+        check_pictures()
     record = run_bench(
         checkpoint, prompts, settings, console, against=against or (), assistant=assistant
     )
@@ -82,6 +88,7 @@ def tune(
     answers: Annotated[Path, typer.Option(help="Held-out answers of `lmtp distill`.")],
     batch_sizes: Annotated[str, typer.Option(help="With commas between.")] = "1,2,4,8",
     num_answers: Annotated[int, typer.Option(min=1)] = 64,
+    bad_rows: BadRows = "refuse",
     dtype: Dtype = "auto",
     output: Annotated[Path | None, typer.Option(help="Folder, if not the checkpoint's.")] = None,
 ) -> None:
@@ -95,6 +102,7 @@ def tune(
         dtype=dtype,
         batch_sizes=parse_numbers("--batch-sizes", batch_sizes),
         num_answers=num_answers,
+        bad_rows=bad_rows,
         output=output,
     )
 

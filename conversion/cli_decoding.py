@@ -77,7 +77,10 @@ def verify(
         prompt_tensors,
     )
     from modeling_lmtp.support_lmtp import Tier, decoding_support
+    from modeling_lmtp.training.saving import check_output_file
 
+    if output is not None:
+        check_output_file(output)
     texts = first_prompts(prompts, field, num_prompts)
     model = load_lmtp(checkpoint, dtype)
     support = decoding_support(model.backbone)

@@ -13,7 +13,7 @@ from modeling_lmtp.conversion.training import HeadShape, add_heads
 from modeling_lmtp.conversion.tune_run import set_drafts, tune, verdict_table
 from modeling_lmtp.training.distill import DistillSettings, append_rows, distill
 from modeling_lmtp.training.examples import read_examples, split_examples
-from modeling_lmtp.training.prompts import end_ids, read_prompts, self_written_prompts
+from modeling_lmtp.training.prompts import answer_end_id, read_prompts, self_written_prompts
 from modeling_lmtp.training.saving import save_checkpoint
 from modeling_lmtp.training.warmup import WarmupSettings, warm_up
 
@@ -57,7 +57,7 @@ def train_checkpoint(
     backbone = load_backbone(source, dtype=recipe.dtype)
     answers = _distil(backbone, tokenizer, output, recipe, console)
     console.print("Heads learn the answers; the backbone stays as it is.")
-    examples = read_examples(answers, tokenizer, end_id=end_ids(backbone, tokenizer)[0])
+    examples = read_examples(answers, tokenizer, answer_end_id(backbone, tokenizer))
     train, held_out = split_examples(examples, recipe.held_out)
     shape = HeadShape(
         leap_offsets=recipe.leap_offsets,

@@ -85,7 +85,13 @@ def choose_prompts(
         for option, value in (("--dataset-config", config), ("--split", split)):
             if value is not None:
                 raise ValueError(f"{option} {value} goes with --dataset NAME, which is missing.")
-        return PromptChoice(file, None, field, self_written, limit)
+        choice = PromptChoice(file, None, field, self_written, limit)
+        if file is None and limit is not None:
+            raise ValueError(
+                f"--limit {limit} goes with --prompts FILE or --dataset NAME, which are missing; how "
+                "many prompts the model writes is said by --self-written alone."
+            )
+        return choice
     chosen = DatasetSource(dataset, config, split, field)
     return PromptChoice(file, chosen, field, self_written, limit)
 

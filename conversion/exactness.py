@@ -8,6 +8,7 @@ import torch
 from modeling_lmtp.conversion.comparison import Comparison, compare
 from modeling_lmtp.leaps_lmtp import drafts
 from modeling_lmtp.modeling_lmtp import LMTPForCausalLM
+from modeling_lmtp.settings_lmtp import DRAFT_SHAPES
 from modeling_lmtp.support_lmtp import Tier, decoding_support, decoding_tier
 from modeling_lmtp.training.saving import versions
 from modeling_lmtp.tree_lmtp import DraftTree, grow_tree
@@ -27,6 +28,18 @@ def drafts_to_try(model: LMTPForCausalLM) -> dict[str, dict[str, Any]]:
     return tried
 
 
+def saved_shape(model: LMTPForCausalLM) -> dict[str, Any]:
+    """Return what the checkpoint's `generation_config` says of the draft's shape, if anything."""
+    found = {name: getattr(model.generation_config, name, None) for name in DRAFT_SHAPES}
+    return {name: value for name, value in found.items() if value is not None}
+
+
+def all_drafts(model: LMTPForCausalLM) -> dict[str, dict[str, Any]]:
+    """Return `drafts_to_try`, and what the checkpoint's `generation_config` drafts, if it says."""
+    saved: dict[str, dict[str, Any]] = {"as saved": {}} if saved_shape(model) else {}
+    return {**drafts_to_try(model), **saved}
+
+
 def _tree(model: LMTPForCausalLM, horizon: int) -> DraftTree:
     saved = DraftTree.from_paths(getattr(model.generation_config, "draft_tree", None) or ())
     if not saved.is_chain:
@@ -43,7 +56,7 @@ def verify_exactness(
     seed: int = 0,
     progress: bool = True,
 ) -> dict[str, Comparison]:
-    """Decode each prompt both ways, greedily and sampling, with a chain and with a tree.
+    """Decode each prompt both ways, greedily and sampling: with a chain, with a tree, and as saved.
 
     Args:
         model: the checkpoint, in evaluation mode; float32 is where equality is promised.
@@ -61,7 +74,7 @@ def verify_exactness(
         comparisons = compare(
             model,
             prompts,
-            drafts_to_try(model),
+            all_drafts(model),
             seed=seed,
             progress=progress,
             description=mode,
@@ -92,7 +105,7 @@ def exactness_record(
         "tier": support.tier.value,
         "reason": support.reason,
         "ragged_batches": support.ragged,
-        "drafts": drafts_to_try(model),
+        "drafts": {name: draft or saved_shape(model) for name, draft in all_drafts(model).items()},
         **conditions,
         "sampling": SAMPLING,
         "device": str(model.device),

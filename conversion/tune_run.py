@@ -10,6 +10,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from modeling_lmtp.conversion.answers import load_answers, warn
 from modeling_lmtp.conversion.bench import GREEDY_MODE, make_batches, measure
 from modeling_lmtp.conversion.bench_methods import Method, plain_method
 from modeling_lmtp.conversion.bench_record import rows
@@ -20,8 +21,7 @@ from modeling_lmtp.conversion.tuning import NOTHING, TunedDraft, choose_drafts
 from modeling_lmtp.modeling_lmtp import LMTPForCausalLM
 from modeling_lmtp.settings_lmtp import DRAFT_SHAPES
 from modeling_lmtp.training.evaluation import evaluate_heads
-from modeling_lmtp.training.examples import Example, read_examples
-from modeling_lmtp.training.prompts import end_ids
+from modeling_lmtp.training.examples import Example, evenly
 
 TRIAL_PROMPTS = 12
 TRIAL_TOKENS = 64
@@ -80,8 +80,7 @@ def try_out(
     if not hopeful:
         return []
     prompts = [example.input_ids[: example.answer_start] for example in examples]
-    every = max(1, len(prompts) // max(TRIAL_PROMPTS, size))
-    prompts = prompts[::every][: max(TRIAL_PROMPTS, size)]
+    prompts = evenly(prompts, max(TRIAL_PROMPTS, size))
     batches = make_batches({"trial": prompts}, size, pad_id(model), model.device)
     methods = [plain_method(model)]
     methods += [
@@ -130,6 +129,7 @@ def run_tune(
     dtype: str = "auto",
     batch_sizes: Sequence[int] = (1, 2, 4, 8),
     num_answers: int = 64,
+    bad_rows: str = "refuse",
     output: Path | None = None,
 ) -> dict[int, Verdict]:
     """Tune a checkpoint on this device.
@@ -140,11 +140,12 @@ def run_tune(
         console: for what is found.
         dtype: to load it in.
         batch_sizes: to tune for.
-        num_answers: use the first so many.
+        num_answers: use so many, evenly spread over the file.
+        bad_rows: of the answers, see `read_answers`.
         output: the folder whose `generation_config.json` is written; by default the checkpoint's.
 
     Raises:
-        ValueError: the checkpoint is not a folder and no output is given.
+        ValueError: the checkpoint is not a folder and no output is given, or a bad row is refused.
     """
     folder = output or Path(checkpoint)
     if not folder.is_dir():
@@ -156,8 +157,9 @@ def run_tune(
     quietness = measure_quietness(model.device)
     for complaint in quietness.complaints():
         console.print(f"[yellow]This machine is not quiet: {complaint}.[/] Tune again when it is.")
-    examples = read_examples(answers, tokenizer, end_ids(model.backbone, tokenizer)[0])
-    verdicts = tune(model, examples[:num_answers], batch_sizes)
+    found = load_answers(answers, model, tokenizer, bad_rows=bad_rows)
+    warn(found.notes)
+    verdicts = tune(model, evenly(found.examples, num_answers), batch_sizes)
     set_drafts(model, verdicts, {"quiet": not quietness.complaints()})
     model.generation_config.save_pretrained(folder)
     console.print(verdict_table(verdicts))

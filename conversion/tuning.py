@@ -22,7 +22,7 @@ from modeling_lmtp.modeling_lmtp import LMTPForCausalLM
 from modeling_lmtp.settings_lmtp import LMTPSettings
 from modeling_lmtp.support_lmtp import Support, Tier, decoding_support
 from modeling_lmtp.training.evaluation import HeadReport, answer_states, simulated_steps
-from modeling_lmtp.training.examples import Example
+from modeling_lmtp.training.examples import Example, evenly
 from modeling_lmtp.training.simulation import Step, simulate
 from modeling_lmtp.tree_lmtp import DraftTree, grow_tree
 
@@ -166,9 +166,8 @@ def _simulate_all(
     examples: Sequence[Example],
     progress: bool,
 ) -> dict[str, list[Step]]:
-    every = max(1, len(examples) // SIMULATED_ANSWERS)
     bar = tqdm(
-        examples[::every][:SIMULATED_ANSWERS],
+        evenly(examples, SIMULATED_ANSWERS),
         desc="simulate drafts",
         unit="answer",
         disable=not progress,

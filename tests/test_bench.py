@@ -182,6 +182,35 @@ def test_the_command_writes_rows_and_conditions(folder):
     assert all(row["equal"] for row in record["rows"])
 
 
+def test_heads_in_folders_of_one_name_are_told_apart_by_their_paths(folder):
+    one, other = folder / "leap-1", write_checkpoint(folder / "more" / "leap-1", head_context=0)
+    output = folder / "told_apart.json"
+    common = ["bench", folder / "checkpoint", "--prompts", folder / "prompts.jsonl"]
+    result = lmtp(
+        *common, "--against", one, "--against", other, "--output", output, "--max-new-tokens", 4,
+        "--rounds", 1, "--dtypes", "float32", "--only", f"{one}: chain", "--only",
+        f"{other}: chain", "--per-kind", 1,
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    record = json.loads(output.read_text())
+    assert record["conditions"]["against"] == [str(one), str(other)]
+    names = {row["decoding"] for row in record["rows"]}
+    assert names == {"plain", f"{one}: chain", f"{other}: chain"}
+    twice = error_of(*common, "--against", one, "--against", one)
+    assert f"'{one}' is given twice" in twice
+
+
+def test_a_place_for_the_result_is_made_sure_of_before_anything_is_loaded(folder, monkeypatch):
+    common = ["bench", folder / "missing", "--prompts", folder / "missing.jsonl"]
+    for option in ("--output", "--picture"):
+        nowhere = error_of(*common, option, folder / "nowhere" / "result")
+        assert f"cannot be written: there is no folder {folder / 'nowhere'}." in nowhere
+        assert f"{folder} is a folder" in error_of(*common, option, folder)
+    monkeypatch.setattr("modeling_lmtp.conversion.bench_pictures.pictures_available", lambda: False)
+    without = error_of(*common, "--picture", folder / "picture.png")
+    assert "Pictures need matplotlib, which is not installed: pip install" in without
+
+
 def test_other_heads_must_stand_on_the_same_backbone(folder):
     other = folder / "other"
     model = tiny_model()

@@ -149,6 +149,11 @@ def test_bars_by_kind_are_drawn(tmp_path):
     assert (tmp_path / "bars.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_values_of_no_sweep_are_refused():
+    with pytest.raises(ValueError, match=r"at=\(1, 8\) are values of a sweep, and sweep is None"):
+        BenchSettings(at=(1, 8))
+
+
 def test_an_unknown_sweep_is_refused():
     with pytest.raises(
         ValueError, match="sweep must be one of context, output, batch, heads, nodes"

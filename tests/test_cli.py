@@ -79,6 +79,12 @@ def test_verify_finds_equal_texts_and_writes_the_figures(folder, checkpoint, tmp
     assert "Tier: tree (trees come out exact; float32, cpu, sdpa" in result.output
 
 
+def test_verify_makes_sure_of_a_place_for_the_figures_before_anything_is_loaded(tmp_path):
+    arguments = [tmp_path / "missing", "--prompts", tmp_path / "missing.jsonl"]
+    message = error_of("verify", *arguments, "--output", tmp_path / "nowhere" / "figures.json")
+    assert f"cannot be written: there is no folder {tmp_path / 'nowhere'}." in message
+
+
 def test_verify_in_sixteen_bits_fails_only_where_rounding_is_no_excuse(
     folder, checkpoint, tmp_path
 ):

@@ -135,6 +135,8 @@ def test_an_output_without_self_written_prompts_is_refused_before_any_are_sample
         (["--prompts", "p.jsonl", "--dataset", "d"], "Pass --prompts FILE or --dataset NAME, not"),
         (["--prompts", "p.jsonl", "--split", "test"], "--split test goes with --dataset NAME"),
         (["--self-written", 2, "--dataset-config", "de"], "--dataset-config de goes with --data"),
+        (["--self-written", 2, "--limit", 9], "--limit 9 goes with --prompts FILE or --dataset"),
+        (["--limit", 9], "There is nothing to answer"),
         (["--prompts", "p.jsonl", "--server-model", "m"], "--server-model m goes with --server"),
         (["--prompts", "p.jsonl", "--server", "localhost:8000"], "server: expected an address"),
         (["--server", "http://x/v1", "--self-written", 2], "--self-written needs the model itself"),

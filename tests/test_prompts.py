@@ -17,6 +17,7 @@ from modeling_lmtp.training.distill import (
 )
 from modeling_lmtp.training.prompts import (
     Prompt,
+    answer_end_id,
     read_prompts,
     render_prompt,
     self_written_prompts,
@@ -181,3 +182,31 @@ def test_self_written_prompts_need_a_user_turn_in_the_template(model, template, 
 def test_the_number_of_self_written_prompts_is_at_least_one(model, tokenizer):
     with pytest.raises(ValueError, match="count: expected at least 1, got 0"):
         self_written_prompts(model, tokenizer, 0, DistillSettings())
+
+
+@pytest.mark.parametrize(
+    ("ids", "settings", "expected"),
+    [
+        ([0, 2], {}, 2),  # the chat template's, although it comes last
+        ([2, 0], {}, 2),
+        ([0, 1], {"chat_template": None, "eos_token": START_OF_TURN}, 1),  # the tokenizer's own
+        ([5, 0], {}, 5),  # neither: the first
+        (2, {}, 2),
+        (None, {}, 2),
+        (None, {"eos_token": None}, None),
+    ],
+)
+def test_a_finished_answer_ends_as_the_template_closes_it(ids, settings, expected):
+    tokenizer = tiny_tokenizer(**settings)
+    model = tiny_llama()
+    model.generation_config.eos_token_id = ids
+    assert tokenizer.convert_ids_to_tokens([1, 2]) == [START_OF_TURN, END_OF_TURN]
+    assert answer_end_id(model, tokenizer) == expected
+
+
+def test_a_template_that_hides_answers_says_nothing_of_their_end():
+    questions_only = "{% for m in messages if m.role == 'user' %}{{ m.content }}<|im_end|>{% endfor %}"
+    tokenizer = tiny_tokenizer(chat_template=questions_only, eos_token=END_OF_TEXT)
+    model = tiny_llama()
+    model.generation_config.eos_token_id = [2, 0]
+    assert answer_end_id(model, tokenizer) == 0

@@ -318,3 +318,15 @@ def test_the_command_tunes_a_folder(tmp_path, monkeypatch):
     assert set(saved["draft_by_batch_size"]) == {"1", "2"}
     assert {"device", "dtype", "threads", "tried"} <= set(saved["draft_conditions"])
     assert "is no folder to write" in error_of("tune", "some/hub-id", "--answers", answers)
+    with answers.open("a") as file:
+        file.write('{"prompt": "no response"}\n')
+    line = len(rows) + 1
+    refused = error_of("tune", checkpoint, "--answers", answers, "--batch-sizes", "1")
+    assert f"answers.jsonl:{line}:" in refused
+    assert "--bad-rows skip" in refused
+    chosen = []
+    monkeypatch.setattr(tune_run, "tune", lambda model, examples, sizes: chosen.extend(examples) or {})
+    options = ["--answers", answers, "--bad-rows", "skip", "--num-answers", 2]
+    assert lmtp("tune", checkpoint, *options).exit_code == 0
+    every = tune_run.load_answers(answers, tiny_model(), tiny_tokenizer(), bad_rows="skip").examples
+    assert chosen == [every[0], every[len(every) // 2]]  # spread over the file

@@ -79,6 +79,13 @@ def test_folders_with_and_without_heads_are_measured_and_written_down(
     monkeypatch.setattr(tuned_backbones, "load_backbone", load_again)
     tuned_backbones.main()
     assert json.loads((tmp_path / "out.json").read_text()) == record
+    monkeypatch.setattr(sys, "argv", [*sys.argv, "--dtype", "bfloat16"])
+    with pytest.raises(SystemExit, match="other conditions"):
+        tuned_backbones.main()
+    tiny_llama(seed=2).save_pretrained(tmp_path / "other")
+    monkeypatch.setattr(sys, "argv", sys.argv[:-2])
+    with pytest.raises(SystemExit, match="'other' is another model"):
+        tuned_backbones.main()
     monkeypatch.setattr(sys, "argv", [*sys.argv, "--num-answers", "1"])
     with pytest.raises(SystemExit, match="other conditions"):
         tuned_backbones.main()
@@ -131,6 +138,7 @@ STUB = {
         ("```python\ndef area(r):\n    return pi * r**2", True),  # cut before the fence closed
         ("```python\ndef area(r):\n    return 2 * pi * r\n```", False),
         ("```python\ndef area(r):\n    return pi *\n```", False),
+        ("```python\ndef area(r):\n    return 0\nraise SystemExit\n```", False),  # before its tests
         ("", False),
     ],
 )

@@ -123,6 +123,11 @@ def test_a_run_folder_of_another_run_is_refused_and_kept(tmp_path):
         warm_up(new_model(), examples(), [], tmp_path, settings(learning_rate=0.5), progress=False)
     with pytest.raises(ValueError, match="another examples_sha256"):
         warm_up(new_model(), examples(seed=5), [], tmp_path, settings(), progress=False)
+    other = new_model()
+    with torch.no_grad():
+        other.backbone.model.norm.weight.mul_(2)
+    with pytest.raises(ValueError, match="another checkpoint"):
+        warm_up(other, examples(), [], tmp_path, settings(), progress=False)
     assert (tmp_path / "run.json").read_text() == record
     assert json.loads(record)["learning_rate"] == 1e-3
 

@@ -7,7 +7,7 @@ acceptance is the decoder's, up to rounding.
 Shapes: `L` tokens of one example, `A` draft distances, `V` vocabulary size.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 
 import torch
@@ -141,7 +141,6 @@ def evaluate_heads(
     model: LMTPForCausalLM,
     examples: Sequence[Example],
     *,
-    load_states: Callable[[Example], torch.Tensor] | None = None,
     progress: bool = False,
 ) -> tuple[HeadReport, list[torch.Tensor]]:
     """Evaluate the heads on held-out examples; return the report and each example's ranks.
@@ -149,7 +148,6 @@ def evaluate_heads(
     Args:
         model: the heads.
         examples: the answers.
-        load_states: returns an answer's states, where they are known; see `answer_states`.
         progress: show a progress bar.
     """
     was_training = model.training
@@ -157,8 +155,7 @@ def evaluate_heads(
     bar = tqdm(examples, desc="evaluate heads", unit="answer", disable=not progress)
     all_ranks = []
     for example in bar:
-        states = None if load_states is None else load_states(example).to(model.device)
-        all_ranks.append(draft_ranks(model, example, states).cpu())
+        all_ranks.append(draft_ranks(model, example).cpu())
     model.train(was_training)
     num_distances = len(drafts(model.config.leap_offsets))
     # A root may be any answer token, and its candidates may not lie beyond the end

@@ -6,7 +6,7 @@ Shapes: `B` batch, `L` length.
 from collections import Counter
 from collections.abc import Callable, Sequence
 from itertools import islice
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch.utils.data import Dataset
@@ -20,9 +20,19 @@ __all__ = [
     "check_targets",
     "collate",
     "draft_vocabulary",
+    "evenly",
     "read_examples",
     "split_examples",
 ]
+
+
+Item = TypeVar("Item")
+
+
+def evenly(items: Sequence[Item], count: int) -> list[Item]:
+    """Take `count` of the items, or all if there are fewer, evenly spread over the sequence."""
+    count = min(count, len(items))
+    return [items[number * len(items) // count] for number in range(count)]
 
 
 def split_examples(

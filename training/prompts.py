@@ -124,18 +124,21 @@ def render_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
     """
     if not tokenizer.chat_template:
         return list(tokenizer(prompt)["input_ids"])
-    text = _render_turn(tokenizer, prompt, add_generation_prompt=True)
+    text = _render_turns(tokenizer, prompt, add_generation_prompt=True)
     return _encode(tokenizer, text)
 
 
-def _render_turn(
-    tokenizer: PreTrainedTokenizerBase, user_turn: str, *, add_generation_prompt: bool
+def _render_turns(
+    tokenizer: PreTrainedTokenizerBase, *turns: str, add_generation_prompt: bool
 ) -> str:
+    """Render turns of user and assistant, by turns."""
+    messages = [
+        {"role": ("user", "assistant")[number % 2], "content": turn}
+        for number, turn in enumerate(turns)
+    ]
     return str(
         tokenizer.apply_chat_template(
-            [{"role": "user", "content": user_turn}],
-            tokenize=False,
-            add_generation_prompt=add_generation_prompt,
+            messages, tokenize=False, add_generation_prompt=add_generation_prompt
         )
     )
 
@@ -152,6 +155,26 @@ def end_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[
     if ids is None:
         return []
     return list(ids) if isinstance(ids, (list, tuple)) else [int(ids)]
+
+
+def answer_end_id(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """Return the id with which a finished answer ends, None if the model has none.
+
+    Of several `end_ids` it is the one with which the chat template closes an answer, else the
+    tokenizer's own, else the first.
+    """
+    ids = end_ids(model, tokenizer)
+    likely = [*_closing_ids(tokenizer), tokenizer.eos_token_id, *ids]
+    return next((token for token in likely if token in ids), None)
+
+
+def _closing_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Return what the chat template writes behind an answer; nothing where it does not show."""
+    if not tokenizer.chat_template:
+        return []
+    rendered = _render_turns(tokenizer, "?", _SENTINEL, add_generation_prompt=False)
+    _, found, tail = rendered.rpartition(_SENTINEL)
+    return _encode(tokenizer, tail) if found else []
 
 
 def self_written_prompts(
@@ -222,9 +245,9 @@ def _user_turn(tokenizer: PreTrainedTokenizerBase) -> _UserTurn:
             "tokenizer: has no chat template, so a user turn has no header to continue; "
             "read the prompts from a file instead"
         )
-    rendered = _render_turn(tokenizer, _SENTINEL, add_generation_prompt=False)
+    rendered = _render_turns(tokenizer, _SENTINEL, add_generation_prompt=False)
     if rendered.endswith(_SENTINEL):  # some templates close the turn with the answer's header
-        rendered = _render_turn(tokenizer, _SENTINEL, add_generation_prompt=True)
+        rendered = _render_turns(tokenizer, _SENTINEL, add_generation_prompt=True)
     header, _, tail = rendered.partition(_SENTINEL)
     # A trailing space belongs to the first word of the turn, as tokenizers cut text.
     header_ids = _encode(tokenizer, header.rstrip(" "))

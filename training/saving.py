@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import platform
 import shutil
 from collections.abc import Iterator
@@ -25,6 +26,18 @@ def check_output_folder(output: Path) -> None:
         raise ValueError(
             f"{output} already holds something. Choose another output, or empty it first."
         )
+
+
+def check_output_file(path: Path) -> None:
+    """Raise a ValueError unless a file can be written as `path`: before the work, not after it."""
+    if path.is_dir():
+        raise ValueError(f"{path} is a folder. Name a file, such as {path / 'result'}.")
+    if not path.parent.is_dir():
+        raise ValueError(
+            f"{path} cannot be written: there is no folder {path.parent}. Make it, or name another."
+        )
+    if not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise ValueError(f"{path} cannot be written: permission denied. Name another place for it.")
 
 
 def file_sha256(path: Path) -> str:

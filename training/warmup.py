@@ -16,6 +16,7 @@ from modeling_lmtp.modeling_lmtp import LMTPForCausalLM
 from modeling_lmtp.training.curriculum import CURRICULA, NONE
 from modeling_lmtp.training.evaluation import HeadReport, evaluate_heads
 from modeling_lmtp.training.examples import AnswerDataset, Example, check_targets, collate
+from modeling_lmtp.training.fingerprints import model_fingerprint
 from modeling_lmtp.training.guarded_trainer import last_whole_checkpoint, take_off_autocast
 from modeling_lmtp.training.objective import HeadObjective
 from modeling_lmtp.training.packing import PackedDataset, check_isolation, collate_packs
@@ -118,7 +119,8 @@ def warm_up(
 
     Raises:
         ValueError: the backbone is not frozen, there are no heads or no targets, `run_folder` belongs
-            to a run with other settings, or the backbone cannot keep packed answers apart.
+            to a run of another model or with other settings, or the backbone cannot keep packed
+            answers apart.
         RuntimeError: the loss is not finite; names the step, and the file that its batch is in.
         OSError: a checkpoint could not be saved; the one before it stays.
     """
@@ -135,12 +137,13 @@ def warm_up(
     arguments = _arguments(run_folder, settings, backbone_dtype, progress)
     answers = AnswerDataset(examples, train_on_prompts=settings.train_on_prompts)
     dataset, row_lengths = _dataset(answers, settings)
+    identity = _identity(model, settings, examples, arguments.world_size)
     if settings.shard_backbone:
         shard_backbone(model, arguments.device, arguments.world_size)
     if settings.pack_length is not None and state_folder is None:
         check_isolation(model.backbone, settings.batch_size)
     with arguments.main_process_first(local=False):
-        claim_run_folder(run_folder, _identity(model, settings, examples, arguments.world_size))
+        claim_run_folder(run_folder, identity)
     if state_folder is not None:
         answers.load_states = _known_states(model, examples, state_folder, arguments, progress)
     model.leap_heads.float()
@@ -221,6 +224,7 @@ def _identity(
         **identity,
         **heads,
         "global_batch_size": rows_per_step * world_size,
+        "checkpoint": model_fingerprint(model),
         "examples_sha256": examples_sha256(examples),
     }
 
