@@ -79,6 +79,19 @@ def test_verify_finds_equal_texts_and_writes_the_figures(folder, checkpoint, tmp
     assert "Tier: tree (trees come out exact; float32, cpu, sdpa" in result.output
 
 
+def test_verify_tries_what_the_checkpoint_drafts(folder, checkpoint, tmp_path):
+    model = LMTPForCausalLM.from_pretrained(checkpoint)
+    model.generation_config.draft_by_batch_size = {"1": {"draft_nodes": 5}}
+    model.save_pretrained(tmp_path / "tuned")
+    tiny_tokenizer().save_pretrained(tmp_path / "tuned")
+    arguments = ["--prompts", folder / "prompts.jsonl", "--num-prompts", 1, "--max-new-tokens", 8]
+    result = lmtp("verify", tmp_path / "tuned", *arguments, "--output", tmp_path / "figures.json")
+    assert result.exit_code == 0, result.output
+    record = json.loads((tmp_path / "figures.json").read_text())
+    assert record["drafts"]["as saved"] == {"draft_by_batch_size": {"1": {"draft_nodes": 5}}}
+    assert record["results"]["sampling, as saved"]["equal"] == 1
+
+
 def test_verify_makes_sure_of_a_place_for_the_figures_before_anything_is_loaded(tmp_path):
     arguments = [tmp_path / "missing", "--prompts", tmp_path / "missing.jsonl"]
     message = error_of("verify", *arguments, "--output", tmp_path / "nowhere" / "figures.json")
