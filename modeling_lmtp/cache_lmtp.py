@@ -61,11 +61,16 @@ class CacheSlots:
     """What a batch does with the slots of its cache; here every row ends in the last one.
 
     Args:
-        cache: holds the rows that are still generating.
+        cache: holds the prompts, and later the rows that are still generating.
+
+    Attributes:
+        num_prompt_slots: how many slots the prompts have used, those of earlier turns and padding
+            included.
     """
 
     def __init__(self, cache: Cache) -> None:
         self.cache = cache
+        self.num_prompt_slots = int(cache.get_seq_length())
 
     def keep_paths(self, paths: Sequence[Sequence[int]], num_slots: int) -> None:
         """Keep, of the last pass's `num_slots` slots, those of each row's path; drop the rest."""

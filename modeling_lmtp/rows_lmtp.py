@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch.nn.functional import pad
 from transformers import Cache
 
 from .cache_lmtp import CacheSlots, start_rollback
@@ -21,7 +22,7 @@ class Rows:
     """What the next step needs of each row, after the prompts have been run.
 
     Args:
-        input_ids: the prompts, `(A, L)`.
+        input_ids: the prompts, `(A, L)`; of a text that goes on, perhaps only what the cache lacked.
         hidden_states: states of the prompts' tokens, `(A, S, H)`, the latest last.
         num_states: how many states to keep.
         model_kwargs: what `generate` keeps between steps.
@@ -31,6 +32,8 @@ class Rows:
 
     Attributes:
         numbers: each row's number among those of the call.
+        input_ids: a token for each slot of the cache and the roots, `(A, L)`; in slots that were filled
+            in an earlier turn they may be of no meaning.
         num_replayed: how many known tokens before the roots the cache lacks, see `replay_lmtp`.
     """
 
@@ -45,13 +48,14 @@ class Rows:
     ) -> None:
         self.may_move = may_move
         self.numbers = list(range(input_ids.shape[0]))
-        self.input_ids = input_ids
         self.num_states = num_states
         # The last state is taken up by the first walk, as those of all later tokens are
         self.hidden_states, self.new_states = hidden_states[:, :-1], hidden_states[:, -1:]
         self.model_kwargs = dict(model_kwargs)
         self.cache: Cache = model_kwargs["past_key_values"]
         self.slots = slots or CacheSlots(self.cache)
+        missing = max(0, self.slots.num_prompt_slots - input_ids.shape[1])
+        self.input_ids = pad(input_ids, (missing, 0))
         if self.model_kwargs.get("position_ids") is not None:
             self.model_kwargs["position_ids"] = self._last_positions()
         self._padding = self._count_padding()

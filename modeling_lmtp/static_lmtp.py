@@ -88,7 +88,7 @@ class StaticSlots(CacheSlots):
     ) -> None:
         super().__init__(cache)
         self.num_nodes = num_nodes
-        self.start = int(cache.get_seq_length()) - 1  # the prompt's last token is the first root
+        self.start = self.num_prompt_slots - 1  # the prompt's last token is the first root
         self.lengths = [self.start] * num_rows
         self.places = list(range(num_rows))
         device = cache.layers[0].keys.device

@@ -54,6 +54,37 @@ def plain_texts(architecture: str, new_tokens: int = NEW_TOKENS) -> torch.Tensor
     return generate(wrapped(architecture).backbone, **options).sequences
 
 
+def slots_with_meaning(inputs: dict[str, torch.Tensor], num_slots: int) -> torch.Tensor:
+    """Which slots of a returned cache are not padding before a prompt, `(B, num_slots)`."""
+    mask = inputs["attention_mask"]
+    return torch.cat([mask, mask.new_ones(len(mask), num_slots - mask.shape[1])], dim=-1)
+
+
+# What a user adds in a second turn
+SECOND_TURN = torch.tensor([[41, 42, 43], [51, 52, 53], [61, 62, 63]])
+# Prompts of a first turn, by how much even the longest is padded, and where rows end in the second
+NEW_TOKENS_ALONE = {
+    "no padding": ([prompt[:4] for prompt in (PROMPTS[0], PROMPTS[1], PROMPTS[0][5:])], 0, []),
+    "all rows padded": (PROMPTS, 12, []),
+    "the widest row ends first": ((PROMPTS[0], (31, 5), (70,)), 0, [(0, 1)]),
+}
+
+
+def new_tokens_alone(first: Any, inputs: dict[str, torch.Tensor]) -> dict[str, Any]:
+    """Return a second turn without the first one's tokens: the last, which the cache lacks, and new ones.
+
+    Args:
+        first: what the first turn returned.
+        inputs: of the first turn.
+    """
+    width = first.sequences.shape[1] + SECOND_TURN.shape[1]
+    return {
+        "input_ids": torch.cat([first.sequences[:, -1:], SECOND_TURN], dim=-1),
+        "attention_mask": slots_with_meaning(inputs, width),
+        "past_key_values": first.past_key_values,
+    }
+
+
 def largest_draft(model: LMTPForCausalLM) -> DraftTree:
     """Return `TREE` or `CHAIN`, whichever the model can verify."""
     return TREE if decoding_support(model.backbone).tier is Tier.TREE else CHAIN

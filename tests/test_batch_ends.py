@@ -10,15 +10,19 @@ from batches import (
     GREEDY,
     LENGTH,
     NEW_TOKENS,
+    NEW_TOKENS_ALONE,
     NUM_ROWS,
+    SECOND_TURN,
     OwnProcessor,
     assert_same_cache,
     generate,
     largest_draft,
     leap,
+    new_tokens_alone,
     num_emitted,
     padded,
     plain_texts,
+    slots_with_meaning,
     tokens_that_end,
     wrapped,
 )
@@ -94,12 +98,6 @@ def test_rows_that_have_ended_leave_the_backbone_s_batch(architecture, in_step, 
     assert rows_per_pass == [NUM_ROWS, *alive, *late]
 
 
-def slots_with_meaning(inputs: dict[str, torch.Tensor], num_slots: int) -> torch.Tensor:
-    """Which slots of the returned cache are not padding before a prompt, `(B, num_slots)`."""
-    mask = inputs["attention_mask"]
-    return torch.cat([mask, mask.new_ones(len(mask), num_slots - mask.shape[1])], dim=-1)
-
-
 @pytest.mark.parametrize("right", [always, sometimes])
 @pytest.mark.parametrize(
     "ends", [[], *list(ENDS.values())[:2]], ids=["to the length", *list(ENDS)[:2]]
@@ -135,9 +133,6 @@ def test_a_cache_passed_in_is_brought_up_to_date_in_place(architecture, returns_
         assert output.past_key_values is cache
     mask = slots_with_meaning(padded(), plain.sequences.shape[1] - 1)
     assert_same_cache(cache, plain.past_key_values, mask, architecture)
-
-
-SECOND_TURN = torch.tensor([[41, 42, 43], [51, 52, 53], [61, 62, 63]])
 
 
 def second_turn(first, ends: list[int], masked: bool) -> dict[str, torch.Tensor]:
@@ -180,6 +175,25 @@ def test_a_conversation_goes_on_in_a_batch(architecture, masked, flags):
     ]
     mask = torch.cat([inputs["attention_mask"], torch.ones(NUM_ROWS, NEW_TOKENS - 1)], dim=-1)
     assert_same_cache(second.past_key_values, plain[1].past_key_values, mask, architecture)
+
+
+@pytest.mark.parametrize("right", [always, sometimes])
+@pytest.mark.parametrize(
+    ("prompts", "more", "ends"), NEW_TOKENS_ALONE.values(), ids=NEW_TOKENS_ALONE.keys()
+)
+@every_kind
+def test_a_conversation_goes_on_from_its_new_tokens_alone(architecture, prompts, more, ends, right):
+    model, inputs = wrapped(architecture), padded(prompts, more)
+    first = generate(model.backbone, inputs, **{**GREEDY, "max_new_tokens": 6})
+    turn = new_tokens_alone(first, inputs)
+    endless = generate(model.backbone, copy.deepcopy(turn), **GREEDY).sequences
+    emitted = endless[:, turn["input_ids"].shape[1] :]
+    options = {**GREEDY, "eos_token_id": tokens_that_end(emitted, ends) or None}
+    plain = generate(model.backbone, copy.deepcopy(turn), **options)
+    output = leap(model, endless, right=right, inputs=turn, **options)
+    assert output.sequences.tolist() == plain.sequences.tolist()
+    mask = slots_with_meaning(turn, plain.past_key_values.get_seq_length())
+    assert_same_cache(output.past_key_values, plain.past_key_values, mask, architecture)
 
 
 @pytest.mark.parametrize("architecture", ["llama", "mistral", "lfm2"])

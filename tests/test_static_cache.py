@@ -11,12 +11,14 @@ from batches import (
     GREEDY,
     LENGTH,
     NEW_TOKENS,
+    NEW_TOKENS_ALONE,
     NUM_ROWS,
     OwnProcessor,
     assert_same_states,
     assert_same_steps,
     generate,
     leap,
+    new_tokens_alone,
     padded,
     plain_texts,
     tokens_that_end,
@@ -365,6 +367,27 @@ def test_a_text_goes_on_from_a_cache_of_ones_own(num_rows):
         mask = torch.cat([inputs["attention_mask"], ones], dim=-1)
         inputs = {"input_ids": output.sequences, "attention_mask": mask}
     assert output.sequences.tolist() == texts.tolist()
+
+
+@pytest.mark.parametrize(
+    ("prompts", "more", "ends"), NEW_TOKENS_ALONE.values(), ids=NEW_TOKENS_ALONE.keys()
+)
+def test_a_text_goes_on_from_its_new_tokens_alone(prompts, more, ends):
+    model, inputs = wrapped("llama"), padded(prompts, more)
+
+    def turn() -> dict[str, torch.Tensor]:
+        cache = StaticCache(model.backbone.config, max_cache_len=2 * LENGTH + 2 * NEW_TOKENS)
+        options = {**GREEDY, "max_new_tokens": 6, "past_key_values": cache}
+        return new_tokens_alone(generate(model.backbone, inputs, **options), inputs)
+
+    endless = generate(model.backbone, turn(), **GREEDY).sequences
+    emitted = endless[:, turn()["input_ids"].shape[1] :]
+    options = {**GREEDY, "eos_token_id": tokens_that_end(emitted, ends) or None}
+    plain = generate(model.backbone, turn(), **options)
+    drafter = Oracle(endless, TREE, sometimes)
+    drafter.max_nodes = TREE.num_nodes
+    output = generate(model, turn(), use_lmtp=True, drafter=drafter, **options)
+    assert output.sequences.tolist() == plain.sequences.tolist()
 
 
 def test_states_scores_and_logits_are_those_of_a_dynamic_cache():
