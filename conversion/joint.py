@@ -12,8 +12,10 @@ from modeling_lmtp.training.examples import split_examples
 from modeling_lmtp.training.joint import JointReport, joint_tune
 from modeling_lmtp.training.joint_settings import JointSettings
 from modeling_lmtp.training.processes import processes
-from modeling_lmtp.training.saving import check_output_folder, file_sha256, save_checkpoint
+from modeling_lmtp.training.saving import file_sha256, run_folder_of, save_checkpoint
 from modeling_lmtp.training.training_log import save_training_log
+
+COMMAND = "lmtp joint"
 
 
 def tune_jointly(
@@ -51,7 +53,7 @@ def tune_jointly(
         ValueError: `output` holds something, the checkpoint has no heads or is an adapter, the answers
             are unusable, or a quantized backbone is to be merged.
     """
-    check_output_folder(output)
+    run_folder = run_folder_of(output, COMMAND)
     if merge and bits is not None:
         raise ValueError(
             f"merge would round the adapter into {bits} bits. Save the adapter, and merge it into the "
@@ -69,12 +71,11 @@ def tune_jointly(
     found = load_answers(answers, model, tokenizer, max_length, bad_rows)
     warn(found.notes)
     training, evaluation = split_examples(found.examples, held_out)
-    run_folder = output.with_name(f"{output.name}.training")
     revision = getattr(model.config, "_commit_hash", None)
     tuned, report = joint_tune(model, training, evaluation, run_folder, settings)
     if this_process.is_main_process:
         record: dict[str, Any] = {
-            "command": "lmtp joint",
+            "command": COMMAND,
             "checkpoint": source,
             "checkpoint_revision": revision,
             "bits": bits,
@@ -88,8 +89,13 @@ def tune_jointly(
             "log": report.log,
         }
         saved: Any = tuned.merge_and_unload() if merge else tuned
-        save_checkpoint(saved, tokenizer, output, record)
-        save_training_log(output, report.log, model.config.leap_offsets)
+        save_checkpoint(
+            saved,
+            tokenizer,
+            output,
+            record,
+            lambda folder: save_training_log(folder, report.log, model.config.leap_offsets),
+        )
         shutil.rmtree(run_folder)
     this_process.wait_for_everyone()
     return report

@@ -20,10 +20,12 @@ from modeling_lmtp.conversion.loading import (
 from modeling_lmtp.modeling_lmtp import LMTPForCausalLM
 from modeling_lmtp.training.examples import Example, draft_vocabulary, split_examples
 from modeling_lmtp.training.processes import processes
-from modeling_lmtp.training.saving import check_output_folder, file_sha256, save_checkpoint
+from modeling_lmtp.training.saving import file_sha256, run_folder_of, save_checkpoint
 from modeling_lmtp.training.sharding import take_over_fsdp
 from modeling_lmtp.training.training_log import save_training_log
 from modeling_lmtp.training.warmup import WarmupReport, WarmupSettings, warm_up
+
+COMMAND = "lmtp train"
 
 
 @dataclass(frozen=True)
@@ -63,7 +65,7 @@ def train_heads(
         ValueError: `output` holds something, heads are described for a checkpoint that has some, or
             the answers are unusable.
     """
-    check_output_folder(output)
+    run_folder = run_folder_of(output, COMMAND)
     if take_over_fsdp():
         settings = replace(settings, shard_backbone=True)
     this_process = processes()  # before models are loaded: each process takes its own device
@@ -80,11 +82,10 @@ def train_heads(
     training, evaluation = split_examples(found.examples, held_out)
     if not has_heads:
         model = add_heads(model, shape, training)
-    run_folder = output.with_name(f"{output.name}.training")
     report = warm_up(model, training, evaluation, run_folder, settings, state_folder=state_folder)
     if this_process.is_main_process:
         record = {
-            "command": "lmtp train",
+            "command": COMMAND,
             "answers_sha256": file_sha256(answers),
             "answers_notes": found.notes,
             "examples": len(training),
@@ -95,8 +96,13 @@ def train_heads(
         }
         if settings.shard_backbone:
             model = _gathered(model, _load(source, dtype, on_cpu=True))
-        save_checkpoint(model, tokenizer, output, record)
-        save_training_log(output, report.log, model.config.leap_offsets)
+        save_checkpoint(
+            model,
+            tokenizer,
+            output,
+            record,
+            lambda folder: save_training_log(folder, report.log, model.config.leap_offsets),
+        )
         shutil.rmtree(run_folder)
     this_process.wait_for_everyone()
     return report

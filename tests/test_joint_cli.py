@@ -2,6 +2,7 @@
 
 import json
 import re
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -84,6 +85,27 @@ def test_it_saves_an_adapter_with_its_record_and_nothing_else_beside_it(folder, 
     assert (
         f"is an adapter, and a second one would be of no use without it. Tune '{folder}" in refused
     )
+
+
+@pytest.mark.parametrize("merge", [[], ["--merge"]], ids=["adapter", "merged"])
+def test_a_disk_that_fills_in_the_last_step_is_made_room_on_and_the_command_given_again(
+    folder, tmp_path, monkeypatch, merge
+):
+    arguments = [folder / "checkpoint", folder / "answers.jsonl", tmp_path / "out", *SHORT, *merge]
+
+    def no_room(*_):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("modeling_lmtp.conversion.joint.save_training_log", no_room)
+        assert "No space left on device" in error_of("joint", *arguments)
+    assert [path.name for path in tmp_path.iterdir()] == ["out.training"]
+    with monkeypatch.context() as patch:
+        patch.setattr("modeling_lmtp.conversion.joint.shutil", SimpleNamespace(rmtree=no_room))
+        assert "No space left on device" in error_of("joint", *arguments)
+    assert (tmp_path / "out" / "training_log.json").exists()
+    message = error_of("joint", *arguments)
+    assert f"{tmp_path / 'out.training'} is left over from that run: delete it" in message
 
 
 def test_merged_it_is_a_checkpoint_that_generates_and_verifies(folder, tmp_path):

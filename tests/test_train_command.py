@@ -1,6 +1,7 @@
 """`lmtp train`: its options reach the training, and its log lies beside the checkpoint."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 from commands import lmtp
@@ -38,6 +39,45 @@ def test_the_log_lies_beside_the_checkpoint(train):
     assert {"loss_head_2", "loss_head_3", "top1_head_2", "top1_head_3"} < losses[0].keys()
     assert any("held_out_tokens_per_step" in entry for entry in record["log"])
     assert LMTPForCausalLM.from_pretrained(output).config.leap_offsets == (2, 3)
+
+
+def no_room(*_):
+    raise OSError(28, "No space left on device")
+
+
+def test_a_disk_that_fills_in_the_last_step_is_made_room_on_and_the_command_given_again(
+    train, monkeypatch
+):
+    options = ["--leap-offsets", "2,3", "--batch-size", 2, "--save-steps", 1]
+    with monkeypatch.context() as patch:
+        patch.setattr("modeling_lmtp.conversion.training.save_training_log", no_room)
+        result, output = train(*options)
+    assert "No space left on device" in result.output
+    assert [path.name for path in output.parent.glob("*out*")] == ["out.training"]
+    with monkeypatch.context() as patch:
+        # It goes on where it was: all steps are done
+        patch.setattr("modeling_lmtp.training.trainer.LeapTrainer.training_step", None)
+        result, _ = train(*options)
+    assert result.exit_code == 0, result.output
+    assert (output / "training_log.json").exists()
+    assert [path.name for path in output.parent.glob("*out*")] == ["out"]
+
+
+def test_what_a_kill_leaves_of_the_run_beside_the_checkpoint_is_said_to_be_left_over(
+    train, monkeypatch
+):
+    with monkeypatch.context() as patch:
+        patch.setattr("modeling_lmtp.conversion.training.shutil", SimpleNamespace(rmtree=no_room))
+        train("--leap-offsets", "2,3")
+    result, output = train("--leap-offsets", "2,3")
+    assert result.exit_code == 1
+    message = " ".join(result.output.split())
+    run_folder = output.with_name("out.training")
+    assert f"{output} is finished and whole" in message
+    assert f"{run_folder} is left over from that run: delete it" in message
+    run_folder.rename(output.with_name("away"))
+    result, _ = train("--leap-offsets", "2,3")
+    assert f"{output} already holds something" in " ".join(result.output.split())
 
 
 def test_options_reach_the_training(train):

@@ -5,7 +5,7 @@ import json
 import os
 import platform
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -26,6 +26,24 @@ def check_output_folder(output: Path) -> None:
         raise ValueError(
             f"{output} already holds something. Choose another output, or empty it first."
         )
+
+
+def run_folder_of(output: Path, command: str) -> Path:
+    """Return the folder beside `output` that holds the run of `command` until `output` is saved.
+
+    Raises:
+        ValueError: `output` holds something; says so where it is the whole checkpoint of a run whose
+            folder a kill left behind.
+    """
+    run_folder, file = output.with_name(f"{output.name}.training"), output / PROVENANCE
+    record = json.loads(file.read_text()) if file.is_file() else {}
+    if run_folder.exists() and record.get("command") == command:
+        raise ValueError(
+            f"{output} is finished and whole, and {run_folder} is left over from that run: delete it. To "
+            "train anew, choose another output."
+        )
+    check_output_folder(output)
+    return run_folder
 
 
 def check_output_file(path: Path) -> None:
@@ -103,6 +121,7 @@ def save_checkpoint(
     tokenizer: PreTrainedTokenizerBase,
     output: Path,
     record: dict[str, Any],
+    write_more: Callable[[Path], None] | None = None,
 ) -> None:
     """Save model, tokenizer, code and `provenance.json` as the folder `output`, whole or not at all.
 
@@ -110,11 +129,15 @@ def save_checkpoint(
         model, tokenizer: what to save.
         output: a folder that does not exist yet, or is empty.
         record: how it was made; the versions and the backbone are added.
+        write_more: writes what else belongs there into the folder that it is given.
 
     Raises:
         ValueError: `output` holds something.
+        OSError: there is no room for it.
     """
     with new_folder(output) as folder:
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
         write_record(folder, record, model.config)
+        if write_more is not None:
+            write_more(folder)
