@@ -146,6 +146,8 @@ class Rows:
             return
         self.slots.move_left(num_slots)
         self.input_ids = self.input_ids[:, num_slots:]
+        # One token follows each state, the root at the latest; states of what is dropped go with it
+        self.hidden_states = self.hidden_states[:, 1 - self.input_ids.shape[1] :]
         self.model_kwargs["attention_mask"] = self.model_kwargs["attention_mask"][:, num_slots:]
         self._padding = [padding - num_slots for padding in self._padding]
 

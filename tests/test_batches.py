@@ -13,6 +13,7 @@ from batches import (
     PROMPTS,
     generate,
     leap,
+    num_emitted,
     padded,
     plain_texts,
     wrapped,
@@ -241,6 +242,30 @@ def test_leap_heads_draft_for_all_rows(architecture, draft, ends):
     output = generate(model, inputs, use_lmtp=True, **options, **DRAFTS[draft])
     assert output.sequences.tolist() == plain.tolist()
     assert max(length for row in output.acceptance_lengths for length in row) > 1
+
+
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
+@pytest.mark.parametrize("offsets", [(6,), (2, 6), (3, 5, 7)], ids=str)
+@pytest.mark.parametrize("context", [0, 2, "path"])
+def test_heads_look_back_no_further_than_to_where_padding_was_dropped(context, offsets, cache):
+    backbone = tiny_causal_lm("llama")
+    model = LMTPForCausalLM.from_backbone(backbone, leap_offsets=offsets, head_context=context)
+    inputs = padded([(70,), (33,)], more=10)
+    plain = generate(backbone, inputs, **GREEDY).sequences
+    output = generate(model, inputs, use_lmtp=True, cache_implementation=cache, **GREEDY)
+    assert output.sequences.tolist() == plain.tolist()
+
+
+@pytest.mark.parametrize("context", [2, "path"])
+def test_heads_look_back_no_further_than_to_where_an_ended_row_s_slots_were(context):
+    backbone = tiny_causal_lm("llama")
+    model = LMTPForCausalLM.from_backbone(backbone, leap_offsets=(2, 6), head_context=context)
+    inputs = padded([PROMPTS[0], (70,)])
+    ends = generate(backbone, inputs, **GREEDY).sequences[0, LENGTH].item()
+    plain = generate(backbone, inputs, **GREEDY, eos_token_id=ends).sequences
+    assert num_emitted(plain[:, LENGTH:], ends)[0] == 1 < plain.shape[1] - LENGTH
+    output = generate(model, inputs, use_lmtp=True, **GREEDY, eos_token_id=ends)
+    assert output.sequences.tolist() == plain.tolist()
 
 
 def test_settings_may_stand_in_the_generation_config():
