@@ -18,6 +18,7 @@ from modeling_lmtp.training.distill import (
 from modeling_lmtp.training.prompts import (
     Prompt,
     answer_end_id,
+    read_json_lines,
     read_prompts,
     render_prompt,
     self_written_prompts,
@@ -75,6 +76,35 @@ def test_prompt_files_without_prompts_are_refused(tmp_path):
     cut.write_bytes(cut.read_bytes()[:-20])
     with pytest.raises(ValueError, match=r"p.jsonl.gz:\d+: the gzip data ends early"):
         read_prompts(cut)
+
+
+DAMAGED = {
+    "data": (
+        lambda data: data + data[:10] + b"\xff" * 20,  # a second part: header and no block
+        r":[1-9]\d*: the gzip data is damaged \(.*invalid block type\) after here$",
+    ),
+    "checksum": (
+        lambda data: data[:-8] + bytes(4) + data[-4:],
+        r":[1-9]\d*: the gzip data is damaged \(CRC check failed .*\) after here$",
+    ),
+    "no gzip": (
+        gzip.decompress,
+        r":0: the gzip data is damaged \(Not a gzipped file .*\) after here; .* leave \.gz out",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", DAMAGED)
+def test_damaged_gzip_data_is_named_by_file_and_line(tmp_path, kind):
+    damage, message = DAMAGED[kind]
+    rows = [{"prompt": str(i**5)} for i in range(9999)]
+    path = write_prompts(tmp_path / "p.jsonl.gz", *rows)
+    path.write_bytes(damage(path.read_bytes()))
+    with pytest.raises(ValueError, match=rf"p\.jsonl\.gz{message}"):
+        read_prompts(path)
+    errors = []
+    read = [row for _, row in read_json_lines(path, errors.append)]
+    assert (len(errors), rows[: len(read)]) == (1, read)
 
 
 def with_bos(chat_template):
@@ -205,7 +235,9 @@ def test_a_finished_answer_ends_as_the_template_closes_it(ids, settings, expecte
 
 
 def test_a_template_that_hides_answers_says_nothing_of_their_end():
-    questions_only = "{% for m in messages if m.role == 'user' %}{{ m.content }}<|im_end|>{% endfor %}"
+    questions_only = (
+        "{% for m in messages if m.role == 'user' %}{{ m.content }}<|im_end|>{% endfor %}"
+    )
     tokenizer = tiny_tokenizer(chat_template=questions_only, eos_token=END_OF_TEXT)
     model = tiny_llama()
     model.generation_config.eos_token_id = [2, 0]

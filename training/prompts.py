@@ -10,6 +10,7 @@ import gzip
 import json
 import math
 import warnings
+import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -54,7 +55,8 @@ def read_json_lines(
     Args:
         path: the file. Its blank lines are skipped.
         on_bad_line: gets an error that names `file:line` for any other line that is no JSON object,
-            and for compressed data that ends early; it may raise it, as by default, or go on.
+            and for compressed data that ends early or is damaged; it may raise it, as by default, or
+            go on.
 
     Raises:
         ValueError: the file's name has another ending.
@@ -73,8 +75,16 @@ def read_json_lines(
                         on_bad_line(error)
                     else:
                         yield number, row
-        except EOFError:
-            on_bad_line(ValueError(f"{path}:{number}: the gzip data ends early after here"))
+        except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+            on_bad_line(ValueError(f"{path}:{number}: {_damage(error, number)}"))
+
+
+def _damage(error: Exception, number: int) -> str:
+    """Say what is wrong with gzip data after line `number`."""
+    if isinstance(error, EOFError):
+        return "the gzip data ends early after here"
+    hint = "" if number else "; if nothing is compressed, leave .gz out of its name"
+    return f"the gzip data is damaged ({error}) after here{hint}"
 
 
 def _json_object(line: bytes, where: str) -> dict[str, Any]:
