@@ -13,6 +13,7 @@ from rich.table import Table
 from modeling_lmtp.conversion.bench_record import FIGURES, KEY
 from modeling_lmtp.conversion.quiet import quartiles
 
+OF_EACH_ROW = (*KEY, *FIGURES, *(f"{name}_quartiles" for name in FIGURES), "by_batch", "noise")
 # Conditions that are the same machine doing the same work; others may differ between two results
 COMPARABLE = ("base_model", "device", "threads", "max_new_tokens", "stop_at_end", "prompts")
 
@@ -47,15 +48,36 @@ def read_result(path: Path) -> dict[str, Any]:
     """Read a result file.
 
     Raises:
-        ValueError: it is not one of `lmtp bench`.
+        ValueError: it is not one of `lmtp bench`; says what it lacks.
     """
     try:
         record = json.loads(path.read_text())
-    except json.JSONDecodeError as error:
+    except ValueError as error:  # no JSON, or no text
         raise ValueError(f"{path} is no JSON file: {error}.") from error
-    if not isinstance(record, dict) or not {"conditions", "rows"} <= record.keys():
-        raise ValueError(f"{path} is no result of `lmtp bench`: it has no conditions and rows.")
-    return record
+    reason = _no_result(record)
+    if reason is not None:
+        raise ValueError(
+            f"{path} is no result of `lmtp bench`: {reason}. Compare two files that its --output wrote."
+        )
+    return dict(record)
+
+
+def _no_result(record: Any) -> str | None:
+    """Say what speaks against a result of `lmtp bench`, if anything."""
+    if not isinstance(record, dict):
+        return "it is no JSON object"
+    if lacking := [name for name in ("conditions", "rows") if name not in record]:
+        return f"it lacks {', '.join(lacking)}"
+    if not isinstance(record["conditions"], dict):
+        return "its conditions are no JSON object"
+    if not isinstance(record["rows"], list):
+        return "its rows are no list"
+    for number, row in enumerate(record["rows"], 1):
+        if not isinstance(row, dict):
+            return f"row {number} is no JSON object"
+        if lacking := [name for name in OF_EACH_ROW if name not in row]:
+            return f"row {number} lacks {', '.join(lacking)}"
+    return None
 
 
 def differing_conditions(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:

@@ -7,7 +7,7 @@ import pytest
 from bench_runs import tiny_model, write_checkpoint, write_prompts
 from test_cli import error_of, lmtp
 
-from modeling_lmtp.conversion.bench_changes import changes, differing_conditions
+from modeling_lmtp.conversion.bench_changes import changes, differing_conditions, read_result
 from modeling_lmtp.conversion.bench_methods import methods_to_compare
 from modeling_lmtp.conversion.bench_pictures import draw_bench
 from modeling_lmtp.conversion.bench_run import BenchSettings
@@ -85,6 +85,38 @@ def test_the_command_says_what_moved_and_what_was_not_the_same(tmp_path):
     (tmp_path / "new.json").write_text("[]")
     message = error_of("compare", tmp_path / "old.json", tmp_path / "new.json")
     assert "no result of `lmtp bench`" in message
+
+
+@pytest.mark.parametrize(
+    ("change", "lacking"),
+    [
+        (lambda record: record["rows"][0].pop("prompts"), "row 1 lacks prompts"),
+        (lambda record: record["rows"][0].pop("step_cost"), "row 1 lacks step_cost"),
+        (lambda record: record["rows"][0].pop("by_batch"), "row 1 lacks by_batch"),
+        (lambda record: record["rows"].append("maths"), "row 2 is no JSON object"),
+        (lambda record: record.update(rows={}), "its rows are no list"),
+        (lambda record: record.update(conditions=[]), "its conditions are no JSON object"),
+        (lambda record: record.pop("rows"), "it lacks rows"),
+    ],
+    ids=["label", "figure", "batches", "row", "rows", "conditions", "no rows"],
+)
+def test_files_of_other_commands_are_not_compared(tmp_path, change, lacking):
+    path, other = tmp_path / "old.json", tmp_path / "other.json"
+    record = result([1.1])
+    path.write_text(json.dumps(record))
+    assert read_result(path) == record
+    change(record)
+    other.write_text(json.dumps(record))
+    message = error_of("compare", path, other)
+    assert f"other.json is no result of `lmtp bench`: {lacking}" in message
+
+
+def test_the_results_of_this_repository_are_read(request):
+    folder = request.config.rootpath / "benchmarks" / "results"
+    for path in [*folder.glob("bench_*.json"), *folder.glob("sweep_*.json")]:
+        assert read_result(path)["command"] == "lmtp bench"
+    with pytest.raises(ValueError, match="row 1 lacks prompts, decoding"):
+        read_result(folder / "step_profile.json")
 
 
 def start_point():
