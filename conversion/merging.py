@@ -87,9 +87,14 @@ def save_backbone(
 
 
 def plain_settings(settings: GenerationConfig) -> GenerationConfig:
-    """Return generation settings without those that only L-MTP knows."""
-    plain = GenerationConfig()
-    ours = {field.name for field in fields(LMTPSettings) if not hasattr(plain, field.name)}
+    """Return generation settings without those that only L-MTP knows, and what it says of drafts."""
+    plain, settings_of_lmtp = GenerationConfig(), {field.name for field in fields(LMTPSettings)}
+
+    def is_ours(name: str) -> bool:
+        # `lmtp tune` tells beside the settings how it found them
+        ours = name in settings_of_lmtp or name.startswith("draft_")
+        return ours and not hasattr(plain, name)
+
     return GenerationConfig.from_dict(
-        {name: value for name, value in settings.to_dict().items() if name not in ours}
+        {name: value for name, value in settings.to_dict().items() if not is_ours(name)}
     )

@@ -11,7 +11,7 @@ from foreign_checkpoints import medusa_heads
 from peft import PeftModel
 from safetensors.torch import load_file
 from tiny import tiny_llama, tiny_tokenizer
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from typer.testing import CliRunner
 
 from modeling_lmtp import LMTPForCausalLM
@@ -19,6 +19,7 @@ from modeling_lmtp.conversion.cli import app
 from modeling_lmtp.conversion.converting import convert_heads
 from modeling_lmtp.conversion.exporting import export_heads
 from modeling_lmtp.conversion.merging import merge
+from modeling_lmtp.conversion.tune_run import set_drafts
 from modeling_lmtp.training.adapters import add_adapters
 
 # PEFT asks for what Transformers has renamed
@@ -107,6 +108,22 @@ def test_a_backbone_comes_out_of_a_checkpoint_as_it_went_in(tmp_path):
     assert not {"use_lmtp", "draft_length", "draft_tree"} & settings.keys()
     assert not list((tmp_path / "plain").glob("*.py"))
     assert "lmtp" not in (tmp_path / "plain" / "config.json").read_text()
+
+
+def test_what_tune_has_written_stays_out_of_a_plain_backbone(tmp_path):
+    model = new_checkpoint(tmp_path / "checkpoint")
+    set_drafts(model, {}, {"quiet": True})
+    assert "draft_by_batch_size" in tuned_names(model)
+    model.save_pretrained(tmp_path / "checkpoint")
+    merge(str(tmp_path / "checkpoint"), tmp_path / "plain", drop_heads=True)
+    settings = json.loads((tmp_path / "plain" / "generation_config.json").read_text())
+    assert not settings.keys() & tuned_names(model)
+    assert settings["repetition_penalty"] == 1.5
+
+
+def tuned_names(model):
+    """Return what the model's generation settings have that Transformers' own do not."""
+    return model.generation_config.to_dict().keys() - GenerationConfig().to_dict().keys()
 
 
 def test_what_cannot_be_merged_is_refused(adapter, tmp_path):
