@@ -67,7 +67,7 @@ _known: "weakref.WeakKeyDictionary[PreTrainedModel, dict[Any, Support]]" = (
 
 
 def decoding_support(backbone: PreTrainedModel, static: bool = False) -> Support:
-    """Return what `backbone` can verify; tried once per model, attention, dtype and device.
+    """Return what `backbone` can verify; tried once per model, attention, dtype, device and mode.
 
     Args:
         backbone: the model.
@@ -75,7 +75,8 @@ def decoding_support(backbone: PreTrainedModel, static: bool = False) -> Support
     """
     known = _known.setdefault(backbone, {})
     attention = backbone.config._attn_implementation
-    key = (attention, backbone.dtype, _precision(backbone), backbone.device, static)
+    precision = backbone.dtype, _precision(backbone)
+    key = (attention, precision, backbone.device, backbone.training, static)
     if key not in known:
         known[key] = _try_static(backbone) if static else _try_tiers(backbone)
     return known[key]
@@ -99,6 +100,8 @@ def _try_tiers(backbone: PreTrainedModel) -> Support:
     if not no_chain:
         ragged = _takes_ragged(backbone, chain, [(0, 1, 2), (0,)])
         return Support(Tier.CHAIN, f"no trees: {no_tree}", ragged)
+    if backbone.training:
+        no_chain += "; it is in training mode, call eval() first"
     return Support(Tier.REFUSED, no_chain)
 
 
@@ -128,6 +131,8 @@ def _why_not(
     """Say why the model does not take such drafts exactly, one per row; nothing if it does."""
     try:
         return _why_inexact(backbone, trees, paths, within, static)
+    except torch.OutOfMemoryError:  # says nothing of the model
+        raise
     except Exception as error:  # whatever it is that this model or its cache cannot do
         logger.info(f"{type(backbone).__name__} cannot verify {trees}: {error!r}")
         return (str(error).strip().splitlines() or [repr(error)])[0][:200]

@@ -26,9 +26,8 @@ class DraftUnembedding:
         self.token_ids = torch.tensor(token_ids, device=source.weight.device)
         # Adapted or quantized unembeddings have more to them than a weight to cut rows from
         self._has_rows = type(source) is nn.Linear
-        self._frozen_rows = (
-            None if any(p.requires_grad for p in self.parameters()) else self._rows()
-        )
+        learns = torch.is_grad_enabled() and any(p.requires_grad for p in self.parameters())
+        self._frozen_rows = None if learns else self._rows()
 
     def _rows(self) -> tuple[torch.Tensor, torch.Tensor | None] | None:
         if not self._has_rows:

@@ -164,6 +164,16 @@ def test_draft_unembedding_is_some_rows_of_the_whole(kind):
         torch.testing.assert_close(gradient, source.weight.grad)
 
 
+@pytest.mark.parametrize("train_backbone", [False, True])
+def test_decoding_picks_the_rows_of_the_draft_vocabulary_once(monkeypatch, train_backbone):
+    model = wrapped(head_context="path", draft_token_ids=DRAFT_IDS, train_backbone=train_backbone)
+    picked, rows = [], DraftUnembedding._rows
+    monkeypatch.setattr(DraftUnembedding, "_rows", lambda own: picked.append(1) or rows(own))
+    prompt = torch.tensor([[5, 7, 11, 13]])
+    model.generate(prompt, attention_mask=torch.ones_like(prompt), use_lmtp=True, max_new_tokens=12)
+    assert len(picked) == 1
+
+
 def test_labels_outside_the_draft_vocabulary_are_no_targets():
     labels = torch.tensor([[0, 5, 9, -100, 7]])
     assert draft_labels(labels, (5, 7, 9), 10, -100).tolist() == [[-100, 0, 2, -100, 1]]

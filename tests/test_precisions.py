@@ -10,6 +10,7 @@ from architectures import tiny_causal_lm
 from drafters import CHAIN, TREE, Oracle, sometimes
 from environments import BATCH, PROMPT, assert_same_texts, generate, wrapped
 
+from modeling_lmtp import support_lmtp
 from modeling_lmtp.support_lmtp import Tier, decoding_support
 from modeling_lmtp.tree_lmtp import DraftTree
 
@@ -88,3 +89,23 @@ def test_autocast_gives_plain_text_up_to_a_near_tie_and_leaves_no_verdict_behind
         assert_same_text_up_to_a_near_tie(model, tree)
     assert decoding_support(model.backbone) == expected
     assert_same_texts(model, tree=tree)
+
+
+def test_a_call_in_training_mode_leaves_no_verdict_behind():
+    model = wrapped("llama", attention_dropout=0.1).train()
+    with pytest.raises(ValueError, match=r"it is in training mode, call eval\(\) first"):
+        generate(model, use_lmtp=True)
+    assert_same_texts(model.eval(), tree=TREE)
+
+
+def test_memory_that_ran_out_leaves_no_verdict_behind(monkeypatch):
+    model = wrapped("llama")
+
+    def full(*args):
+        raise torch.OutOfMemoryError("Tried to allocate 2 GiB")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(support_lmtp, "_why_inexact", full)
+        with pytest.raises(torch.OutOfMemoryError, match="Tried to allocate 2 GiB"):
+            generate(model, use_lmtp=True)
+    assert_same_texts(model, tree=TREE)
