@@ -33,7 +33,7 @@ from .leaps_lmtp import drafts
 from .outputs_lmtp import with_acceptance_lengths
 from .path_drafter_lmtp import DynamicPathDrafter, PathDrafter
 from .settings_lmtp import LMTPSettings
-from .static_lmtp import check_room, check_static_cache, with_room
+from .static_lmtp import check_room, check_static_cache, enlarge
 from .static_verification_lmtp import StaticVerifier
 from .support_lmtp import Support, Tier, decoding_support
 from .texts_lmtp import Texts
@@ -210,7 +210,7 @@ class LMTPGenerationMixin(GenerationMixin):
             )
             check_room(cache, num_known - length + generation_config.max_length, max_nodes)
         else:
-            model_kwargs["past_key_values"] = with_room(cache, self.backbone, max_nodes)
+            enlarge(cache, self.backbone, max_nodes)
         compiled = compiled_pass(
             self.backbone, self.config.head_input, generation_config, model_kwargs
         )
@@ -227,12 +227,15 @@ class LMTPGenerationMixin(GenerationMixin):
     def _leap_head_drafter(self, settings: LMTPSettings, tier: Tier) -> LeapHeadDrafter:
         tree = settings.tree(self._horizon)
         num_nodes = settings.draft_nodes
-        if tier is not Tier.TREE and (num_nodes is not None or not tree.is_chain):
-            logger.warning_once(
-                f"{type(self.backbone).__name__} with "
-                f"{self.backbone.config._attn_implementation!r} attention cannot verify a draft "
-                f"tree exactly; a chain of {tree.depth} candidates is drafted instead."
-            )
+        if num_nodes is not None:  # a tree is no deeper than it has nodes
+            tree = DraftTree.chain(min(tree.depth, num_nodes))
+        if tier is not Tier.TREE:
+            if not tree.is_chain or (num_nodes or 0) > 1:
+                logger.warning_once(
+                    f"{type(self.backbone).__name__} with "
+                    f"{self.backbone.config._attn_implementation!r} attention cannot verify a draft "
+                    f"tree exactly; a chain of {tree.depth} candidates is drafted instead."
+                )
             tree, num_nodes = DraftTree.chain(tree.depth), None
         token_ids = self.config.draft_token_ids
         heads = (

@@ -52,16 +52,17 @@ def check_room(cache: StaticCache, num_tokens: int, max_nodes: int) -> None:
         )
 
 
-def with_room(cache: StaticCache, backbone: PreTrainedModel, max_nodes: int) -> StaticCache:
-    """Return a cache like one that `generate` has made, with room for a draft behind the text.
+def enlarge(cache: StaticCache, backbone: PreTrainedModel, max_nodes: int) -> None:
+    """Give an empty cache, which `generate` has made, room for a draft behind the text.
 
-    It is larger always by as much: Transformers lets caches keep their size from call to call, so that
-    compiled code fits the next one.
+    It becomes larger always by as much: Transformers lets caches keep their size from call to call, so
+    that compiled code fits the next one. In place, because Transformers keeps its cache throughout the
+    call, and has allocated it already for a prefill in chunks.
     """
-    return StaticCache(
+    cache.layers = StaticCache(
         config=backbone.config.get_text_config(decoder=True),
         max_cache_len=cache.get_max_length() + 1 + max_nodes,
-    )
+    ).layers
 
 
 class StaticSlots(CacheSlots):

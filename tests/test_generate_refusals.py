@@ -8,10 +8,13 @@ import pytest
 import torch
 from architectures import tiny_causal_lm
 from transformers import QuantizedCache
+from transformers.utils import logging
 
 from modeling_lmtp import LMTPForCausalLM
 from modeling_lmtp.drafting_lmtp import Candidates, Drafter
+from modeling_lmtp.support_lmtp import decoding_support
 from modeling_lmtp.tree_lmtp import DraftTree
+from modeling_lmtp.verification_lmtp import Verifier
 
 PROMPT = torch.tensor([[3, 17, 5, 9, 44]])
 
@@ -147,6 +150,47 @@ def test_a_model_that_verifies_chains_only_drafts_a_chain_and_says_so(caplog):
     )
     assert ours.tolist() == plain.tolist()
     assert "cannot verify a draft tree exactly; a chain of 2 candidates is drafted" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("settings", "num_candidates"),
+    [
+        ({"draft_nodes": 0, "prompt_lookup_num_tokens": 2}, 2),
+        ({"draft_nodes": 1}, 1),
+        ({"draft_nodes": 2}, 2),
+        ({"draft_nodes": 9}, 6),
+        ({"draft_tree": [(0,), (1,), (0, 0)]}, 2),
+        ({}, 6),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("context", [0, "path"])
+def test_a_chain_is_no_longer_than_the_draft_that_was_asked_for(
+    caplog, monkeypatch, context, settings, num_candidates
+):
+    logging.warning_once.cache_clear()  # another test may have been warned
+    model = LMTPForCausalLM.from_backbone(
+        tiny_causal_lm("bloom"), leap_offsets=(2, 4, 7), head_context=context
+    )
+    sizes, verify = [], Verifier.verify
+
+    def noting(self, input_ids, candidates, *args):
+        sizes.append(candidates.num_nodes)
+        return verify(self, input_ids, candidates, *args)
+
+    monkeypatch.setattr(Verifier, "verify", noting)
+    prompt = torch.tensor([[3, 1, 5, 9, 4, 3, 1, 5]])
+    options = {"attention_mask": torch.ones_like(prompt), "max_new_tokens": 12, "do_sample": False}
+    plain = model.generate(prompt, **options)
+    decoding_support(model.backbone)  # tried once, with passes of its own
+    sizes.clear()
+    assert model.generate(prompt, use_lmtp=True, **settings, **options).tolist() == plain.tolist()
+    assert max(sizes) == num_candidates
+    cut = settings.get("draft_nodes", 0) > 1 or "draft_tree" in settings
+    warning = (
+        f"cannot verify a draft tree exactly; a chain of {num_candidates} candidates is drafted"
+    )
+    assert (warning in caplog.text) == cut
 
 
 class TreeDrafter(Drafter):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import gc
 import itertools
 
 import pytest
@@ -29,6 +30,7 @@ from round_trips import count_round_trips
 from test_strategies import wrapped as of_twelve_tokens
 from tiny import tiny_llama
 from transformers import CompileConfig, LogitsProcessorList, StaticCache
+from transformers.cache_utils import StaticLayer
 
 from modeling_lmtp import LMTPForCausalLM
 from modeling_lmtp.static_lmtp import StaticSlots
@@ -180,6 +182,24 @@ def test_a_pass_is_as_wide_as_the_largest_draft():
         "lookup and dynamic tree": 15,
         "forward": 5,
     }
+
+
+@pytest.mark.parametrize("prefill_chunk_size", [None, 3])
+def test_one_cache_is_allocated(prefill_chunk_size):
+    model, allocated = twelve("llama"), set()
+
+    def note(*_args) -> None:
+        # Transformers allocates its own at once for a prefill in chunks
+        layers = [kept for kept in gc.get_objects() if type(kept) is StaticLayer]
+        allocated.add(sum(kept.is_initialized for kept in layers))
+
+    options = {"max_new_tokens": 6, "prefill_chunk_size": prefill_chunk_size, **STATIC}
+    generate(model, INPUTS["one"], use_lmtp=True, **options)
+    gc.collect()
+    handle = model.backbone.register_forward_hook(note)
+    generate(model, INPUTS["one"], use_lmtp=True, **options)
+    handle.remove()
+    assert allocated == {model.backbone.config.num_hidden_layers}
 
 
 def test_a_drafter_of_ones_own_may_not_exceed_what_it_said():
