@@ -1,7 +1,6 @@
 """`lmtp analyze`: what held-out answers say of checkpoints, as figures, pictures and advice."""
 
 import json
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -16,6 +15,7 @@ from modeling_lmtp.conversion.loading import (
     load_backbone,
     load_lmtp,
     load_tokenizer,
+    names_of,
 )
 from modeling_lmtp.training.analysis import HeadAnalysis, analyze_heads
 from modeling_lmtp.training.examples import Example, split_examples
@@ -112,7 +112,9 @@ def run_analysis(
             few answers.
     """
     check_output_folder(output)
-    names = _names(sources)
+    if not sources:
+        raise ValueError("There is nothing to analyze: name a checkpoint or a backbone.")
+    names = names_of(sources)
     have_heads = [has_leap_heads(source) for source in sources]
     if len(sources) > 1 and not all(have_heads):
         plain = sources[have_heads.index(False)]
@@ -138,21 +140,6 @@ def run_analysis(
         )
     (output / "analysis.json").write_text(json.dumps(record, indent=2) + "\n")
     return record
-
-
-def _names(sources: Sequence[str]) -> list[str]:
-    """Call each checkpoint by its folder's name, or by its whole path where that is not enough.
-
-    Raises:
-        ValueError: there is no source, or one is given twice.
-    """
-    if not sources:
-        raise ValueError("There is nothing to analyze: name a checkpoint or a backbone.")
-    repeated = [source for source, count in Counter(sources).items() if count > 1]
-    if repeated:
-        raise ValueError(f"{repeated[0]!r} is given twice. Name each checkpoint once.")
-    short = [Path(source).name or source for source in sources]
-    return short if len(set(short)) == len(short) else list(sources)
 
 
 def _measure(

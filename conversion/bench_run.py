@@ -1,6 +1,5 @@
 """One run of `lmtp bench`: load, check the machine, measure, and put the record together."""
 
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,6 +18,7 @@ from modeling_lmtp.conversion.loading import (
     load_backbone,
     load_lmtp,
     load_tokenizer,
+    names_of,
 )
 from modeling_lmtp.conversion.quiet import measure_quietness, quiet_record
 from modeling_lmtp.modeling_lmtp import LMTPForCausalLM
@@ -189,19 +189,6 @@ def choose_methods(methods: Sequence[Method], only: Sequence[str] | None) -> lis
     if unknown:
         raise ValueError(f"There is no way of decoding called {unknown[0]!r}; there are {names}.")
     return [methods[0], *(method for method in methods[1:] if method.name in only)]
-
-
-def names_of(sources: Sequence[str]) -> list[str]:
-    """Call each checkpoint by its folder's name, or all by their whole paths where two share one.
-
-    Raises:
-        ValueError: one is given twice.
-    """
-    repeated = [source for source, count in Counter(sources).items() if count > 1]
-    if repeated:
-        raise ValueError(f"{repeated[0]!r} is given twice. Name each checkpoint once.")
-    short = [Path(source).name or source for source in sources]
-    return short if len(set(short)) == len(short) else list(sources)
 
 
 def load_beside(source: str, dtype: str, model: LMTPForCausalLM) -> LMTPForCausalLM:

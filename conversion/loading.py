@@ -1,5 +1,6 @@
 """Loading models and tokenizers, and reading prompts, as the commands do."""
 
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,19 @@ def adapter_config(source: str | Path) -> PeftConfig | None:
     if find_adapter_config_file(str(source)) is None:
         return None
     return PeftConfig.from_pretrained(str(source))
+
+
+def names_of(sources: Sequence[str]) -> list[str]:
+    """Call each checkpoint by its folder's name, or all by their whole paths where two share one.
+
+    Raises:
+        ValueError: one is given twice.
+    """
+    repeated = [source for source, count in Counter(sources).items() if count > 1]
+    if repeated:
+        raise ValueError(f"{repeated[0]!r} is given twice. Name each checkpoint once.")
+    short = [Path(source).name or source for source in sources]
+    return short if len(set(short)) == len(short) else list(sources)
 
 
 def has_leap_heads(source: str | Path) -> bool:

@@ -325,7 +325,9 @@ def test_the_command_tunes_a_folder(tmp_path, monkeypatch):
     assert f"answers.jsonl:{line}:" in refused
     assert "--bad-rows skip" in refused
     chosen = []
-    monkeypatch.setattr(tune_run, "tune", lambda model, examples, sizes: chosen.extend(examples) or {})
+    monkeypatch.setattr(
+        tune_run, "tune", lambda model, examples, sizes: chosen.extend(examples) or {}
+    )
     options = ["--answers", answers, "--bad-rows", "skip", "--num-answers", 2]
     assert lmtp("tune", checkpoint, *options).exit_code == 0
     every = tune_run.load_answers(answers, tiny_model(), tiny_tokenizer(), bad_rows="skip").examples
