@@ -32,7 +32,7 @@ from .leap_drafter_lmtp import DynamicLeapHeadDrafter, LeapHeadDrafter
 from .leaps_lmtp import drafts
 from .outputs_lmtp import with_acceptance_lengths
 from .path_drafter_lmtp import DynamicPathDrafter, PathDrafter
-from .settings_lmtp import LMTPSettings
+from .settings_lmtp import LMTPSettings, refuse_ignored
 from .static_lmtp import check_room, check_static_cache, enlarge
 from .static_verification_lmtp import StaticVerifier
 from .support_lmtp import Support, Tier, decoding_support
@@ -68,17 +68,20 @@ class LMTPGenerationMixin(GenerationMixin):
             use_lmtp: draft with the leap heads. Like the other settings of `LMTPSettings`
                 (`draft_tree`, `draft_length`, `draft_nodes`, `prompt_lookup_num_tokens`, …), it may
                 stand in `generation_config` instead. Settings that draft nothing decode plainly.
-            drafter: proposes candidates in place of the leap heads; only chains, where the model
-                takes no trees.
+            drafter: proposes candidates in place of the leap heads and of prompt lookup; only chains,
+                where the model takes no trees.
 
         Returns:
             What the backbone's `generate` returns; with `return_dict_in_generate=True`, an
             `LMTPGenerateOutput`, which also has the acceptance lengths.
 
         Raises:
-            ValueError: with `use_lmtp=True`, for a call that it does not support, before any work.
+            ValueError: with `use_lmtp=True`, for a call that it does not support, before any work; and
+                for settings or a drafter in a call that leaves them without effect.
         """
+        in_call = dict(kwargs)
         settings = LMTPSettings.take_from(kwargs, generation_config, self.generation_config)
+        refuse_ignored(in_call, drafter is not None, settings.use_lmtp)
         self.backbone.generation_config = self.generation_config
         if not settings.use_lmtp:
             return self.backbone.generate(
@@ -87,7 +90,7 @@ class LMTPGenerationMixin(GenerationMixin):
 
         _refuse_other_strategies(kwargs, generation_config, self.generation_config)
         _refuse_bad_inputs(inputs, kwargs)
-        settings.check(self._horizon)
+        settings.check(self._horizon, self._num_draftable)
         stopping_criteria = _with_stop_strings(
             stopping_criteria, kwargs, generation_config, self.generation_config
         )
@@ -173,6 +176,12 @@ class LMTPGenerationMixin(GenerationMixin):
     def _horizon(self) -> int:
         """The furthest distance that the heads draft."""
         return len(drafts(self.config.leap_offsets))
+
+    @property
+    def _num_draftable(self) -> int:
+        """How many tokens the heads choose among."""
+        ids = self.config.draft_token_ids
+        return self.config.get_text_config().vocab_size if ids is None else len(ids)
 
     def _decoding_support(self) -> Support:
         support = decoding_support(self.backbone)

@@ -13,6 +13,8 @@ DRAFT_SHAPES = ("draft_tree", "draft_length", "draft_nodes", "draft_by_batch_siz
 # Transformers' own names, for what is here part of the draft instead of another strategy
 PROMPT_LOOKUP = ("prompt_lookup_num_tokens", "max_matching_ngram_size")
 BESIDE_A_SHAPE = ("draft_threshold", *PROMPT_LOOKUP)
+# What says where candidates come from, as a drafter of one's own does
+DRAFT_SOURCES = (*DRAFT_SHAPES, *BESIDE_A_SHAPE, "forward_decoding")
 
 
 @dataclass
@@ -86,16 +88,18 @@ class LMTPSettings:
                 kwargs.pop(name, None)
         return settings
 
-    def check(self, horizon: int) -> None:
-        """Raise a ValueError for what is out of range, with heads that draft up to `horizon`."""
+    def check(self, horizon: int, vocab_size: int | None = None) -> None:
+        """Raise a ValueError for what is of the wrong kind or out of range.
+
+        Args:
+            horizon: the furthest distance that the heads draft.
+            vocab_size: how many tokens they choose among; None if it does not matter.
+        """
+        self._check_kinds()
         self.prompt_lookup()
         for name in ("draft_length", "draft_nodes"):
             value = getattr(self, name)
-            if value is None:
-                continue
-            if isinstance(value, bool) or not isinstance(value, int):
-                raise ValueError(f"{name} must be an integer, got {value!r}.")
-            if not 0 <= value < MAX_NODES:
+            if value is not None and not 0 <= value < MAX_NODES:
                 raise ValueError(f"{name} must be from 0 to {MAX_NODES - 1}, got {value}.")
         if self.acceptance_rule not in ("exact", "typical"):
             raise ValueError(
@@ -115,18 +119,36 @@ class LMTPSettings:
                     "draft_threshold says where a tree that is grown for every state ends: set "
                     "draft_nodes as well."
                 )
-            self.tree(horizon)
+            highest = max(self.tree(horizon).ranks, default=0)
+            if vocab_size is not None and highest >= vocab_size:
+                raise ValueError(
+                    f"draft_tree has the rank {highest}, but these leap heads choose among "
+                    f"{vocab_size} tokens: ranks go from 0 to {vocab_size - 1}. Drop the paths with "
+                    "higher ones."
+                )
             return
         for size in self._batch_sizes(self.draft_by_batch_size):
-            self.for_batch(size).check(horizon)
+            self.for_batch(size).check(horizon, vocab_size)
 
-    def _batch_sizes(self, by_size: Mapping[str, Mapping[str, Any]]) -> list[int]:
-        """The sizes of `draft_by_batch_size`, increasing; JSON has made strings of them."""
-        sizes = [str(size) for size in by_size]
+    def _check_kinds(self) -> None:
+        """Raise a ValueError for what is no number where one is needed."""
+        integers = ("draft_length", "draft_nodes", *PROMPT_LOOKUP)
+        for name in (*integers, "draft_threshold", "posterior_threshold", "posterior_alpha"):
+            value = getattr(self, name)
+            kind = int if name in integers else (int, float)
+            if value is not None and (isinstance(value, bool) or not isinstance(value, kind)):
+                wanted = "an integer" if name in integers else "a number"
+                raise ValueError(f"{name} must be {wanted}, got {value!r}.")
+
+    def _batch_sizes(
+        self, by_size: Mapping[str, Mapping[str, Any]]
+    ) -> dict[int, Mapping[str, Any]]:
+        """What is drafted by size, the sizes increasing; JSON has made strings of them."""
+        sizes = [str(size) for size in by_size] if isinstance(by_size, Mapping) else []
         if not sizes or not all(size.isdecimal() and int(size) > 0 for size in sizes):
             raise ValueError(
                 "draft_by_batch_size must say for some batch sizes what is drafted, such as "
-                f"{{'1': {{'draft_nodes': 8}}, '8': {{'draft_length': 0}}}}, got the sizes {sizes}."
+                f"{{'1': {{'draft_nodes': 8}}, '8': {{'draft_length': 0}}}}, got {by_size!r}."
             )
         for size, draft in by_size.items():
             if not _is_draft(draft):
@@ -135,16 +157,16 @@ class LMTPSettings:
                     f"{DRAFT_SHAPES[:-1]}, and any of {BESIDE_A_SHAPE} (a threshold beside draft_nodes "
                     f"only); got {draft!r}."
                 )
-        return sorted(map(int, sizes))
+        by_number = {int(size): draft for size, draft in by_size.items()}
+        return {size: by_number[size] for size in sorted(by_number)}
 
     def for_batch(self, batch_size: int) -> "LMTPSettings":
         """Return the settings for that many rows; what is set for all sizes goes before."""
         if self.draft_by_batch_size is None:
             return self
-        sizes = self._batch_sizes(self.draft_by_batch_size)
-        chosen = next((size for size in sizes if size >= batch_size), sizes[-1])
-        by_size = {str(size): draft for size, draft in self.draft_by_batch_size.items()}
-        draft = {n: v for n, v in by_size[str(chosen)].items() if getattr(self, n) is None}
+        by_size = self._batch_sizes(self.draft_by_batch_size)
+        chosen = next((size for size in by_size if size >= batch_size), max(by_size))
+        draft = {n: v for n, v in by_size[chosen].items() if getattr(self, n) is None}
         if "draft_nodes" not in draft:
             draft["draft_threshold"] = (
                 None  # what is set for all sizes is for those that grow trees
@@ -181,6 +203,35 @@ class LMTPSettings:
         if self.prompt_lookup_num_tokens is None:
             return None
         return PromptLookupDrafter(self.prompt_lookup_num_tokens, self.max_matching_ngram_size)
+
+
+def refuse_ignored(kwargs: Mapping[str, Any], has_drafter: bool, use_lmtp: bool) -> None:
+    """Raise a ValueError for what a call asks for and would not get.
+
+    A configuration may say more than a call makes use of, and `use_lmtp=False` turns off what stands
+    beside it.
+
+    Args:
+        kwargs: of the call.
+        has_drafter: whether it brings a drafter of its own.
+        use_lmtp: as call and configurations say together.
+    """
+    names = [f.name for f in fields(LMTPSettings)]
+    given = [n for n in names if kwargs.get(n) is not None and kwargs[n] is not False]
+    if use_lmtp and has_drafter:
+        beside = [name for name in given if name in DRAFT_SOURCES]
+        if beside:
+            raise ValueError(
+                f"drafter proposes all candidates itself, so that {beside} would say nothing. Leave out "
+                "one or the other, or merge drafters with MergedDrafter."
+            )
+    if not use_lmtp and kwargs.get("use_lmtp") is None:
+        given = ["drafter"] * has_drafter + [name for name in given if name not in PROMPT_LOOKUP]
+        if given:
+            raise ValueError(
+                f"{given} have no effect without use_lmtp=True. Pass it as well, or use_lmtp=False to "
+                "decode plainly nevertheless."
+            )
 
 
 def _is_draft(draft: Any) -> bool:

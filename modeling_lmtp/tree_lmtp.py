@@ -38,9 +38,16 @@ class DraftTree:
         """Build a tree from its nodes' paths: the ranks taken from the root, one path per node.
 
         Raises:
-            ValueError: a path is empty, repeated, has a negative rank, or its parent is missing.
+            ValueError: this is no list of paths, or a path is empty, repeated, has a negative rank, or
+                its parent is missing.
         """
-        ordered = sorted((tuple(path) for path in paths), key=lambda path: (len(path), path))
+        try:
+            ordered = sorted((tuple(path) for path in paths), key=lambda path: (len(path), path))
+        except TypeError:
+            raise ValueError(
+                "A draft tree must be a list of paths, each a list of ranks, such as "
+                f"[[0], [1], [0, 0]], got {paths!r}."
+            ) from None
         numbers: dict[tuple[int, ...], int] = {(): 0}
         for path in ordered:
             _check_path(path, numbers)

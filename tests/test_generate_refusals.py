@@ -7,7 +7,7 @@ import re
 import pytest
 import torch
 from architectures import tiny_causal_lm
-from transformers import QuantizedCache
+from transformers import GenerationConfig, QuantizedCache
 from transformers.utils import logging
 
 from modeling_lmtp import LMTPForCausalLM
@@ -72,6 +72,42 @@ REFUSED = {
         "Pass only one of ('draft_tree', 'draft_length', 'draft_nodes', 'draft_by_batch_size'), got "
         "{'draft_tree': [(0,)], 'draft_length': 1}.",
     ),
+    "tree of numbers": (
+        {"draft_tree": [0, 1]},
+        "A draft tree must be a list of paths, each a list",
+    ),
+    "rank beyond the vocabulary": (
+        {"draft_tree": [(0,), (96,)]},
+        "draft_tree has the rank 96, but these leap heads choose among 96 tokens: ranks go from 0 to 95",
+    ),
+    "threshold of another type": (
+        {"draft_nodes": 8, "draft_threshold": "x"},
+        "draft_threshold must be a number, got 'x'.",
+    ),
+    "list of batch sizes": (
+        {"draft_by_batch_size": [1, 8]},
+        "draft_by_batch_size must say for some batch sizes what is drafted, such as",
+    ),
+    "batch size alone": (
+        {"draft_by_batch_size": "1"},
+        "draft_by_batch_size must say for some batch sizes what is drafted, such as",
+    ),
+    "look-up of a part": (
+        {"prompt_lookup_num_tokens": 2.5},
+        "prompt_lookup_num_tokens must be an integer, got 2.5.",
+    ),
+    "look-up of another type": (
+        {"prompt_lookup_num_tokens": "4"},
+        "prompt_lookup_num_tokens must be an integer, got '4'.",
+    ),
+    "n-grams of another type": (
+        {"prompt_lookup_num_tokens": 3, "max_matching_ngram_size": 2.0},
+        "max_matching_ngram_size must be an integer, got 2.0.",
+    ),
+    "look-up of another type for a batch size": (
+        {"draft_by_batch_size": {"2": {"prompt_lookup_num_tokens": "4"}}},
+        "prompt_lookup_num_tokens must be an integer, got '4'.",
+    ),
     "look-up of nothing": (
         {"prompt_lookup_num_tokens": 0},
         "prompt_lookup_num_tokens must be from 1 to 63, got 0.",
@@ -89,6 +125,20 @@ REFUSED = {
         "posterior_threshold must be above 0 and at most 1, got 1.5.",
     ),
 }
+
+
+def test_a_rank_beyond_the_draft_vocabulary_is_refused():
+    model = LMTPForCausalLM.from_backbone(tiny_causal_lm("llama"), draft_token_ids=(3, 5, 9))
+    with pytest.raises(ValueError, match="has the rank 3, but these leap heads choose among 3 tok"):
+        model.generate(PROMPT, draft_tree=[[0], [3]], max_new_tokens=4, use_lmtp=True)
+
+
+def test_batch_sizes_may_be_written_in_any_way(model):
+    options = {"do_sample": False, "max_new_tokens": 6, "use_lmtp": True}
+    plain = model.generate(PROMPT, **options, draft_length=2)
+    for table in ({"01": {"draft_length": 2}}, {1: {"draft_length": 2}}):
+        output = model.generate(PROMPT, **options, draft_by_batch_size=table)
+        assert output.tolist() == plain.tolist()
 
 
 @pytest.mark.parametrize(("options", "message"), REFUSED.values(), ids=REFUSED.keys())
@@ -210,3 +260,62 @@ def test_a_drafter_of_ones_own_is_no_way_around_a_refusal():
     model = LMTPForCausalLM.from_backbone(tiny_causal_lm("jamba"))
     with pytest.raises(ValueError, match="use_lmtp=True is not possible"):
         model.generate(PROMPT, max_new_tokens=9, use_lmtp=True, drafter=TreeDrafter())
+
+
+class Silent(Drafter):
+    """Proposes nothing."""
+
+    def draft(self, input_ids, hidden_states, max_depth):
+        return Candidates.none(input_ids)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            {"drafter": Silent()},
+            "['drafter'] have no effect without use_lmtp=True. Pass it as well",
+        ),
+        ({"draft_nodes": 8}, "['draft_nodes'] have no effect without use_lmtp=True."),
+        (
+            {"draft_length": 2, "acceptance_rule": "typical", "use_lmtp": None},
+            "['draft_length', 'acceptance_rule'] have no effect without use_lmtp=True.",
+        ),
+        (
+            {"use_lmtp": True, "drafter": Silent(), "draft_nodes": 5, "acceptance_rule": "exact"},
+            "drafter proposes all candidates itself, so that ['draft_nodes'] would say nothing.",
+        ),
+        (
+            {"use_lmtp": True, "drafter": Silent(), "prompt_lookup_num_tokens": 4},
+            "so that ['prompt_lookup_num_tokens'] would say nothing. Leave out one or the other",
+        ),
+    ],
+    ids=str,
+)
+def test_what_a_call_asks_for_in_vain_is_refused(model, options, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        model.generate(PROMPT, max_new_tokens=4, **options)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"use_lmtp": False, "draft_nodes": 8, "acceptance_rule": "typical"},
+        {"use_lmtp": False, "drafter": Silent()},
+        {"prompt_lookup_num_tokens": 4},
+        {"draft_nodes": None, "forward_decoding": False},
+        {"use_lmtp": True, "drafter": Silent(), "draft_tree": None},
+        {"generation_config": GenerationConfig(draft_nodes=8)},
+        {
+            "generation_config": GenerationConfig(
+                draft_nodes=8, prompt_lookup_num_tokens=4, use_lmtp=True
+            ),
+            "drafter": Silent(),
+        },
+    ],
+    ids=["switch", "switch and drafter", "lookup", "none", "drafter", "config", "config, drafter"],
+)
+def test_what_is_turned_off_or_saved_stays_silent(model, options):
+    plain = model.backbone.generate(PROMPT, max_new_tokens=4, do_sample=False)
+    output = model.generate(PROMPT, max_new_tokens=4, do_sample=False, **options)
+    assert output.tolist() == plain.tolist()
