@@ -31,7 +31,7 @@ class MergedDrafter(Drafter):
     ) -> Candidates:
         """Ask every drafter, and merge row by row."""
         proposed = [drafter.draft(input_ids, hidden_states, max_depth) for drafter in self.drafters]
-        token_ids = [candidates.token_ids.tolist() for candidates in proposed]
+        token_ids = [candidates.on_host() for candidates in proposed]
         merge = merge_trees if self.takes_trees else _first
         merged = [
             merge([(c.trees[row], ids[row]) for c, ids in zip(proposed, token_ids, strict=True)])

@@ -6,7 +6,7 @@ Shapes: `B` batch, `L` known tokens, `S` last states known, `H` hidden size, `N`
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -21,15 +21,18 @@ class Candidates:
         trees: one tree per row; rows may differ in structure and size.
         token_ids: `(B, N)`, `N` the size of the largest tree; what stands behind the nodes of a
             smaller one is any valid token id and is never accepted.
+        rows: the same as lists, where they were made on the host.
     """
 
     trees: tuple[DraftTree, ...]
     token_ids: torch.Tensor
+    rows: list[list[int]] | None = field(default=None, repr=False, compare=False)
 
     @classmethod
     def none(cls, input_ids: torch.Tensor) -> "Candidates":
-        """Candidates no candidates for the rows of `input_ids` `(B, L)`."""
-        return cls((DraftTree(),) * input_ids.shape[0], input_ids[:, :0])
+        """No candidates for the rows of `input_ids` `(B, L)`."""
+        num_rows = input_ids.shape[0]
+        return cls((DraftTree(),) * num_rows, input_ids[:, :0], [[] for _ in range(num_rows)])
 
     @classmethod
     def of_rows(
@@ -47,7 +50,11 @@ class Candidates:
         longest = max(len(row) for row in token_ids)
         padded = [[*row, *[0] * (longest - len(row))] for row in token_ids]
         ids = torch.tensor(padded, dtype=input_ids.dtype, device=input_ids.device)
-        return cls(tuple(trees), ids.reshape(len(padded), longest))
+        return cls(tuple(trees), ids.reshape(len(padded), longest), padded)
+
+    def on_host(self) -> list[list[int]]:
+        """Return the tokens as lists; waits for the device only if they come from there."""
+        return self.token_ids.tolist() if self.rows is None else self.rows
 
     @property
     def num_nodes(self) -> int:
@@ -74,7 +81,9 @@ class Candidates:
         trees = tuple(
             tree.truncate(max(depth, 0)) for tree, depth in zip(self.trees, depths, strict=True)
         )
-        return Candidates(trees, self.token_ids[:, : max(tree.num_nodes for tree in trees)])
+        num_nodes = max(tree.num_nodes for tree in trees)
+        rows = None if self.rows is None else [row[:num_nodes] for row in self.rows]
+        return Candidates(trees, self.token_ids[:, :num_nodes], rows)
 
 
 def tree_of_texts(texts: Iterable[tuple[int, ...]]) -> tuple[DraftTree, list[int]]:

@@ -117,14 +117,16 @@ class DynamicPathDrafter(PathDrafter):
     def __init__(self, num_nodes: int, threshold: float, *heads: Any) -> None:
         super().__init__(*heads)
         self.num_nodes = self.max_nodes = num_nodes
+        # Where a level has children, they take at least one of the nodes
+        self.num_parents = min(MAX_PARENTS, max(1, num_nodes - 1))
         self.least = math.log(threshold) if threshold else -math.inf
 
     def draft(
         self, input_ids: torch.Tensor, hidden_states: torch.Tensor, max_depth: int
     ) -> Candidates:
         """Grow a tree per row: go on from each level's best paths, and keep the best of all."""
-        depth = self._depth(hidden_states, max_depth)
-        if depth == 0 or self.num_nodes == 0:
+        depth = min(self._depth(hidden_states, max_depth), self.num_nodes)
+        if depth == 0:
             return Candidates.none(input_ids)
         batch_size = input_ids.shape[0]
         paths = input_ids.new_zeros((batch_size, 1, 0))
@@ -134,13 +136,13 @@ class DynamicPathDrafter(PathDrafter):
             logits = self._level_logits(distance, input_ids, hidden_states, paths).float()
             best = logits.log_softmax(dim=-1).topk(min(MAX_CHILDREN, logits.shape[-1]), dim=-1)
             reached = (values[..., None] + best.values).flatten(1)
-            kept = reached.topk(min(max(MAX_PARENTS, self.num_nodes), reached.shape[1]), dim=-1)
+            kept = reached.topk(min(self.num_nodes, reached.shape[1]), dim=-1)
             parents = kept.indices // best.indices.shape[-1]
             tokens = self._token_ids(best.indices).flatten(1).gather(1, kept.indices)
             way = paths.gather(1, parents[..., None].expand(-1, -1, distance - 1))
             longer = torch.cat([way, tokens[..., None]], dim=-1)
             levels.append((kept.values, longer))
-            values, paths = kept.values[:, :MAX_PARENTS], longer[:, :MAX_PARENTS]
+            values, paths = kept.values[:, : self.num_parents], longer[:, : self.num_parents]
         grown = [tree_of_texts(self._best(own)) for own in _on_host(levels)]
         return Candidates.of_rows([t for t, _ in grown], [ids for _, ids in grown], input_ids)
 

@@ -163,7 +163,7 @@ class StepwiseWalker(Walker):
 
     def walk(self, candidates: Candidates, logits: torch.Tensor, rows: Sequence[int]) -> list[Walk]:
         """Walk until a row has no candidate, or all are finished."""
-        token_ids = candidates.token_ids.tolist()
+        token_ids = candidates.on_host()
         walks = [Walk() for _ in rows]
         going = True
         while going:
@@ -272,10 +272,12 @@ class RowByRowWalker(Walker):
 
     def walk(self, candidates: Candidates, logits: torch.Tensor, rows: Sequence[int]) -> list[Walk]:
         """Walk each row."""
-        walks = []
+        walks, token_ids = [], candidates.on_host()
         for number, row in enumerate(rows):
             own = slice(number, number + 1)
-            own_candidates = Candidates(candidates.trees[own], candidates.token_ids[own])
+            own_candidates = Candidates(
+                candidates.trees[own], candidates.token_ids[own], token_ids[own]
+            )
             walks += self.walkers[row].walk(own_candidates, logits[own], [0])
         return walks
 

@@ -196,11 +196,14 @@ def best_texts(model, input_ids, depth: int, num_nodes: int) -> dict[tuple[int, 
 @pytest.mark.parametrize(
     ("ids", "num_nodes", "depth"),
     [
+        ((2, 3, 5, 7, 11), 1, 4),
+        ((2, 3, 5, 7, 11), 2, 4),
+        ((2, 3, 5, 7, 11), 4, 4),
         ((2, 3, 5, 7, 11), MAX_PARENTS, 4),  # none of so few goes on from any other level's ninth
         ((3, 8), 20, 4),  # no level but the last has more paths than it may go on from
         ((3, 8), 20, 2),  # fewer texts than nodes
     ],
-    ids=["few nodes", "two tokens", "little room"],
+    ids=["one node", "two nodes", "four nodes", "few nodes", "two tokens", "little room"],
 )
 @every_offsets
 def test_a_dynamic_tree_holds_the_likeliest_of_all_texts(offsets, ids, num_nodes, depth):
@@ -216,7 +219,28 @@ def test_a_dynamic_tree_holds_the_likeliest_of_all_texts(offsets, ids, num_nodes
         texts = texts_of(tree, candidates.token_ids[row].tolist())
         assert len(texts) == len(set(texts)) == min(num_nodes, len(ids) ** (depth + 1) - 2)
         assert set(texts) == best_texts(model, input_ids[row : row + 1], depth, num_nodes).keys()
-    assert len(set(candidates.trees)) > 1 or depth == 2  # rows have trees of their own
+    assert len(set(candidates.trees)) > 1 or depth == 2 or num_nodes <= 4  # rows' own
+
+
+@pytest.mark.parametrize(
+    ("num_nodes", "paths_per_level"),
+    [(1, [1]), (2, [1, 1]), (4, [1, 3, 3, 3]), (9, [1, 8, 8, 8]), (30, [1, 8, 8, 8])],
+    ids=str,
+)
+def test_a_dynamic_tree_asks_no_head_for_more_than_may_become_nodes(
+    monkeypatch, num_nodes, paths_per_level
+):
+    model, asked, level_logits = wrapped(), [], PathDrafter._level_logits
+
+    def noting(self, distance, input_ids, hidden_states, paths):
+        asked.append(paths.shape[1])
+        return level_logits(self, distance, input_ids, hidden_states, paths)
+
+    monkeypatch.setattr(PathDrafter, "_level_logits", noting)
+    with torch.no_grad():
+        states = states_of(model, PROMPT)[:, :-1]
+    drafter_of(model, draft_nodes=num_nodes).draft(PROMPT, states, 9)
+    assert asked == paths_per_level
 
 
 def test_a_dynamic_tree_holds_no_path_below_its_threshold():

@@ -8,6 +8,7 @@ import pytest
 import torch
 from architectures import tiny_causal_lm
 from drafters import CHAIN, TREE, Oracle
+from round_trips import count_round_trips
 from transformers import GenerationConfig
 from transformers.utils import logging
 
@@ -270,6 +271,36 @@ def test_merged_drafters_see_all_the_states_they_ask_for():
     output = generate(model, use_lmtp=True, drafter=merged, **GREEDY)
     assert output.sequences.tolist() == plain.tolist()
     assert min(output.acceptance_lengths[0][:-1]) == 5
+
+
+@pytest.mark.parametrize("context", [0, "path"])
+@pytest.mark.parametrize("settings", [{}, {"draft_nodes": 9}], ids=["chain", "dynamic tree"])
+def test_merging_waits_for_the_device_no_more_than_its_drafters(monkeypatch, settings, context):
+    model = wrapped(head_context=context)
+    apart = LMTPSettings(**settings), LMTPSettings(draft_length=0, prompt_lookup_num_tokens=5)
+    drafters = [model.new_drafter(own, Tier.TREE) for own in apart]
+    merged = model.new_drafter(LMTPSettings(**settings, prompt_lookup_num_tokens=5), Tier.TREE)
+    prompt, hidden_states = small(PROMPT), torch.randn(1, 3, 32)
+    trips = count_round_trips(monkeypatch)
+    for drafter in drafters:
+        assert drafter.draft(prompt, hidden_states, 9).num_nodes
+    needed = len(trips) + (not settings)  # a chain's tokens have not been on the host yet
+    trips.clear()
+    candidates = merged.draft(prompt, hidden_states, 9)
+    assert len(trips) == needed
+    assert candidates.on_host() == candidates.token_ids.tolist()
+
+
+@pytest.mark.parametrize("depths", [(9, 9), (2, 3), (1, 0), (0, 0)], ids=str)
+def test_candidates_made_on_the_host_stay_known_there(monkeypatch, depths):
+    trees, rows = (DraftTree.chain(3), DraftTree.chain(5)), ([4, 5, 6], [7, 8, 9, 1, 2])
+    made = Candidates.of_rows(trees, rows, torch.zeros(2, 4, dtype=torch.long))
+    cut, device = made.truncate(depths), Candidates(made.trees, made.token_ids).truncate(depths)
+    expected = device.token_ids.tolist()
+    assert device.on_host() == cut.token_ids.tolist() == expected
+    trips = count_round_trips(monkeypatch)
+    assert cut.on_host() == expected
+    assert not trips
 
 
 # Forward decoding
