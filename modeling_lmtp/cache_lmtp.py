@@ -76,6 +76,10 @@ class CacheSlots:
         """Keep, of the last pass's `num_slots` slots, those of each row's path; drop the rest."""
         keep_paths(self.cache, paths, num_slots)
 
+    def take_back(self, num_slots: int) -> None:
+        """Drop all of the last pass's `num_slots` slots."""
+        self.cache.crop(-num_slots)
+
     def keep_rows(self, rows: Sequence[int]) -> None:
         """Keep these rows only, by their place among the present ones."""
         select_rows(self.cache, rows)

@@ -51,11 +51,17 @@ class Decoder:
     may_move: bool
 
     def decode(self, model_kwargs: dict[str, Any]) -> LMTPGenerateOutput:
-        """Generate.
+        """Generate; whatever ends the call, the cache goes back as one that only grows.
 
         Args:
             model_kwargs: as `generate` prepared them, the cache among them.
         """
+        try:
+            return self._decode(model_kwargs)
+        finally:
+            stop_rollback(model_kwargs["past_key_values"])
+
+    def _decode(self, model_kwargs: dict[str, Any]) -> LMTPGenerateOutput:
         cache = model_kwargs["past_key_values"]
         recorder = PassRecorder(self.texts, cache, *self._recorded())
         with ExitStack() as collecting:
@@ -79,7 +85,6 @@ class Decoder:
                 self._loop(rows, outputs.logits[:, -1:], states, recorder, returned)
         if returned is not None:
             returned.put_together()
-        stop_rollback(cache)
         if self.texts.streamer is not None:
             self.texts.streamer.end()
         return LMTPGenerateOutput(
@@ -139,10 +144,17 @@ class Decoder:
         candidates = Candidates.none(rows.input_ids)
         outputs = None
         while True:
-            walks = self.walker.walk(candidates, logits, rows.numbers)
-            if outputs is not None:
-                recorder.add(outputs, rows.numbers, walks)
-            self.texts.emit(rows.numbers, walks)
+            try:
+                walks = self.walker.walk(candidates, logits, rows.numbers)
+                if outputs is not None:
+                    recorder.add(outputs, rows.numbers, walks)
+                self.texts.emit(rows.numbers, walks)
+            except (
+                BaseException
+            ):  # a streamer that cancels, say: the caller may go on from the cache
+                if outputs is not None:
+                    rows.take_back(1 + candidates.num_nodes)
+                raise
             rows.commit(walks, 1 + candidates.num_nodes)
             if not self._drop_finished(rows, walks, returned):
                 return

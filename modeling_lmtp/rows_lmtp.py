@@ -104,6 +104,19 @@ class Rows:
         if len(walks) > 1:
             self._move_left(min(self._padding))
 
+    def take_back(self, num_slots: int) -> None:
+        """Take the last pass's slots out of the cache again, because nothing will be committed.
+
+        Then the cache of a single row holds the tokens up to the last commit, in their places.
+
+        Args:
+            num_slots: as for `commit`.
+        """
+        if self._snapshot is None:
+            self.slots.take_back(num_slots)
+        else:
+            self._snapshot.restore(self.num_replayed + num_slots)
+
     @property
     def must_settle(self) -> bool:
         """Whether the next pass must run without candidates, because it runs much again."""

@@ -114,6 +114,10 @@ class StaticSlots(CacheSlots):
             self._copy(sources, targets)
         self._forget_after(max(self.lengths))
 
+    def take_back(self, num_slots: int) -> None:
+        """Forget the last pass's slots."""
+        self._forget_after(self.start)
+
     def _copy(self, sources: list[list[int]], targets: list[list[int]]) -> None:
         """Copy slots of the rows still generating, both `(A, longest path)`."""
         rows = [[place] * len(sources[0]) for place in self.places]

@@ -8,9 +8,12 @@ from architectures import tiny_causal_lm
 from drafters import CHAIN, RULES, TREE, Oracle
 from tiny import tiny_llama, tiny_tokenizer
 from transformers import (
+    DynamicCache,
     GenerationConfig,
     LogitsProcessor,
+    LogitsProcessorList,
     PreTrainedModel,
+    StaticCache,
     StoppingCriteria,
     StoppingCriteriaList,
     WatermarkingConfig,
@@ -234,6 +237,67 @@ def test_the_returned_cache_goes_on_where_the_call_ended(
         max_new_tokens=40 - max_new_tokens,
     )
     assert continued.sequences.tolist() == whole.tolist()
+
+
+class Cancelling(Recording):
+    """Ends the call at a token."""
+
+    def __init__(self, num_tokens: int) -> None:
+        super().__init__()
+        self.num_tokens = num_tokens
+
+    def put(self, value: torch.Tensor) -> None:
+        super().put(value)
+        if len(self.received) == 1 + self.num_tokens:  # the prompt is put first
+            raise KeyboardInterrupt
+
+
+class Failing(LogitsProcessor):
+    """Fails at a token."""
+
+    def __init__(self, num_tokens: int) -> None:
+        self.num_tokens = num_tokens
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        if input_ids.shape[1] == LENGTH + self.num_tokens:
+            raise KeyboardInterrupt
+        return scores
+
+
+@pytest.mark.parametrize("by", ["streamer", "processor"])
+@pytest.mark.parametrize("num_tokens", [1, 6, 7, 8, 20])
+@pytest.mark.parametrize(
+    ("architecture", "tree", "kind"),
+    [
+        *[("llama", TREE, "dynamic"), ("llama", TREE, "static"), ("mistral", CHAIN, "dynamic")],
+        *[
+            ("gemma2", TREE, "dynamic"),
+            ("lfm2", CHAIN, "dynamic"),
+            ("qwen3_next", CHAIN, "dynamic"),
+        ],
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_a_cancelled_call_leaves_a_cache_to_go_on_from(architecture, tree, kind, num_tokens, by):
+    model = LMTPForCausalLM.from_backbone(tiny_causal_lm(architecture), leap_offsets=(2, 3, 5))
+    whole = generate(model.backbone, do_sample=False, max_new_tokens=40).sequences
+    cache = DynamicCache(config=model.backbone.config)
+    if kind == "static":
+        cache = StaticCache(config=model.backbone.config, max_cache_len=LENGTH + 40 + 13)
+    drafter = Oracle(whole, tree, RULES["sometimes"])
+    drafter.max_nodes = tree.num_nodes
+    end = {"streamer": Cancelling(num_tokens)}
+    if by == "processor":
+        end = {"logits_processor": LogitsProcessorList([Failing(num_tokens)])}
+    options = {"do_sample": False, "past_key_values": cache}
+    with pytest.raises(KeyboardInterrupt):
+        generate(model, use_lmtp=True, drafter=drafter, max_new_tokens=40, **end, **options)
+    kinds = {type(layer).__name__ for layer in cache.layers}
+    assert "GrowingLayer" not in kinds
+    assert not any(getattr(layer, "record_past", False) for layer in cache.layers)
+    known = whole[:, : LENGTH + num_tokens]
+    rest = generate(model.backbone, known, max_new_tokens=40 - num_tokens, **options)
+    assert rest.sequences.tolist() == whole.tolist()
 
 
 @pytest.mark.parametrize("architecture", ["llama", "mistral", "gemma2"])
