@@ -17,11 +17,9 @@ from transformers import (
     StoppingCriteriaList,
     StopStringCriteria,
 )
-from transformers.generation import GenerationMode
 from transformers.generation.streamers import BaseStreamer
 from transformers.utils import ModelOutput, logging
 
-from .cache_lmtp import check_cache
 from .choosing_lmtp import TokenChooser
 from .compiled_lmtp import compiled_pass
 from .composition_lmtp import ForwardDrafter, MergedDrafter
@@ -32,8 +30,14 @@ from .leap_drafter_lmtp import DynamicLeapHeadDrafter, LeapHeadDrafter
 from .leaps_lmtp import drafts
 from .outputs_lmtp import with_acceptance_lengths
 from .path_drafter_lmtp import DynamicPathDrafter, PathDrafter
-from .settings_lmtp import LMTPSettings, refuse_ignored
-from .static_lmtp import check_room, check_static_cache, enlarge
+from .refusals_lmtp import (
+    refuse_bad_inputs,
+    refuse_ignored,
+    refuse_other_strategies,
+    refuse_unsupported,
+)
+from .settings_lmtp import LMTPSettings
+from .static_lmtp import check_room, enlarge
 from .static_verification_lmtp import StaticVerifier
 from .support_lmtp import Support, Tier, decoding_support
 from .texts_lmtp import Texts
@@ -42,8 +46,6 @@ from .verification_lmtp import Verifier
 from .walking_lmtp import GreedyWalker, RowByRowWalker, StepwiseWalker, TypicalRule, Walker
 
 logger = logging.get_logger(__name__)
-
-OTHER_STRATEGIES = ("assistant_model", "custom_generate", "use_mtp")
 
 
 class LMTPGenerationMixin(GenerationMixin):
@@ -88,8 +90,8 @@ class LMTPGenerationMixin(GenerationMixin):
                 inputs, generation_config, logits_processor, stopping_criteria, *args, **kwargs
             )
 
-        _refuse_other_strategies(kwargs, generation_config, self.generation_config)
-        _refuse_bad_inputs(inputs, kwargs)
+        refuse_other_strategies(kwargs, generation_config, self.generation_config)
+        refuse_bad_inputs(inputs, kwargs)
         settings.check(self._horizon, self._num_draftable)
         stopping_criteria = _with_stop_strings(
             stopping_criteria, kwargs, generation_config, self.generation_config
@@ -128,7 +130,7 @@ class LMTPGenerationMixin(GenerationMixin):
             generation_config: GenerationConfig,
             **model_kwargs: Any,
         ) -> ModelOutput | torch.Tensor:
-            _refuse_unsupported(generation_config, model_kwargs)
+            refuse_unsupported(generation_config, model_kwargs)
             support = self._decoding_support()
             returns_dict = bool(generation_config.return_dict_in_generate)
             chooser = TokenChooser(logits_processor, stopping_criteria, generation_config)
@@ -304,35 +306,6 @@ def _walker(
     return StepwiseWalker(input_ids, chooser, keep_scores, keep_logits)
 
 
-def _refuse_other_strategies(
-    kwargs: dict[str, Any], *generation_configs: GenerationConfig | None
-) -> None:
-    caches = [kwargs.get("cache_implementation")]
-    caches += [config.cache_implementation for config in generation_configs if config is not None]
-    if "paged" in caches:
-        raise ValueError(
-            "use_lmtp=True does not support cache_implementation='paged', which is continuous "
-            "batching. Leave it out, or pass 'dynamic'."
-        )
-    given = [name for name in OTHER_STRATEGIES if kwargs.get(name)]
-    if given:
-        raise ValueError(
-            f"use_lmtp=True is a decoding strategy of its own and cannot be combined with {given}. "
-            "Drop one or the other."
-        )
-
-
-def _refuse_bad_inputs(inputs: torch.Tensor | None, kwargs: dict[str, Any]) -> None:
-    if kwargs.get("inputs_embeds") is not None:
-        raise ValueError("use_lmtp=True needs input_ids, got inputs_embeds.")
-    input_ids = inputs if inputs is not None else kwargs.get("input_ids")
-    if input_ids is not None and input_ids.shape[-1] == 0:
-        raise ValueError(
-            "The prompt is empty: input_ids has the shape "
-            f"{tuple(input_ids.shape)}. Pass at least one token, such as the BOS token."
-        )
-
-
 def _with_stop_strings(
     stopping_criteria: StoppingCriteriaList | None,
     kwargs: dict[str, Any],
@@ -347,17 +320,3 @@ def _with_stop_strings(
     kwargs["stop_strings"] = None
     criterion = StopStringCriteria(kwargs["tokenizer"], stop_strings)
     return StoppingCriteriaList([*(stopping_criteria or []), criterion])
-
-
-def _refuse_unsupported(generation_config: GenerationConfig, model_kwargs: dict[str, Any]) -> None:
-    """Refuse what is prepared but not supported, before the first forward pass."""
-    mode = generation_config.get_generation_mode()
-    if mode not in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE):
-        raise ValueError(
-            f"use_lmtp=True supports greedy search and sampling, not {mode.value!r}. Set num_beams=1 "
-            "and leave out other strategies, or call generate() without use_lmtp."
-        )
-    cache = model_kwargs.get("past_key_values")
-    check_cache(cache)
-    if isinstance(cache, StaticCache):
-        check_static_cache(cache, generation_config)

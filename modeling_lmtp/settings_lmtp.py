@@ -205,35 +205,6 @@ class LMTPSettings:
         return PromptLookupDrafter(self.prompt_lookup_num_tokens, self.max_matching_ngram_size)
 
 
-def refuse_ignored(kwargs: Mapping[str, Any], has_drafter: bool, use_lmtp: bool) -> None:
-    """Raise a ValueError for what a call asks for and would not get.
-
-    A configuration may say more than a call makes use of, and `use_lmtp=False` turns off what stands
-    beside it.
-
-    Args:
-        kwargs: of the call.
-        has_drafter: whether it brings a drafter of its own.
-        use_lmtp: as call and configurations say together.
-    """
-    names = [f.name for f in fields(LMTPSettings)]
-    given = [n for n in names if kwargs.get(n) is not None and kwargs[n] is not False]
-    if use_lmtp and has_drafter:
-        beside = [name for name in given if name in DRAFT_SOURCES]
-        if beside:
-            raise ValueError(
-                f"drafter proposes all candidates itself, so that {beside} would say nothing. Leave out "
-                "one or the other, or merge drafters with MergedDrafter."
-            )
-    if not use_lmtp and kwargs.get("use_lmtp") is None:
-        given = ["drafter"] * has_drafter + [name for name in given if name not in PROMPT_LOOKUP]
-        if given:
-            raise ValueError(
-                f"{given} have no effect without use_lmtp=True. Pass it as well, or use_lmtp=False to "
-                "decode plainly nevertheless."
-            )
-
-
 def _is_draft(draft: Any) -> bool:
     """Whether this may stand for one batch size in `draft_by_batch_size`."""
     if not isinstance(draft, Mapping):
