@@ -290,7 +290,7 @@ class Silent(Drafter):
             "so that ['prompt_lookup_num_tokens'] would say nothing. Leave out one or the other",
         ),
     ],
-    ids=str,
+    ids=["drafter", "nodes", "two settings", "drafter and nodes", "drafter and lookup"],
 )
 def test_what_a_call_asks_for_in_vain_is_refused(model, options, message):
     with pytest.raises(ValueError, match=re.escape(message)):
