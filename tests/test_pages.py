@@ -24,6 +24,13 @@ def test_the_page_on_heads_is_up_to_date():
     assert ablation.PAGE.read_text().endswith(f"{ablation.MARK}\n\n{ablation.table(record)}\n")
 
 
+def test_the_page_on_tuned_backbones_is_up_to_date():
+    script = load_script("tuned_backbones")
+    record = json.loads((BENCHMARKS / "results" / "tuned_backbones.json").read_text())
+    assert script.PAGE.read_text().endswith(f"{script.MARK}\n\n{script.tables(record)}")
+    assert script.summary(record["models"]).items() <= record.items()
+
+
 @pytest.mark.parametrize("path", sorted(BENCHMARKS.glob("results/*.json")), ids=lambda p: p.name)
 def test_no_result_breaks_the_promise_of_equal_texts(path):
     rows = json.loads(path.read_text()).get("rows", [])
