@@ -149,9 +149,7 @@ class Decoder:
                 if outputs is not None:
                     recorder.add(outputs, rows.numbers, walks)
                 self.texts.emit(rows.numbers, walks)
-            except (
-                BaseException
-            ):  # a streamer that cancels, say: the caller may go on from the cache
+            except BaseException:  # a streamer cancels, say; the caller may go on from the cache
                 if outputs is not None:
                     rows.take_back(1 + candidates.num_nodes)
                 raise
