@@ -5,8 +5,9 @@
 
 Each row of `ROWS` is trained, for each of its seeds, on the same answers in the same order, and judged on
 held-out greedy answers in float32: accuracy per draft distance, and the simulated tokens per step of the
-chain and of trees (grown on one half of the held-out answers and judged on the other). A result is
-written as soon as it is known; a stopped run goes on. `--tables` writes them into `ablation.md`.
+chain and of trees (grown on one half of the held-out answers and judged on the other). A backbone that was
+tuned along is judged on its own answers to the same prompts. A result is written as soon as it is known; a
+stopped run goes on. `--tables` writes them into `ablation.md`.
 """
 
 import argparse
@@ -20,13 +21,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tqdm.auto import tqdm
+from transformers import PreTrainedTokenizerBase
 
 from modeling_lmtp.conversion.loading import load_backbone, load_tokenizer
 from modeling_lmtp.conversion.training import HeadShape, add_heads
 from modeling_lmtp.modeling_lmtp import LMTPForCausalLM
 from modeling_lmtp.training.analysis import cross_validated, rank_shares, simulated_tokens_per_step
+from modeling_lmtp.training.batch_generation import Sampling, generate_ids
+from modeling_lmtp.training.drift import measure_drift
 from modeling_lmtp.training.evaluation import draft_ranks
 from modeling_lmtp.training.examples import Example, read_examples
+from modeling_lmtp.training.joint import joint_tune
+from modeling_lmtp.training.joint_settings import JointSettings
 from modeling_lmtp.training.prompts import answer_end_id
 from modeling_lmtp.training.resampling import ratio
 from modeling_lmtp.training.saving import file_sha256, versions
@@ -35,18 +42,28 @@ from modeling_lmtp.training.warmup import WarmupSettings, warm_up
 from modeling_lmtp.tree_lmtp import DraftTree
 
 NODE_COUNTS = (8, 16, 32)
+MAX_NEW_TOKENS = 256  # of the held-out answers
 PAGE = Path(__file__).with_suffix(".md")
 MARK = "<!-- tables: written by ablation.py -->"
 
 
 @dataclass(frozen=True)
 class Row:
-    """One kind of heads, and what its recipe has of its own."""
+    """One kind of heads, and what its recipe has of its own.
+
+    Args:
+        offsets: of the heads.
+        shape: other settings of the heads, see `HeadShape`.
+        settings: of training.
+        seeds: how many times it is trained.
+        joint: the backbone is tuned along (LoRA, whole heads), from heads that know nothing yet.
+    """
 
     offsets: tuple[int, ...]
     shape: dict[str, Any] = field(default_factory=dict)
     settings: dict[str, Any] = field(default_factory=dict)
     seeds: int = 1
+    joint: bool = False
 
 
 ROWS = {
@@ -68,6 +85,7 @@ ROWS = {
     ),
     "paper's heads, k = 1, soft targets": Row((2, 3, 4), {}, {"distillation_weight": 0.5}),
     "paper's heads, k = 1, weighted states": Row((2, 3, 4), {"head_input": "weighted"}),
+    "paper's heads, k = 1, joint": Row((2, 3, 4), settings={"learning_rate": 2e-4}, joint=True),
 }
 
 
@@ -90,6 +108,27 @@ def measure(
     }
 
 
+def costs(model: LMTPForCausalLM, seconds: float) -> dict[str, Any]:
+    """Return what the heads cost."""
+    parameters = sum(p.numel() for p in model.leap_heads.parameters())
+    return {"parameters": parameters, "processor_seconds": seconds}
+
+
+def own_answers(
+    model: LMTPForCausalLM, tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example]
+) -> list[Example]:
+    """Let a backbone answer the prompts of `examples` itself, greedily."""
+    sampling = Sampling(max_new_tokens=MAX_NEW_TOKENS, temperature=0.0, top_p=1.0, seed=0)
+    end_id = answer_end_id(model.backbone, tokenizer)
+    stop_ids = [] if end_id is None else [end_id]
+    prompts = [list(example.input_ids[: example.answer_start]) for example in examples]
+    answers = []
+    for prompt in tqdm(prompts, desc="answer", unit="prompt"):
+        (answer,) = generate_ids(model.backbone, tokenizer, [prompt], sampling, stop_ids=stop_ids)
+        answers.append(Example([*prompt, *answer], len(prompt)))
+    return answers
+
+
 class Laboratory:
     """The backbone in two precisions, the answers and their states: what all rows share."""
 
@@ -104,11 +143,16 @@ class Laboratory:
         self.examples = every[::step][: arguments.num_answers]
         self.held_out = read_examples(arguments.held_out, self.tokenizer, end_id)
 
-    def train(self, row: Row, seed: int) -> tuple[LMTPForCausalLM, float]:
-        """Return trained heads, and the processor seconds that it took (states not counted)."""
+    def run(self, row: Row, seed: int) -> dict[str, Any]:
+        """Train heads and judge them."""
         shape = HeadShape(
             leap_offsets=row.offsets, draft_vocab_size=self.arguments.draft_vocab_size, **row.shape
         )
+        how = self._tune_jointly if row.joint else self._warm_up
+        return {**asdict(row), **how(row, shape, seed)}
+
+    def _warm_up(self, row: Row, shape: HeadShape, seed: int) -> dict[str, Any]:
+        """Train heads on the frozen backbone; processor seconds do not count what states took."""
         model = add_heads(self.backbone, shape, self.examples)
         settings = WarmupSettings(
             epochs=self.arguments.epochs, seed=seed, save_steps=10**6, **row.settings
@@ -119,18 +163,40 @@ class Laboratory:
         started = time.process_time()
         with tempfile.TemporaryDirectory() as run:
             warm_up(model, self.examples, [], Path(run), settings, state_folder=folder)
-        return model, time.process_time() - started
+        seconds = time.process_time() - started
+        exact = LMTPForCausalLM(model.config, backbone=self.exact_backbone).eval()
+        exact.leap_heads.load_state_dict(model.leap_heads.state_dict())
+        cache = None
+        if folder is not None:
+            cache = StateCache(folder.with_name(folder.name + "-float32"), exact)
+            cache.fill(self.held_out)
+        return {**costs(model, seconds), **measure(exact, self.held_out, cache)}
 
-    def judge(self, row: Row, trained: LMTPForCausalLM) -> dict[str, Any]:
-        """Measure trained heads in float32."""
-        model = LMTPForCausalLM(trained.config, backbone=self.exact_backbone).eval()
-        model.leap_heads.load_state_dict(trained.leap_heads.state_dict())
-        folder = self._states_of(row)
-        if folder is None:
-            return measure(model, self.held_out, None)
-        cache = StateCache(folder.with_name(folder.name + "-float32"), model)
-        cache.fill(self.held_out)
-        return measure(model, self.held_out, cache)
+    def _tune_jointly(self, row: Row, shape: HeadShape, seed: int) -> dict[str, Any]:
+        """Train heads and a backbone of their own together, the heads at the rate of warm-up."""
+        backbone = load_backbone(self.arguments.backbone, self.arguments.dtype)
+        model = add_heads(backbone, shape, self.examples)
+        settings = JointSettings(
+            epochs=self.arguments.epochs,
+            seed=seed,
+            save_steps=10**6,
+            heads="full",
+            head_learning_rate=WarmupSettings.learning_rate,
+            **row.settings,
+        )
+        started = time.process_time()
+        with tempfile.TemporaryDirectory() as run:
+            tuned, _ = joint_tune(model, self.examples, [], Path(run), settings)
+        seconds = time.process_time() - started
+        drift = measure_drift(tuned.float(), self.held_out)
+        merged = tuned.merge_and_unload()
+        answers = own_answers(merged, self.tokenizer, self.held_out)
+        return {
+            **costs(merged, seconds),
+            **measure(merged, answers, None),
+            "drift": asdict(drift),
+            "own_answer_tokens": sum(len(e.input_ids) - e.answer_start for e in answers),
+        }
 
     def _states_of(self, row: Row) -> Path | None:
         """Where states are kept; those of all layers would be too many."""
@@ -176,17 +242,7 @@ def run(arguments: argparse.Namespace) -> None:
             if seed >= row.seeds or (name, seed) in done:
                 continue
             print(f"{name}, seed {seed}", flush=True)
-            model, seconds = laboratory.train(row, seed)
-            record["results"].append(
-                {
-                    "row": name,
-                    "seed": seed,
-                    **asdict(row),
-                    "parameters": sum(p.numel() for p in model.leap_heads.parameters()),
-                    "processor_seconds": seconds,
-                    **laboratory.judge(row, model),
-                }
-            )
+            record["results"].append({"row": name, "seed": seed, **laboratory.run(row, seed)})
             arguments.output.write_text(json.dumps(record, indent=1) + "\n")
 
 

@@ -268,16 +268,25 @@ def table(record: dict[str, Any]) -> str:
 
 
 def heads_table(record: dict[str, Any]) -> str:
-    """Return what tuning did to the heads, and how far it drove the backbone, as Markdown."""
+    """Return what tuning did to the heads, and how far it drove the backbone, as Markdown.
+
+    Of models that kept answers out of their tuning to tell; empty if there are none.
+    """
+    told = {
+        name: found["tuning"]["held_out"]
+        for name, found in record["models"].items()
+        if found["tuning"] is not None and found["tuning"]["held_out"]["heads_after"] is not None
+    }
+    if not told:
+        return ""
     lines = [
+        "On answers of the training file that tuning kept out, as people wrote them:",
+        "",
         "| tuning | KL from the original | heads' top-1 at t+2, t+3, …, before | after | "
         "τ of the chain, before | after |",
         "|---|---|---|---|---|---|",
     ]
-    for name, found in record["models"].items():
-        if found["tuning"] is None:
-            continue
-        held_out = found["tuning"]["held_out"]
+    for name, held_out in told.items():
         heads = [held_out[f"heads_{when}"] for when in ("before", "after")]
         cells = [name, f"{held_out['drift']['kl']:.4f}"]
         cells += [" ".join(f"{row[0]:.2f}" for row in h["accuracies"]) for h in heads]
@@ -288,8 +297,7 @@ def heads_table(record: dict[str, Any]) -> str:
 
 def tables(record: dict[str, Any]) -> str:
     """Return all that stands below the mark in `tuned_backbones.md`."""
-    between = "On answers of the training file that tuning kept out, as people wrote them:"
-    return f"{table(record)}\n\n{between}\n\n{heads_table(record)}\n"
+    return "\n\n".join(filter(None, (table(record), heads_table(record)))) + "\n"
 
 
 def write_tables(output: Path) -> None:

@@ -31,11 +31,17 @@ def draw_bench(record: Mapping[str, Any], path: Path) -> None:
 
     Raises:
         RuntimeError: matplotlib is not installed.
+        ValueError: nothing was set beside plain decoding.
     """
     check_pictures()
     from matplotlib.figure import Figure
 
     rows = [row for row in record["rows"] if row["decoding"] != "plain" and row["speed_up"]]
+    if not rows:
+        raise ValueError(
+            f"{str(path)!r} was not drawn: nothing was measured beside plain decoding. Name another "
+            "way of decoding too, or leave --picture out."
+        )
     sweep = record["conditions"].get("sweep")
     figure = Figure(figsize=(9, 3.6 if sweep else 9), dpi=150, layout="constrained")
     axes = figure.subplots(1, 3) if sweep else figure.subplots(3, 1, sharex=True)

@@ -181,6 +181,13 @@ def test_bars_by_kind_are_drawn(tmp_path):
     assert (tmp_path / "bars.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.skipif(not pictures_available(), reason="needs matplotlib")
+def test_plain_decoding_alone_is_not_drawn(tmp_path):
+    record = result([1.0], decoding="plain")
+    with pytest.raises(ValueError, match="nothing was measured beside plain decoding"):
+        draw_bench(record, tmp_path / "bars.png")
+
+
 def test_values_of_no_sweep_are_refused():
     with pytest.raises(ValueError, match=r"at=\(1, 8\) are values of a sweep, and sweep is None"):
         BenchSettings(at=(1, 8))

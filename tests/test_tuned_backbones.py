@@ -91,6 +91,18 @@ def test_folders_with_and_without_heads_are_measured_and_written_down(
         tuned_backbones.main()
 
 
+def test_only_tuning_that_kept_answers_out_is_told(tuned_backbones):
+    heads = {"accuracies": [[0.5, 0.1], [0.25, 0.1]], "chain_tokens_per_step": 1.5}
+    told = {"drift": {"kl": 0.25}, "heads_before": heads, "heads_after": heads}
+    untold = dict.fromkeys(told)
+    models = {"base": None, "untold": {"held_out": untold}}
+    record = {"models": {name: {"tuning": found} for name, found in models.items()}}
+    assert tuned_backbones.heads_table(record) == ""
+    record["models"]["told"] = {"tuning": {"held_out": told}}
+    *_, row = tuned_backbones.heads_table(record).splitlines()
+    assert row == "| told | 0.2500 | 0.50 0.25 | 0.50 0.25 | 1.50 | 1.50 |"
+
+
 def test_bad_arguments_are_refused(tuned_backbones, monkeypatch):
     with pytest.raises(ValueError, match="NAME=FOLDER, got 'folder'"):
         tuned_backbones.read_models(["folder"])
