@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from modeling_lmtp.conversion.analysis_record import Measured, analysis_record
-from modeling_lmtp.conversion.answers import load_answers
+from modeling_lmtp.conversion.answers import load_answers, unseen_answers
 from modeling_lmtp.conversion.loading import (
     has_leap_heads,
     load_backbone,
@@ -22,7 +22,7 @@ from modeling_lmtp.training.examples import Example, split_examples
 from modeling_lmtp.training.fingerprints import model_fingerprint
 from modeling_lmtp.training.marginalization import Marginals, marginalize
 from modeling_lmtp.training.pictures import draw_pictures, pictures_available
-from modeling_lmtp.training.saving import PROVENANCE, check_output_folder, file_sha256
+from modeling_lmtp.training.saving import check_output_folder, file_sha256
 from modeling_lmtp.tree_lmtp import MAX_NODES
 
 # Of the model's own greedy answers nearly all tokens are its first choice; rounding takes a few
@@ -158,7 +158,7 @@ def _measure(
         backbone = model.backbone if have_heads else model
         if not examples:
             found = load_answers(
-                answers, backbone, load_tokenizer(source), settings.max_length, settings.bad_rows
+                answers, model, load_tokenizer(source), settings.max_length, settings.bad_rows
             )
             everything = found.examples
             notes += found.notes
@@ -171,7 +171,7 @@ def _measure(
                 f"The backbone of {name!r} is not that of {next(iter(sources))!r}, so the same answers "
                 "cannot judge both. Analyze them one at a time, each on its own answers."
             )
-        notes += _training_notes(name, Path(source), answers, examples, everything)
+        notes += _training_notes(name, source, answers, examples, everything)
         if have_heads:
             heads[name] = analyze_heads(
                 model,
@@ -228,18 +228,17 @@ def _conditions(backbone: Any) -> dict[str, Any]:
 
 
 def _training_notes(
-    name: str, source: Path, answers: Path, chosen: Sequence[Example], examples: Sequence[Example]
+    name: str, source: str, answers: Path, chosen: Sequence[Example], examples: Sequence[Example]
 ) -> list[str]:
     """Say so if heads were trained on answers that are to judge them, as far as their record tells."""
-    record_file = source / PROVENANCE
-    record = json.loads(record_file.read_text()) if record_file.is_file() else {}
-    if "examples" not in record or record.get("answers_sha256") != file_sha256(answers):
-        return []
-    kept_out = len(examples) - record["examples"]
-    unseen = split_examples(examples, kept_out)[1] if 0 < kept_out < len(examples) else []
-    if all(example in unseen for example in chosen):
+    unseen = unseen_answers(source, answers, examples)
+    if unseen is None or all(example in unseen for example in chosen):
         return []
     return [
         f"{name} was trained on some of these answers, so its figures are too good: pass "
-        + (f"num_answers {kept_out}, those it was not trained on." if kept_out > 1 else "others.")
+        + (
+            f"num_answers {len(unseen)}, those it was not trained on."
+            if len(unseen) > 1
+            else "others."
+        )
     ]

@@ -1,6 +1,5 @@
 """The answers that a model learns from or is judged by, and what a user should know of them."""
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,11 +9,14 @@ from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from modeling_lmtp.backbone_lmtp import unembedding_size
-from modeling_lmtp.training.answers import Answers, read_answers
+from modeling_lmtp.training.answers import Answers, Example, read_answers
+from modeling_lmtp.training.batch_generation import num_positions
 from modeling_lmtp.training.distill_files import manifest_path
+from modeling_lmtp.training.examples import split_examples
 from modeling_lmtp.training.fingerprints import is_model_of
 from modeling_lmtp.training.processes import processes
 from modeling_lmtp.training.prompts import answer_end_id
+from modeling_lmtp.training.saving import PROVENANCE, file_sha256, read_json
 
 logger = logging.get_logger(__name__)
 
@@ -32,7 +34,8 @@ def load_answers(
         path: what `lmtp distill` made, or such a file.
         model: a backbone, with or without heads.
         tokenizer: its tokenizer.
-        max_length, bad_rows: see `read_answers`.
+        max_length: longer examples are cut, at the latest where the model's positions end.
+        bad_rows: see `read_answers`.
 
     Raises:
         ValueError: a bad row is refused, or nothing is left.
@@ -40,10 +43,11 @@ def load_answers(
     backbone = getattr(model, "backbone", model)
     end_id = answer_end_id(model, tokenizer)
     vocab_size, _ = unembedding_size(backbone)
+    max_length = min(max_length, num_positions(backbone) or max_length)
     answers = read_answers(
         path, tokenizer, end_id, max_length, vocab_size=vocab_size, bad_rows=bad_rows
     )
-    note = other_model_note(path, backbone)
+    note = other_model_note(path, model)
     return Answers(answers.examples, answers.skipped, (*answers.notes, *([note] if note else [])))
 
 
@@ -54,22 +58,43 @@ def warn(notes: Sequence[str]) -> None:
             logger.warning(note)
 
 
-def other_model_note(path: Path, backbone: Any) -> str | None:
+def other_model_note(path: Path, model: Any) -> str | None:
     """Say so if the manifest beside a file of answers names another model than this; None if not.
 
     Answers without a manifest, or from a server, may be anyone's.
     """
     manifest_file = manifest_path(path)
-    manifest = json.loads(manifest_file.read_text()) if manifest_file.is_file() else {}
+    manifest = read_json(manifest_file) if manifest_file.is_file() else {}
     if "model_fingerprint" not in manifest:
         return None
     dtype = getattr(torch, manifest["model_dtype"])
-    if is_model_of(backbone, manifest["model_fingerprint"], dtype) is not False:
+    if (
+        is_model_of(getattr(model, "backbone", model), manifest["model_fingerprint"], dtype)
+        is not False
+    ):
         return None
     revision = manifest.get("model_revision")
     made_by = str(manifest.get("model")) + (f" (revision {revision})" if revision else "")
     return (
         f"The answers in {path} were made by another model or revision, {made_by}, so they are not what "
-        f"this backbone, {backbone.config.name_or_path or 'built in memory'}, would write: its heads "
-        "will draft less well. Make its own with `lmtp distill`."
+        f"this one, {model.config.name_or_path or 'built in memory'}, would write: its heads will draft "
+        "less well. Make its own with `lmtp distill`."
     )
+
+
+def unseen_answers(
+    source: str | Path, answers: Path, examples: Sequence[Example]
+) -> list[Example] | None:
+    """Return the answers that were kept out when heads were trained on that file; None if they were not.
+
+    Args:
+        source: a checkpoint; one without a record, as on the Hub, is not known to have seen anything.
+        answers: the file.
+        examples: all that it holds.
+    """
+    record_file = Path(source) / PROVENANCE
+    record = read_json(record_file) if record_file.is_file() else {}
+    if "examples" not in record or record.get("answers_sha256") != file_sha256(answers):
+        return None
+    kept_out = len(examples) - record["examples"]
+    return split_examples(examples, kept_out)[1] if 0 < kept_out < len(examples) else []

@@ -93,14 +93,17 @@ def _noise(pairs: Sequence[Sequence[dict[str, float]]]) -> float:
     return statistics.median(spreads) if spreads else 0.0
 
 
-def _of_totals(runs: Sequence[Sequence[Run]], plain: Sequence[Sequence[Run]]) -> float:
-    """Tokens per second over all that was decoded, over plain decoding's."""
+def _of_totals(runs: Sequence[Sequence[Run]], plain: Sequence[Sequence[Run]]) -> float | None:
+    """Tokens per second over all that was decoded, over plain decoding's; None if nothing was."""
 
-    def rate(all_runs: Sequence[Sequence[Run]]) -> float:
+    def totals(all_runs: Sequence[Sequence[Run]]) -> tuple[int, float]:
         every = [own for of_batch in all_runs for own in of_batch]
-        return sum(own.tokens for own in every) / sum(own.seconds for own in every)
+        return sum(own.tokens for own in every), sum(own.seconds for own in every)
 
-    return round(rate(runs) / rate(plain), 4)
+    (tokens, seconds), (plain_tokens, plain_seconds) = totals(runs), totals(plain)
+    if not (tokens and plain_tokens):  # all answers have one token, which the prefill gives
+        return None
+    return round(tokens / seconds / (plain_tokens / plain_seconds), 4)
 
 
 def _equality(group: Sequence[Measured]) -> dict[str, Any]:

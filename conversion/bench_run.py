@@ -1,6 +1,6 @@
 """One run of `lmtp bench`: load, check the machine, measure, and put the record together."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from modeling_lmtp.conversion.bench_sweeps import SWEEPS, Point, check_sweep, po
 from modeling_lmtp.conversion.exactness import SAMPLING
 from modeling_lmtp.conversion.loading import (
     best_device,
+    check_dtype,
     load_backbone,
     load_lmtp,
     load_tokenizer,
@@ -24,6 +25,7 @@ from modeling_lmtp.conversion.quiet import measure_quietness, quiet_record
 from modeling_lmtp.modeling_lmtp import LMTPForCausalLM
 from modeling_lmtp.training.prompts import read_prompts, render_prompt
 from modeling_lmtp.training.saving import file_sha256, versions
+from modeling_lmtp.tree_lmtp import MAX_NODES
 
 NO_KIND = "prompts"
 
@@ -61,6 +63,8 @@ class BenchSettings:
 
     def __post_init__(self) -> None:
         """Check the ranges, and that there is a sweep for its values."""
+        for dtype in self.dtypes:
+            check_dtype(dtype)
         for mode in self.modes:
             if mode not in MODES:
                 raise ValueError(f"mode must be one of {', '.join(MODES)}, got {mode!r}.")
@@ -72,6 +76,10 @@ class BenchSettings:
             )
         if min(self.batch_sizes) < 1:
             raise ValueError(f"A batch size must be 1 or more, got {min(self.batch_sizes)}.")
+        if not 0 <= self.draft_nodes < MAX_NODES:
+            raise ValueError(
+                f"draft_nodes must be from 0 to {MAX_NODES - 1}, got {self.draft_nodes}."
+            )
 
 
 def read_kinds(paths: Sequence[Path], per_kind: int | None) -> dict[str, list[str]]:
@@ -95,6 +103,7 @@ def run_bench(
     *,
     against: Sequence[str] = (),
     assistant: str | None = None,
+    keep: Callable[[dict[str, Any]], None] = lambda record: None,
 ) -> dict[str, Any]:
     """Measure a checkpoint and return the record.
 
@@ -105,6 +114,7 @@ def run_bench(
         console: where warnings and tables go.
         against: other checkpoints on the same backbone.
         assistant: a small plain model that drafts.
+        keep: is called with the record so far, whenever something has been measured.
 
     Raises:
         ValueError: another checkpoint has another backbone or is given twice, or a file or setting is
@@ -117,7 +127,7 @@ def run_bench(
     tokenizer = load_tokenizer(checkpoint)
     texts = read_kinds(prompts, settings.per_kind)
     tokens = {kind: [render_prompt(tokenizer, t) for t in of] for kind, of in texts.items()}
-    found: list[dict[str, Any]] = []
+    record: dict[str, Any] = {"command": "lmtp bench", "conditions": {}, "rows": []}
     for dtype in settings.dtypes:
         model = load_lmtp(checkpoint, dtype)
         others = {
@@ -137,19 +147,17 @@ def run_bench(
         )
         start = Point(None, methods, tokens, settings)
         for point in points(start, settings.sweep, settings.at):
-            found += _measure_point(point, dtype, console)
-    return {
-        "command": "lmtp bench",
-        "conditions": {
-            **conditions(checkpoint, model, settings),
-            "against": names,
-            "assistant": None if assistant is None else Path(assistant).name,
-            "prompts": [{"file": path.name, "sha256": file_sha256(path)} for path in prompts],
-            "kinds": {kind: len(rows) for kind, rows in tokens.items()},
-            **quiet_record(before, measure_quietness(model.device)),
-        },
-        "rows": found,
-    }
+            record["rows"] += _measure_point(point, dtype, console)
+            record["conditions"] = {
+                **conditions(checkpoint, model, settings),
+                "against": names,
+                "assistant": None if assistant is None else Path(assistant).name,
+                "prompts": [{"file": path.name, "sha256": file_sha256(path)} for path in prompts],
+                "kinds": {kind: len(rows) for kind, rows in tokens.items()},
+                **quiet_record(before, measure_quietness(model.device)),
+            }
+            keep(record)
+    return record
 
 
 def _measure_point(point: Point, dtype: str, console: Console) -> list[dict[str, Any]]:

@@ -1,6 +1,6 @@
 """What `lmtp bench --sweep` varies: one thing at a time, everything else as it is."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain, cycle, islice
 from typing import TYPE_CHECKING
@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from modeling_lmtp.conversion.bench_methods import Method
 from modeling_lmtp.leaps_lmtp import drafts
 from modeling_lmtp.modeling_lmtp import LMTPForCausalLM
+from modeling_lmtp.tree_lmtp import MAX_NODES
 
 if TYPE_CHECKING:
     from modeling_lmtp.conversion.bench_run import BenchSettings
@@ -54,12 +55,16 @@ def _batch(point: Point, at: int) -> Point:
 def _heads(point: Point, at: int) -> Point:
     """The top-1 chain of that many candidates: as many heads as it takes."""
     model = point.methods[0].model
+    if at > _horizon(model):
+        raise ValueError(f"These heads draft {_horizon(model)} tokens, and not {at}.")
     method = Method("chain", model, {"use_lmtp": True, "draft_length": at})
     return replace(point, methods=[point.methods[0], method])
 
 
 def _nodes(point: Point, at: int) -> Point:
     model = point.methods[0].model
+    if at >= MAX_NODES:
+        raise ValueError(f"At most {MAX_NODES - 1} candidates are verified at once, and not {at}.")
     method = Method("dynamic tree", model, {"use_lmtp": True, "draft_nodes": at})
     return replace(point, methods=[point.methods[0], method])
 
@@ -79,23 +84,28 @@ def check_sweep(sweep: str | None) -> None:
         raise ValueError(f"sweep must be one of {', '.join(SWEEPS)}, got {sweep!r}.")
 
 
-def points(start: Point, sweep: str | None, values: Sequence[int] | None = None) -> Iterator[Point]:
-    """Yield what is measured: the starting point itself, or one point per value.
+def points(start: Point, sweep: str | None, values: Sequence[int] | None = None) -> list[Point]:
+    """Return what is measured: the starting point itself, or one point per value.
 
     Args:
         start: what does not vary.
         sweep: a key of `SWEEPS`, or None.
         values: in place of the sweep's own; without them, chains stop where the heads do.
+
+    Raises:
+        ValueError: a value is out of range.
     """
     check_sweep(sweep)
     if sweep is None:
-        yield start
-        return
+        return [start]
     make, usual = SWEEPS[sweep]
     if values is None and sweep == "heads":
         usual = usual[: _horizon(start.methods[0].model)]
-    for at in values or usual:
-        yield replace(make(start, at), at=at)
+    values = values or usual
+    lowest = 2 if sweep == "output" else 1  # the first new token is the prefill's
+    if min(values) < lowest:
+        raise ValueError(f"at must be {lowest} or more for the sweep {sweep!r}, got {min(values)}.")
+    return [replace(make(start, at), at=at) for at in values]
 
 
 def _horizon(model: LMTPForCausalLM) -> int:

@@ -12,9 +12,9 @@ from safetensors import safe_open
 from transformers import AutoConfig
 
 from modeling_lmtp.checkpoints_lmtp import TAGS
-from modeling_lmtp.conversion.forms import Form, check_hub_id, form_of, read_json
+from modeling_lmtp.conversion.forms import Form, check_hub_id, form_of
 from modeling_lmtp.conversion.measured import read_measured
-from modeling_lmtp.training.saving import PROVENANCE
+from modeling_lmtp.training.saving import PROVENANCE, read_json
 
 TEMPLATES = Path(__file__).parent.parent / "hub_cards"
 LIBRARIES = {Form.FULL: "transformers", Form.HEADS: "transformers", Form.ADAPTER: "peft"}
@@ -61,7 +61,11 @@ def build_card(folder: Path, facts: CardFacts, results: Sequence[Path] = ()) -> 
     form = form_of(folder)
     check_hub_id(facts.repo_id, "--repo-id")
     base_model, base_revision, config = base_of(folder, form)
-    check_hub_id(base_model, "--base-model")
+    check_hub_id(
+        base_model,
+        f"base_model_name_or_path in {'adapter_config' if form is Form.ADAPTER else 'config'}.json, or let "
+        "`lmtp publish` do so with --base-model",
+    )
     data = ModelCardData(
         library_name=LIBRARIES[form],
         pipeline_tag="text-generation",

@@ -2,7 +2,7 @@
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -57,11 +57,20 @@ def bench(
             check_output_file(path)
     if picture is not None:
         check_pictures()
+
+    def keep(record: dict[str, Any]) -> None:
+        if output is not None:
+            output.write_text(json.dumps(record, indent=1) + "\n")
+
     record = run_bench(
-        checkpoint, prompts, settings, console, against=against or (), assistant=assistant
+        checkpoint,
+        prompts,
+        settings,
+        console,
+        against=against or (),
+        assistant=assistant,
+        keep=keep,
     )
-    if output is not None:
-        output.write_text(json.dumps(record, indent=1) + "\n")
     if picture is not None:
         draw_bench(record, picture)
     if any(row["errors"] for row in record["rows"]):

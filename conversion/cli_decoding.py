@@ -59,7 +59,7 @@ def verify(
     prompts: Annotated[Path, typer.Option(help="Prompts, .jsonl or .jsonl.gz.")],
     field: str = "prompt",
     num_prompts: Annotated[int, typer.Option(min=1)] = 20,
-    max_new_tokens: Annotated[int, typer.Option(min=1)] = 128,
+    max_new_tokens: Annotated[int, typer.Option(min=2)] = 128,
     seed: int = 0,
     dtype: Dtype = "float32",
     output: Annotated[Path | None, typer.Option(help="Write the figures as JSON.")] = None,

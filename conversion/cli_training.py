@@ -78,6 +78,9 @@ def distill(
         int, typer.Option(min=0, help="Let an instruct model write so many prompts itself.")
     ] = 0,
     limit: Annotated[int | None, typer.Option(min=1, help="Use the first so many prompts.")] = None,
+    bad_rows: Annotated[
+        str, typer.Option(help="refuse prompts with a bad row, or skip such rows and count them.")
+    ] = "refuse",
     max_new_tokens: int = 320,
     temperature: float = 0.0,
     top_p: float = 1.0,
@@ -115,7 +118,9 @@ def distill(
         batch_size=batch_size,
         seed=seed,
     )
-    choice = choose_prompts(prompts, dataset, dataset_config, split, field, self_written, limit)
+    choice = choose_prompts(
+        prompts, dataset, dataset_config, split, field, self_written, limit, bad_rows
+    )
     endpoint = choose_server(model, server, server_model, dtype)
     try:
         report = distill_from(model, output, settings, choice, dtype=dtype, server=endpoint)

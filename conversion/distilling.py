@@ -10,8 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging
 
 from modeling_lmtp.conversion.loading import load_backbone, load_tokenizer
+from modeling_lmtp.training.answers import SkippedRows
 from modeling_lmtp.training.distill import DistillReport, DistillSettings, distill, run_identity
 from modeling_lmtp.training.distill_files import (
     check_output_name,
@@ -26,6 +28,8 @@ from modeling_lmtp.training.prompts import Prompt, read_prompts, self_written_pr
 from modeling_lmtp.training.sample_log import SampleLog
 from modeling_lmtp.training.saving import file_sha256
 
+logger = logging.get_logger(__name__)
+
 
 @dataclass(frozen=True)
 class PromptChoice:
@@ -39,9 +43,11 @@ class PromptChoice:
     field: str = "prompt"  # of the file
     self_written: int = 0
     limit: int | None = None  # of the file or dataset
+    bad_rows: str = "refuse"  # or "skip", see `SkippedRows`
 
     def __post_init__(self) -> None:
         """Refuse no source and two sources at once."""
+        SkippedRows(self.bad_rows)
         if self.file is not None and self.dataset is not None:
             raise ValueError("Pass --prompts FILE or --dataset NAME, not both.")
         if self.file is None and self.dataset is None and not self.self_written:
@@ -56,13 +62,20 @@ class PromptChoice:
         Raises:
             ValueError: a row has no prompt, or another mistake that the message names.
         """
+        on_bad_row = SkippedRows(self.bad_rows)
+        prompts, sources = self._read(on_bad_row)
+        for note in on_bad_row.notes():
+            logger.warning(note)
+        return prompts, sources
+
+    def _read(self, on_bad_row: SkippedRows) -> tuple[list[Prompt], dict[str, Any]]:
         if self.file is not None:
-            prompts = read_prompts(self.file, self.field)[: self.limit]
+            prompts = read_prompts(self.file, self.field, on_bad_row)[: self.limit]
             sha256 = file_sha256(self.file)
             record = {"path": str(self.file), "sha256": sha256, "field": self.field}
             return prompts, {"file": {**record, "rows": len(prompts)}}
         if self.dataset is not None:
-            prompts, record = read_dataset_prompts(self.dataset, self.limit)
+            prompts, record = read_dataset_prompts(self.dataset, self.limit, on_bad_row)
             return prompts, {"dataset": record}
         return [], {}
 
@@ -75,6 +88,7 @@ def choose_prompts(
     field: str,
     self_written: int,
     limit: int | None,
+    bad_rows: str = "refuse",
 ) -> PromptChoice:
     """Return the choice that the options of `lmtp distill` make.
 
@@ -85,7 +99,7 @@ def choose_prompts(
         for option, value in (("--dataset-config", config), ("--split", split)):
             if value is not None:
                 raise ValueError(f"{option} {value} goes with --dataset NAME, which is missing.")
-        choice = PromptChoice(file, None, field, self_written, limit)
+        choice = PromptChoice(file, None, field, self_written, limit, bad_rows)
         if file is None and limit is not None:
             raise ValueError(
                 f"--limit {limit} goes with --prompts FILE or --dataset NAME, which are missing; how "
@@ -93,7 +107,7 @@ def choose_prompts(
             )
         return choice
     chosen = DatasetSource(dataset, config, split, field)
-    return PromptChoice(file, chosen, field, self_written, limit)
+    return PromptChoice(file, chosen, field, self_written, limit, bad_rows)
 
 
 def choose_server(model: str, url: str | None, name: str | None, dtype: str) -> Server | None:

@@ -1,11 +1,11 @@
 """The three forms of a repository: a full checkpoint, leap heads only, and an adapter."""
 
-import json
 from enum import Enum
 from pathlib import Path
-from typing import Any
 
 from huggingface_hub.utils import validate_repo_id
+
+from modeling_lmtp.training.saving import read_json
 
 
 class Form(str, Enum):
@@ -31,21 +31,6 @@ def form_of(folder: Path) -> Form:
             "`lmtp wrap`, `lmtp train` or `lmtp convert`."
         )
     return Form.HEADS if config.get("heads_only") else Form.FULL
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object.
-
-    Raises:
-        ValueError: the file is no JSON object; names it.
-    """
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON: {error}.") from error
-    if not isinstance(value, dict):
-        raise ValueError(f"{path} must hold a JSON object, got a {type(value).__name__}.")
-    return value
 
 
 def check_hub_id(name: str | None, option: str) -> str:

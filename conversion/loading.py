@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from peft import PeftConfig
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
-from transformers.utils import find_adapter_config_file
+from transformers.tokenization_utils_base import TOKENIZER_CONFIG_FILE
+from transformers.utils import find_adapter_config_file, has_file
 
 from modeling_lmtp.conversion.folding import fold_in
 from modeling_lmtp.modeling_lmtp import LMTPForCausalLM
@@ -27,8 +28,14 @@ def best_device() -> torch.device:
 
 
 def load_tokenizer(source: str | Path) -> PreTrainedTokenizerBase:
-    """Load a tokenizer from a folder or the Hub."""
-    return AutoTokenizer.from_pretrained(source)
+    """Load a tokenizer from a folder or the Hub.
+
+    An adapter that was saved without one has that of the checkpoint that it was trained on.
+    """
+    adapter = adapter_config(source)
+    if adapter is None or has_file(source, TOKENIZER_CONFIG_FILE):
+        return AutoTokenizer.from_pretrained(source)
+    return AutoTokenizer.from_pretrained(adapter.base_model_name_or_path, **_revision(adapter))
 
 
 def adapter_config(source: str | Path) -> PeftConfig | None:
@@ -73,7 +80,7 @@ def load_lmtp(
     Raises:
         ValueError: it has no leap heads; says how to add some.
     """
-    _check_dtype(dtype)
+    check_dtype(dtype)
     adapter = adapter_config(source)
     base = source if adapter is None else adapter.base_model_name_or_path
     if not has_leap_heads(source):
@@ -95,7 +102,7 @@ def load_backbone(
     source: str | Path, dtype: str = "auto", device: torch.device | None = None
 ) -> Any:
     """Load a plain causal language model in evaluation mode, by default onto the best device."""
-    _check_dtype(dtype)
+    check_dtype(dtype)
     model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
     return model.to(device or best_device()).eval()
 
@@ -126,6 +133,7 @@ def first_prompts(path: Path, field: str, count: int) -> list[str]:
     return [prompt.text for prompt in prompts[:count]]
 
 
-def _check_dtype(dtype: str) -> None:
+def check_dtype(dtype: str) -> None:
+    """Raise a ValueError unless it is one of `DTYPES`."""
     if dtype not in DTYPES:
         raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}.")

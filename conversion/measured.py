@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from modeling_lmtp.conversion.forms import read_json
+from modeling_lmtp.training.saving import read_json
 
 FIGURES = ("tokens_per_step", "step_cost", "speed_up")
 OF_EACH_ROW = ("prompts", "decoding", "dtype", "mode", "batch_size")
@@ -88,6 +88,15 @@ def _check_model(path: Path, conditions: dict[str, Any], config: Any) -> None:
         ("leap_offsets", list(config.leap_offsets)),
         ("head_context", config.head_context),
     )
+    measured, own = (
+        Path(name).name if name else None  # a folder's name, or a repository's without its owner
+        for name in (conditions.get("base_model"), config.base_model_name_or_path)
+    )
+    if measured and own and measured != own:
+        raise ValueError(
+            f"{path} is about another model: heads on {measured} instead of {own}. Measure this "
+            "checkpoint with `lmtp bench`."
+        )
     for name, value in wanted:
         if name in conditions and conditions[name] != value:
             raise ValueError(

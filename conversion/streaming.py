@@ -53,7 +53,7 @@ def stream_answer(
     figures = f"{new_tokens} tokens"
     if seconds:
         figures += f", {(new_tokens - 1) / seconds:.1f} tokens/s after the first"
-    if use_lmtp and output.acceptance_lengths:
-        steps = output.acceptance_lengths[0]
+    steps = output.acceptance_lengths[0] if use_lmtp else []
+    if steps:  # an answer of one token has none
         figures += f", {sum(steps) / len(steps):.2f} tokens per step"
     return figures

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import set_seed
 
 from modeling_lmtp.backbone_lmtp import unembedding_size
 from modeling_lmtp.conversion.answers import load_answers, warn
@@ -81,6 +82,7 @@ def train_heads(
     warn(found.notes)
     training, evaluation = split_examples(found.examples, held_out)
     if not has_heads:
+        set_seed(settings.seed)  # some weights start at random, the same in every process
         model = add_heads(model, shape, training)
     report = warm_up(model, training, evaluation, run_folder, settings, state_folder=state_folder)
     if this_process.is_main_process:

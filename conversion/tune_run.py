@@ -10,12 +10,12 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from modeling_lmtp.conversion.answers import load_answers, warn
+from modeling_lmtp.conversion.answers import load_answers, unseen_answers, warn
 from modeling_lmtp.conversion.bench import GREEDY_MODE, make_batches, measure
 from modeling_lmtp.conversion.bench_methods import Method, plain_method
 from modeling_lmtp.conversion.bench_record import rows
 from modeling_lmtp.conversion.bench_run import device_name, pad_id
-from modeling_lmtp.conversion.loading import load_lmtp, load_tokenizer
+from modeling_lmtp.conversion.loading import adapter_config, load_lmtp, load_tokenizer
 from modeling_lmtp.conversion.quiet import measure_quietness
 from modeling_lmtp.conversion.tuning import NOTHING, TunedDraft, choose_drafts
 from modeling_lmtp.modeling_lmtp import LMTPForCausalLM
@@ -136,7 +136,8 @@ def run_tune(
 
     Args:
         checkpoint: with leap heads.
-        answers: the backbone's own, not trained on, as `lmtp distill` writes them.
+        answers: the backbone's own, as `lmtp distill` writes them; where it is known which of them the
+            heads were trained on, the others are used.
         console: for what is found.
         dtype: to load it in.
         batch_sizes: to tune for.
@@ -145,8 +146,16 @@ def run_tune(
         output: the folder whose `generation_config.json` is written; by default the checkpoint's.
 
     Raises:
-        ValueError: the checkpoint is not a folder and no output is given, or a bad row is refused.
+        ValueError: no output is given and the checkpoint is not a folder, or is an adapter; a batch size
+            is below 1, or a bad row is refused.
     """
+    if min(batch_sizes) < 1:
+        raise ValueError(f"A batch size must be 1 or more, got {min(batch_sizes)}.")
+    if output is None and adapter_config(checkpoint) is not None:
+        raise ValueError(
+            f"{checkpoint!r} is an adapter, which decodes as the checkpoint that it was trained on says. "
+            "Make it a checkpoint with `lmtp merge` and tune that."
+        )
     folder = output or Path(checkpoint)
     if not folder.is_dir():
         raise ValueError(
@@ -159,7 +168,17 @@ def run_tune(
         console.print(f"[yellow]This machine is not quiet: {complaint}.[/] Tune again when it is.")
     found = load_answers(answers, model, tokenizer, bad_rows=bad_rows)
     warn(found.notes)
-    verdicts = tune(model, evenly(found.examples, num_answers), batch_sizes)
+    unseen = unseen_answers(checkpoint, answers, found.examples)
+    if unseen:
+        console.print(
+            f"Tuning on the {len(unseen)} of these answers that the heads were not trained on."
+        )
+    elif unseen is not None:
+        console.print(
+            "[yellow]The heads were trained on all of these answers,[/] which makes large drafts look "
+            "better than they are. Give answers to other prompts."
+        )
+    verdicts = tune(model, evenly(unseen or found.examples, num_answers), batch_sizes)
     set_drafts(model, verdicts, {"quiet": not quietness.complaints()})
     model.generation_config.save_pretrained(folder)
     console.print(verdict_table(verdicts))

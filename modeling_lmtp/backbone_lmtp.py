@@ -16,6 +16,15 @@ from transformers import PreTrainedModel
 def check_backbone(backbone: PreTrainedModel) -> None:
     """Raise a ValueError unless `backbone` is a causal language model that heads can stand on."""
     name = type(backbone).__name__
+    if getattr(backbone, "peft_config", None):
+        raise ValueError(
+            f"{name} has adapters, and a checkpoint of it could not be loaded again. Merge them first "
+            "(PeftModel's merge_and_unload), save that, and give it the heads."
+        )
+    if hasattr(backbone, "leap_heads"):
+        raise ValueError(
+            f"{name} has leap heads already. Give others to its backbone, the model without them."
+        )
     if backbone.config.is_encoder_decoder:
         raise ValueError(
             f"{name} is an encoder-decoder model. Leap heads need a causal language model, as "
@@ -34,11 +43,29 @@ def unembedding_size(backbone: PreTrainedModel) -> tuple[int, int]:
     return weight.shape[0], weight.shape[1]
 
 
+def unembedding_device(backbone: PreTrainedModel) -> torch.device:
+    """Return where the unembedding computes; meta in the midst of loading."""
+    unembedding = backbone.get_output_embeddings()
+    device = unembedding.weight.device
+    if device.type == "meta" and hasattr(unembedding, "_hf_hook"):  # offloaded by Accelerate
+        device = torch.device(unembedding._hf_hook.execution_device)
+    return device
+
+
 def copy_unembedding(
     backbone: PreTrainedModel, token_ids: Sequence[int] | None = None
 ) -> nn.Linear:
-    """Return a new linear layer with the unembedding's weights, or those of some tokens only."""
+    """Return a new linear layer with the unembedding's weights, or those of some tokens only.
+
+    Raises:
+        ValueError: they are not in memory.
+    """
     source = backbone.get_output_embeddings()
+    if source.weight.is_meta and unembedding_device(backbone).type != "meta":
+        raise ValueError(
+            f"The unembedding of {type(backbone).__name__} is offloaded, so heads cannot start from a "
+            "copy of it. Keep it in memory (device_map), or let heads share it."
+        )
     vocab_size, hidden_size = unembedding_size(backbone)
     rows = slice(None) if token_ids is None else list(token_ids)
     has_bias = getattr(source, "bias", None) is not None
@@ -84,6 +111,7 @@ def unembedding_inputs(
         RuntimeError: on leaving the block, if the forward pass never called the unembedding.
     """
     states: list[torch.Tensor] = []
+    device = unembedding_device(backbone)  # where the heads are
     own_thread = get_ident()  # others may be running the same model
 
     def collect(
@@ -91,7 +119,7 @@ def unembedding_inputs(
     ) -> tuple[torch.Tensor, ...] | None:
         if not torch.compiler.is_compiling() and get_ident() != own_thread:
             return None
-        states.append(args[0])
+        states.append(args[0] if device.type == "meta" else args[0].to(device))
         return (args[0][..., :num_logits, :], *args[1:])
 
     handle = backbone.get_output_embeddings().register_forward_pre_hook(collect)

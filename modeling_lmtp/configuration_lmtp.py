@@ -146,6 +146,13 @@ class LMTPConfig(PreTrainedConfig):
                 "Leap heads need a causal language model, as AutoModelForCausalLM loads it."
             )
 
+    def to_dict(self) -> dict[str, Any]:
+        """Return what is saved; not where the backbone lay, which says nothing to others."""
+        values = super().to_dict()
+        if isinstance(values.get("backbone_config"), dict):
+            values["backbone_config"].pop("_name_or_path", None)
+        return values
+
     def get_text_config(self, *args: Any, **kwargs: Any) -> PreTrainedConfig:
         """Return the backbone's text configuration: it answers for vocabulary, layers and cache."""
         if self.backbone_config is None:

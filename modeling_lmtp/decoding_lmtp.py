@@ -36,7 +36,8 @@ class Decoder:
         drafter: proposes candidates; whatever it proposes, the text stays the same.
         walker: takes tokens as plain decoding would.
         texts: collects them.
-        generation_config: as `generate` prepared it; `max_length` bounds the drafts.
+        generation_config: as `generate` prepared it.
+        max_length: bounds the drafts, but not the text.
         returns_cache: whether the caller gets to see the cache.
         may_move: whether slots without meaning may be dropped, see `Support.ragged`.
     """
@@ -47,6 +48,7 @@ class Decoder:
     walker: Walker
     texts: Texts
     generation_config: GenerationConfig
+    max_length: int
     returns_cache: bool
     may_move: bool
 
@@ -182,8 +184,7 @@ class Decoder:
         """Draft no deeper than tokens may follow: candidates, and one more after them."""
         if rows.must_settle:
             return Candidates.none(rows.input_ids)
-        rooms = [
-            self.generation_config.max_length - self.texts.length(row) - 1 for row in rows.numbers
-        ]
-        candidates = self.drafter.draft(rows.input_ids, rows.hidden_states, max(rooms))
-        return candidates.truncate(rooms)
+        rooms = [max(0, self.max_length - self.texts.length(row) - 1) for row in rows.numbers]
+        device = rows.hidden_states.device  # the heads'; tokens may be elsewhere
+        candidates = self.drafter.draft(rows.input_ids.to(device), rows.hidden_states, max(rooms))
+        return candidates.truncate(rooms).to(rows.input_ids.device)

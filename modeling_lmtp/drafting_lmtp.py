@@ -6,7 +6,7 @@ Shapes: `B` batch, `L` known tokens, `S` last states known, `H` hidden size, `N`
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -72,6 +72,12 @@ class Candidates:
     def is_chain(self) -> bool:
         """Whether no row has two candidates for one distance."""
         return all(tree.is_chain for tree in self.trees)
+
+    def to(self, device: torch.device) -> "Candidates":
+        """Return the same with `token_ids` on that device."""
+        if self.token_ids.device == device:
+            return self
+        return replace(self, token_ids=self.token_ids.to(device))
 
     def truncate(self, depths: Sequence[int]) -> "Candidates":
         """Return the draft without the nodes of row `b` that are deeper than `depths[b]`."""

@@ -5,6 +5,8 @@ processors and stopping criteria are prepared by Transformers for that very arch
 decoding loop handed to it.
 """
 
+import inspect
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -34,12 +36,14 @@ from .refusals_lmtp import (
     refuse_bad_inputs,
     refuse_ignored,
     refuse_other_strategies,
+    refuse_prompt_learning,
+    refuse_synced,
     refuse_unsupported,
 )
 from .settings_lmtp import LMTPSettings
 from .static_lmtp import check_room, enlarge
 from .static_verification_lmtp import StaticVerifier
-from .support_lmtp import Support, Tier, decoding_support
+from .support_lmtp import Support, Tier, decoding_support, num_positions, why_not_that_long
 from .texts_lmtp import Texts
 from .tree_lmtp import DraftTree
 from .verification_lmtp import Verifier
@@ -81,16 +85,24 @@ class LMTPGenerationMixin(GenerationMixin):
             ValueError: with `use_lmtp=True`, for a call that it does not support, before any work; and
                 for settings or a drafter in a call that leaves them without effect.
         """
+        names = list(inspect.signature(GenerationMixin.generate).parameters)[
+            5:
+        ]  # after these and self
+        kwargs.update(zip(names, args, strict=False))
         in_call = dict(kwargs)
         settings = LMTPSettings.take_from(kwargs, generation_config, self.generation_config)
         refuse_ignored(in_call, drafter is not None, settings.use_lmtp)
+        refuse_prompt_learning(self)
         self.backbone.generation_config = self.generation_config
         if not settings.use_lmtp:
+            if in_call.get("use_lmtp") is False:  # turns off what the configuration says beside it
+                kwargs.setdefault("prompt_lookup_num_tokens", None)
             return self.backbone.generate(
-                inputs, generation_config, logits_processor, stopping_criteria, *args, **kwargs
+                inputs, generation_config, logits_processor, stopping_criteria, **kwargs
             )
 
         refuse_other_strategies(kwargs, generation_config, self.generation_config)
+        refuse_synced(self.backbone, kwargs.get("synced_gpus"))
         refuse_bad_inputs(inputs, kwargs)
         settings.check(self._horizon, self._num_draftable)
         stopping_criteria = _with_stop_strings(
@@ -103,7 +115,6 @@ class LMTPGenerationMixin(GenerationMixin):
             generation_config,
             logits_processor,
             stopping_criteria,
-            *args,
             custom_generate=self._decoding_method(
                 settings,
                 drafter,
@@ -131,12 +142,17 @@ class LMTPGenerationMixin(GenerationMixin):
             **model_kwargs: Any,
         ) -> ModelOutput | torch.Tensor:
             refuse_unsupported(generation_config, model_kwargs)
+            too_long = why_not_that_long(backbone.config, generation_config.max_length)
             support = self._decoding_support()
             returns_dict = bool(generation_config.return_dict_in_generate)
             chooser = TokenChooser(logits_processor, stopping_criteria, generation_config)
             own_settings = settings.for_batch(input_ids.shape[0])
-            if drafter is None and own_settings.drafts_nothing(self._horizon):
-                _say_drafting_is_off(input_ids.shape[0])
+            if too_long or (drafter is None and own_settings.drafts_nothing(self._horizon)):
+                _say_drafting_is_off(
+                    too_long
+                    or f"the settings draft no candidates at batch size {input_ids.shape[0]} "
+                    "(`lmtp tune` writes so where drafting cannot win)"
+                )
                 output = backbone._sample(
                     input_ids,
                     logits_processor,
@@ -166,6 +182,8 @@ class LMTPGenerationMixin(GenerationMixin):
                 _walker(own_settings, support, chooser, input_ids, generation_config, streamer),
                 Texts(input_ids, chooser.pad_token_id, streamer),
                 generation_config,
+                # A token past the last position could not be verified
+                min(generation_config.max_length, 1 + (num_positions(backbone.config) or math.inf)),
                 returns_cache=returns_dict or cache_is_given,
                 may_move=support.ragged,
             )
@@ -265,11 +283,8 @@ class LMTPGenerationMixin(GenerationMixin):
         return PathDrafter(*heads) if is_path else LeapHeadDrafter(*heads)
 
 
-def _say_drafting_is_off(batch_size: int) -> None:
-    logger.warning_once(
-        f"use_lmtp=True decodes plainly here: the settings draft no candidates at batch size "
-        f"{batch_size} (`lmtp tune` writes so where drafting cannot win)."
-    )
+def _say_drafting_is_off(reason: str) -> None:
+    logger.warning_once(f"use_lmtp=True decodes plainly here: {reason}.")
 
 
 def _walker(

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from .backbone_lmtp import copy_unembedding, keep_rows, unembedding_size
+from .backbone_lmtp import copy_unembedding, keep_rows, unembedding_device, unembedding_size
 from .context_lmtp import context_widths
 from .states_lmtp import LayerMix, states_per_token
 from .unembeddings_lmtp import HeadUnembedding, LowRankUpdate
@@ -161,6 +161,6 @@ def new_leap_heads(config: Any, backbone: PreTrainedModel) -> LeapHeads:
         )
 
     widths = context_widths(config.leap_offsets, config.head_context)
-    with backbone.get_output_embeddings().weight.device:  # a loaded one's, in the midst of loading
+    with unembedding_device(backbone):
         heads = LeapHeads(new_head(width) for width in widths)
     return heads.to(backbone.dtype)

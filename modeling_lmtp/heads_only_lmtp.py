@@ -6,6 +6,7 @@ from typing import Any
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
+from .backbone_lmtp import unembedding_device
 from .heads_lmtp import new_leap_heads
 from .pretrained_lmtp import LMTPPreTrainedModel
 
@@ -212,8 +213,7 @@ def check_backbone_sizes(config: Any, backbone: PreTrainedModel) -> None:
 def _joined(cls: Any, heads: LeapHeadsAlone, backbone: PreTrainedModel) -> Any:
     heads.config.heads_only = False
     whole = cls(heads.config, backbone=backbone)
-    device = backbone.get_output_embeddings().weight.device
-    whole.leap_heads = heads.leap_heads.to(device)
+    whole.leap_heads = heads.leap_heads.to(unembedding_device(backbone))
     return whole.eval()
 
 

@@ -95,7 +95,9 @@ class LeapHeadDrafter(Drafter):
         return self._trees[depth]
 
     def _token_ids(self, indices: torch.Tensor) -> torch.Tensor:
-        return indices if self.draft_token_ids is None else self.draft_token_ids[indices]
+        if self.draft_token_ids is None:
+            return indices
+        return self.draft_token_ids.to(indices.device)[indices]
 
     def _plan(self, depth: int, device: torch.device) -> list[_HeadInputs]:
         """What the heads read that serve the distances `1 … depth`: each some that follow each other."""

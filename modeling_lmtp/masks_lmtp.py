@@ -138,4 +138,4 @@ def _prefix_mask(
 ) -> torch.Tensor:
     if attention_mask is None:
         return torch.ones((batch_size, prefix), dtype=torch.bool, device=device)
-    return attention_mask[:, :prefix].bool()
+    return attention_mask[:, :prefix].bool().to(device)

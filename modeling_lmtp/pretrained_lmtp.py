@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import CONFIG_MAPPING, PreTrainedModel
 from transformers import initialization as init
 
 from .checkpoints_lmtp import AUTO_MAP, check_loaded
@@ -63,6 +63,18 @@ class LMTPPreTrainedModel(PreTrainedModel):
         return (model, info) if with_info else model
 
     def save_pretrained(self, save_directory: str | Path, *args: Any, **kwargs: Any) -> None:
-        """Save weights, configuration, generation settings and the code that loads them."""
+        """Save weights, configuration, generation settings and the code that loads them.
+
+        Raises:
+            ValueError: Transformers does not know the backbone's configuration, so that nothing could load
+                the checkpoint.
+        """
+        kind = self.config.backbone_config.model_type
+        if kind not in CONFIG_MAPPING:
+            raise ValueError(
+                f"The backbone is of the kind {kind!r}, which Transformers does not know: its code came "
+                "with its repository. A checkpoint could not be loaded again. Register its classes "
+                "(AutoConfig.register, AutoModelForCausalLM.register) before saving and loading."
+            )
         self.config.auto_map = dict(AUTO_MAP)
         super().save_pretrained(save_directory, *args, **kwargs)

@@ -5,14 +5,17 @@ from dataclasses import fields
 from typing import Any
 
 import torch
+from torch import distributed as dist
 from transformers import GenerationConfig, StaticCache
 from transformers.generation import GenerationMode
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
+from transformers.integrations.fsdp import is_fsdp_managed_module
 
 from .cache_lmtp import check_cache
 from .settings_lmtp import DRAFT_SOURCES, PROMPT_LOOKUP, LMTPSettings
 from .static_lmtp import check_static_cache
 
-OTHER_STRATEGIES = ("assistant_model", "custom_generate", "use_mtp")
+OTHER_STRATEGIES = ("assistant_model", "custom_generate", "use_mtp", "token_healing")
 
 
 def refuse_ignored(kwargs: Mapping[str, Any], has_drafter: bool, use_lmtp: bool) -> None:
@@ -42,6 +45,31 @@ def refuse_ignored(kwargs: Mapping[str, Any], has_drafter: bool, use_lmtp: bool)
                 f"{given} have no effect without use_lmtp=True. Pass it as well, or use_lmtp=False to "
                 "decode plainly nevertheless."
             )
+
+
+def refuse_prompt_learning(model: Any) -> None:
+    """Raise a ValueError for prompts that PEFT has learned: the backbone generates, and has none.
+
+    PEFT puts them where the model that it wraps would prepare its inputs.
+    """
+    prepare = vars(model).get("prepare_inputs_for_generation")
+    if prepare is not None and getattr(prepare, "__self__", None) is not model:
+        raise ValueError(
+            "A learned prompt (prompt, prefix or p-tuning) on a model with leap heads does not reach "
+            "its backbone, which generates. Use LoRA or another adapter of layers."
+        )
+
+
+def refuse_synced(backbone: Any, synced_gpus: bool | None) -> None:
+    """Raise a ValueError where processes must go in step, as in ZeRO-3: L-MTP's need not."""
+    if synced_gpus is None and dist.is_available() and dist.is_initialized():
+        is_shared = is_deepspeed_zero3_enabled() or is_fsdp_managed_module(backbone)
+        synced_gpus = is_shared and dist.get_world_size() > 1
+    if synced_gpus:
+        raise ValueError(
+            "use_lmtp=True does not support synced_gpus=True, as for a model that is sharded among "
+            "processes (ZeRO-3, FSDP). Call generate() without use_lmtp."
+        )
 
 
 def refuse_other_strategies(

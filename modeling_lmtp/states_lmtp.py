@@ -10,6 +10,7 @@ output, the last one as the unembedding reads it; `…` any leading dimensions.
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from threading import get_ident
 from typing import Any
 
 import torch
@@ -69,15 +70,23 @@ def head_states(
 def _all_layers(backbone: PreTrainedModel, states: list[torch.Tensor]) -> Iterator[None]:
     """Put the other layers' states before those that `unembedding_inputs` has collected."""
     asked: list[Any] = []  # whether the caller wants them
+    own_thread = get_ident()  # others may be running the same model
+
+    def is_other() -> bool:
+        return not torch.compiler.is_compiling() and get_ident() != own_thread
 
     def ask(
         module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        if is_other():
+            return None
         wanted = kwargs.get("output_hidden_states")
         asked.append(module.config.output_hidden_states if wanted is None else wanted)
         return args, {**kwargs, "output_hidden_states": True}
 
     def collect(module: Any, args: tuple[Any, ...], outputs: Any) -> Any:
+        if is_other():
+            return None
         states[-1] = join_states(module, outputs.hidden_states, states[-1])
         if asked.pop():
             return outputs

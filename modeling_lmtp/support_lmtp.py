@@ -12,7 +12,7 @@ from enum import Enum
 from typing import Any
 
 import torch
-from transformers import Cache, DynamicCache, PreTrainedModel, StaticCache
+from transformers import Cache, DynamicCache, PreTrainedConfig, PreTrainedModel, StaticCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from transformers.utils import logging
 
@@ -35,6 +35,9 @@ LOW_PRECISION_TRACE_TOLERANCE = 1e-2
 LOW_PRECISION_PLAIN_TOLERANCE = 2e-1
 # How configurations call a window; `max_window_layers` and `sliding_window_pattern` are none
 WINDOW_SETTINGS = ("window", "window_size", "attention_chunk_size")
+# How configurations call the number of positions
+POSITION_SETTINGS = ("max_position_embeddings", "max_seq_len", "n_positions")
+LENGTH_DEPENDENT = ("dynamic", "longrope")  # kinds of rotary embeddings
 TREE = DraftTree.from_paths([(0,), (1,), (1, 0)])
 
 
@@ -69,6 +72,8 @@ _known: "weakref.WeakKeyDictionary[PreTrainedModel, dict[Any, Support]]" = (
 def decoding_support(backbone: PreTrainedModel, static: bool = False) -> Support:
     """Return what `backbone` can verify; tried once per model, attention, dtype, device and mode.
 
+    A refusal is not remembered.
+
     Args:
         backbone: the model.
         static: over a static cache, where it is a tree or nothing.
@@ -77,9 +82,40 @@ def decoding_support(backbone: PreTrainedModel, static: bool = False) -> Support
     attention = backbone.config._attn_implementation
     precision = backbone.dtype, _precision(backbone)
     key = (attention, precision, backbone.device, backbone.training, static)
-    if key not in known:
-        known[key] = _try_static(backbone) if static else _try_tiers(backbone)
-    return known[key]
+    if key in known:
+        return known[key]
+    found = _try_static(backbone) if static else _try_tiers(backbone)
+    if found.tier is not Tier.REFUSED:  # what stood in the way may be gone by the next call
+        known[key] = found
+    return found
+
+
+def num_positions(config: PreTrainedConfig) -> int | None:
+    """Return how many positions a model says that it has; None if it does not say."""
+    config = config.get_text_config(decoder=True)
+    found = [getattr(config, name, None) for name in POSITION_SETTINGS]
+    return min((value for value in found if type(value) is int and value > 0), default=None)
+
+
+def why_not_that_long(config: PreTrainedConfig, max_length: int) -> str:
+    """Say why texts of that length cannot be drafted for; nothing if they can.
+
+    Rotary embeddings that are rescaled by the length of the text count drafted tokens as well, so that
+    what is verified beyond the length that they begin with is not what plain decoding computes.
+    """
+    config = config.get_text_config(decoder=True)
+    parameters = getattr(config, "rope_parameters", None) or {}
+    for kind in (parameters, *parameters.values()):
+        if isinstance(kind, dict) and kind.get("rope_type") in LENGTH_DEPENDENT:
+            limit = kind.get("original_max_position_embeddings") or getattr(
+                config, "original_max_position_embeddings", config.max_position_embeddings
+            )
+            if max_length > limit:
+                return (
+                    f"its {kind['rope_type']!r} rotary embeddings depend on the length of the text beyond "
+                    f"{limit} tokens, and this call allows {max_length}"
+                )
+    return ""
 
 
 def decoding_tier(backbone: PreTrainedModel) -> Tier:

@@ -23,9 +23,10 @@ class DraftUnembedding:
 
     def __init__(self, source: Any, token_ids: Sequence[int]) -> None:
         self.source = source
-        self.token_ids = torch.tensor(token_ids, device=source.weight.device)
-        # Adapted or quantized unembeddings have more to them than a weight to cut rows from
-        self._has_rows = type(source) is nn.Linear
+        # Adapted, quantized or offloaded unembeddings have more to them than a weight to cut rows from
+        self._has_rows = type(source) is nn.Linear and not source.weight.is_meta
+        device = source.weight.device if self._has_rows else None
+        self.token_ids = torch.tensor(token_ids, device=device)
         learns = torch.is_grad_enabled() and any(p.requires_grad for p in self.parameters())
         self._frozen_rows = None if learns else self._rows()
 
@@ -38,7 +39,8 @@ class DraftUnembedding:
     def __call__(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """Map `(…, H)` to logits `(…, D)`."""
         if not self._has_rows:
-            return self.source(hidden_states)[..., self.token_ids]
+            logits = self.source(hidden_states)
+            return logits[..., self.token_ids.to(logits.device)]
         weight, bias = self._frozen_rows or self._rows()  # type: ignore[misc]
         return nn.functional.linear(hidden_states, weight, bias)
 

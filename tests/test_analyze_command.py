@@ -173,3 +173,12 @@ def test_errors_say_what_to_do_and_write_nothing(folder, tmp_path):
 
 def test_labels_that_are_too_close_are_moved_apart():
     assert spread([1.0, 2.0, 1.05], gap=0.1) == pytest.approx([1.0, 2.0, 1.1])
+
+
+def test_answers_of_one_token_say_nothing(folder, tmp_path):
+    rows = [{"prompt": "a", "response": "", "finished": True}] * 3
+    path = tmp_path / "answers.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    options = ["--answers", path, "--marginalize-positions", 0, "--nodes", 2, "--num-answers", 2]
+    error = error_of("analyze", folder / "far", *options, "--output", tmp_path / "out")
+    assert "There is nothing to draft in 2 answers" in error

@@ -9,6 +9,7 @@ import pytest
 import torch
 from architectures import REPRESENTATIVE, tiny_causal_lm
 from huggingface_hub.errors import StrictDataclassError
+from peft import LoraConfig, get_peft_model
 from tiny import tiny_llama
 from transformers import (
     AutoModel,
@@ -192,7 +193,24 @@ def headless() -> PreTrainedModel:
     return model
 
 
+def adapted() -> PreTrainedModel:
+    model = tiny_llama()
+    model.add_adapter(LoraConfig(target_modules=["q_proj"]))
+    return model
+
+
+def with_heads() -> PreTrainedModel:
+    return LMTPForCausalLM.from_backbone(tiny_llama())
+
+
 REFUSED = {
+    "adapters": (adapted, {}, "LlamaForCausalLM has adapters, and a checkpoint of it could not be"),
+    "PEFT's wrapper": (
+        lambda: get_peft_model(tiny_llama(), LoraConfig(target_modules=["q_proj"])),
+        {},
+        "has adapters, and a checkpoint of it could not be loaded again. Merge them first",
+    ),
+    "heads on it": (with_heads, {}, "LMTPForCausalLM has leap heads already."),
     "encoder-decoder": (t5, {}, "T5ForConditionalGeneration is an encoder-decoder model."),
     "no unembedding": (headless, {}, "LlamaModel has no language-modeling head. Load the backbone"),
     "offsets given twice": (
@@ -222,6 +240,8 @@ REFUSED = {
 }
 
 
+# PEFT asks for what Transformers has renamed
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")
 @pytest.mark.parametrize(("backbone", "arguments", "message"), REFUSED.values(), ids=REFUSED.keys())
 def test_what_cannot_be_wrapped_is_refused(backbone, arguments, message):
     with pytest.raises(REFUSALS, match=re.escape(message)):

@@ -194,7 +194,7 @@ def test_train_joint_and_analyze_say_if_another_model_made_the_answers(
     result = lmtp("analyze", tmp_path / "o", *options)
     assert result.exit_code == 0, result.output
     notes = json.loads((tmp_path / "a" / "analysis.json").read_text())["notes"]
-    assert told[0] in notes
+    assert told[1] in notes
     assert "made by another model or revision" in " ".join(result.output.split())
 
 
@@ -235,3 +235,10 @@ def test_the_commands_refuse_bad_rows_or_skip_them_by_choice(folder, tmp_path):
     analyze = ["analyze", output, "--answers", answers, "--output", tmp_path / "a", *few]
     assert "answers.jsonl:6" in error_of(*analyze)
     assert lmtp(*analyze, "--bad-rows", "skip").exit_code == 0
+
+
+def test_answers_are_cut_where_the_positions_of_the_model_end(tmp_path):
+    path = write(tmp_path / "a.jsonl", GOOD)
+    whole = load_answers(path, tiny_llama(), tiny_tokenizer()).examples[0]
+    model = tiny_llama(max_position_embeddings=len(whole.input_ids) - 2)
+    assert load_answers(path, model, tiny_tokenizer()).examples[0].input_ids == whole.input_ids[:-2]

@@ -9,6 +9,7 @@ from test_cli import error_of, lmtp
 from tiny import tiny_llama, tiny_tokenizer
 
 from modeling_lmtp.conversion import bench as bench_module
+from modeling_lmtp.conversion import bench_run
 from modeling_lmtp.conversion.bench import Measured, Run, make_batches, measure
 from modeling_lmtp.conversion.bench_methods import Method, methods_to_compare, plain_method
 from modeling_lmtp.conversion.bench_record import figures, rows
@@ -180,6 +181,77 @@ def test_the_command_writes_rows_and_conditions(folder):
         for name in ("plain", "chain", "leap-1: chain")
     ]
     assert all(row["equal"] for row in record["rows"])
+
+
+def test_answers_of_one_token_have_no_speed(folder, monkeypatch):
+    output = folder / "short.json"
+    monkeypatch.setattr(
+        "modeling_lmtp.conversion.bench_run.load_lmtp", lambda *_: ends_at_once(tiny_model())
+    )
+    result = lmtp(
+        "bench", folder / "checkpoint", "--prompts", folder / "prompts.jsonl", "--output", output,
+        "--rounds", 1, "--dtypes", "float32", "--only", "chain", "--per-kind", 1,
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    rows = json.loads(output.read_text())["rows"]
+    assert {row["new_tokens"] for row in rows} == {1, 2}
+    assert (
+        {row["speed_up"] for row in rows} == {row["speed_up_of_totals"] for row in rows} == {None}
+    )
+
+
+def ends_at_once(model):
+    """Return the model such that all of its tokens end its text."""
+    model.generation_config.eos_token_id = list(range(model.config.get_text_config().vocab_size))
+    return model
+
+
+def test_what_has_been_measured_is_written_though_the_rest_fails(folder, monkeypatch):
+    output = folder / "first_half.json"
+    measured = bench_run.measure
+
+    def once(*arguments, **options):
+        monkeypatch.setattr(bench_run, "measure", fail)
+        return measured(*arguments, **options)
+
+    def fail(*arguments, **options):
+        raise torch.OutOfMemoryError("No memory left.")
+
+    monkeypatch.setattr(bench_run, "measure", once)
+    error = error_of(
+        "bench", folder / "checkpoint", "--prompts", folder / "prompts.jsonl", "--output", output,
+        "--sweep", "batch", "--at", "1,2", "--rounds", 1, "--max-new-tokens", 4, "--dtypes", "float32",
+        "--only", "chain",
+    )  # fmt: skip
+    assert "No memory left." in error
+    record = json.loads(output.read_text())
+    assert {row["at"] for row in record["rows"]} == {1}
+    assert record["conditions"]["sweep"] == "batch"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            ["--dtypes", "float32,fp32"],
+            "dtype must be one of auto, bfloat16, float16, float32, got",
+        ),
+        (["--draft-nodes", 64], "draft_nodes must be from 0 to 63, got 64."),
+        (["--sweep", "nodes", "--at", "2,100"], "At most 63 candidates are verified at once"),
+        (["--sweep", "heads", "--at", "1,9"], "These heads draft 3 tokens, and not 9."),
+        (
+            ["--sweep", "context", "--at", "0"],
+            "at must be 1 or more for the sweep 'context', got 0.",
+        ),
+        (["--sweep", "output", "--at", "1"], "at must be 2 or more for the sweep 'output', got 1."),
+    ],
+)
+def test_a_setting_out_of_range_is_refused_before_anything_is_measured(
+    folder, monkeypatch, options, message
+):
+    monkeypatch.setattr(bench_run, "measure", None)
+    common = ["bench", folder / "checkpoint", "--prompts", folder / "prompts.jsonl"]
+    assert message in error_of(*common, *options)
 
 
 def test_heads_in_folders_of_one_name_are_told_apart_by_their_paths(folder):

@@ -240,3 +240,16 @@ def test_a_card_that_cannot_be_written_leaves_the_old_one(full, monkeypatch):
     assert "error: [Errno 13] Permission denied" in result.output
     assert (full / "README.md").read_text() == "old"
     assert not list(full.glob(".*"))
+
+
+@pytest.mark.parametrize("form", METADATA)
+def test_figures_of_heads_on_another_model_are_refused(request, tmp_path, form):
+    folder = request.getfixturevalue(form)
+    path = results(tmp_path, {**CONDITIONS, "base_model": "someone/another"})
+    if form == "adapter":  # whose record of the heads names no backbone here
+        build_card(folder, FACTS, [path])
+        return
+    with pytest.raises(ValueError, match="is about another model: heads on another instead of "):
+        build_card(folder, FACTS, [path])
+    copied = results(tmp_path, {**CONDITIONS, "base_model": BASE_ID.split("/")[-1]})
+    build_card(folder, FACTS, [copied])

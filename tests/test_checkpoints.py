@@ -13,7 +13,13 @@ import pytest
 import torch
 from architectures import tiny_causal_lm
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
 
 import modeling_lmtp
 from modeling_lmtp import LMTPConfig, LMTPForCausalLM
@@ -57,7 +63,13 @@ except ImportError:
     pass
 else:
     raise SystemExit("modeling_lmtp can be imported")
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
 
 prompt = torch.tensor([[3, 17, 5, 9, 44]])
 results = {}
@@ -263,3 +275,31 @@ def test_shipped_code_imports_only_what_a_consumer_has(path):
             else:  # `from .name_lmtp import x`, flat
                 assert node.level == 1
                 assert node.module in names
+
+
+def test_where_the_backbone_lay_is_not_told(tmp_path):
+    tiny_causal_lm("llama").save_pretrained(tmp_path / "own_folder")
+    model = LMTPForCausalLM.from_backbone(tmp_path / "own_folder")
+    model.config.base_model_name_or_path = "owner/model"
+    model.save_pretrained(tmp_path / "saved")
+    for path in (tmp_path / "saved").glob("*.json"):
+        assert "own_folder" not in path.read_text(), path.name
+    loaded = LMTPForCausalLM.from_pretrained(tmp_path / "saved")
+    loaded.save_pretrained(tmp_path / "again")
+    assert "saved" not in (tmp_path / "again" / "config.json").read_text()
+
+
+def test_a_backbone_that_nothing_could_load_is_refused(tmp_path):
+    class OwnConfig(LlamaConfig):
+        model_type = "of_its_own"
+
+    class OwnModel(LlamaForCausalLM):
+        config_class = OwnConfig
+
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4}
+    model = LMTPForCausalLM.from_backbone(OwnModel(OwnConfig(vocab_size=96, **sizes)))
+    with pytest.raises(
+        ValueError, match="of the kind 'of_its_own', which Transformers does not know"
+    ):
+        model.save_pretrained(tmp_path / "saved")
+    assert not (tmp_path / "saved").exists()

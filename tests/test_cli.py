@@ -68,6 +68,13 @@ def test_generate_streams_the_plain_text(checkpoint):
     assert "tokens per step" in fast.stderr
 
 
+def test_an_answer_of_one_token_has_no_steps_to_count(checkpoint):
+    result = lmtp("generate", checkpoint, "The sea", "--max-new-tokens", 1)
+    assert result.exit_code == 0, result.output
+    assert "1 tokens" in result.stderr
+    assert "per step" not in result.stderr
+
+
 def test_verify_finds_equal_texts_and_writes_the_figures(folder, checkpoint, tmp_path):
     figures = tmp_path / "figures.json"
     arguments = ["--prompts", folder / "prompts.jsonl", "--num-prompts", 3, "--max-new-tokens", 16]

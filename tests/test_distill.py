@@ -8,8 +8,9 @@ from dataclasses import replace
 import pytest
 import torch
 from tiny import tiny_llama, tiny_tokenizer
-from transformers import GenerationConfig
+from transformers import GenerationConfig, GPT2Config, GPT2LMHeadModel
 
+from modeling_lmtp import LMTPForCausalLM
 from modeling_lmtp.training import prompts as prompts_module
 from modeling_lmtp.training.distill import (
     DistillSettings,
@@ -18,6 +19,7 @@ from modeling_lmtp.training.distill import (
     manifest_path,
     model_fingerprint,
     read_rows,
+    run_identity,
 )
 from modeling_lmtp.training.prompts import (
     Prompt,
@@ -316,3 +318,24 @@ def test_malformed_rows_are_named_by_file_and_line(tmp_path, line, message):
     path.write_text(json.dumps(GOOD_ROW) + "\n" + line)
     with pytest.raises(ValueError, match=message):
         read_rows(path)
+
+
+def test_heads_on_a_model_make_no_other_of_it(model, tokenizer, tmp_path):
+    with_heads = LMTPForCausalLM.from_backbone(model, leap_offsets=(2,))
+    assert run_identity(with_heads, tokenizer) == run_identity(model, tokenizer)
+
+
+def test_answers_end_where_the_positions_of_the_model_do(tokenizer, tmp_path):
+    longest = max(len(render_prompt(tokenizer, text)) for text in TEXTS)
+    config = GPT2Config(n_positions=longest + 3, vocab_size=320, n_embd=32, n_layer=1, n_head=2)
+    model = GPT2LMHeadModel(config).eval()
+    model.generation_config.eos_token_id = []
+    run(model, tokenizer, tmp_path / "out.jsonl", GREEDY)
+    rows = read_rows(tmp_path / "out.jsonl")
+    assert len(rows) == len(TEXTS)
+    assert {row["tokens"] for row in rows[:4]} == {3}  # the first batch has the longest prompt
+    assert not any(row["finished"] for row in rows)
+    model.config.n_positions = longest
+    with pytest.raises(ValueError, match=f"tokens, and the model has {longest} positions"):
+        run(model, tokenizer, tmp_path / "other.jsonl", GREEDY)
+    assert not (tmp_path / "other.jsonl").exists()

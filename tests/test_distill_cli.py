@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import re
 import subprocess
@@ -190,3 +191,32 @@ def test_launched_processes_finish_what_three_others_began(folder, tmp_path):
     assert {path.name: path.read_bytes() for path in two.parent.iterdir()} == {
         path.name: path.read_bytes() for path in one.parent.iterdir()
     }
+
+
+def test_bad_rows_are_refused_or_skipped_and_counted_by_choice(folder, tmp_path, caplog):
+    prompts, output = tmp_path / "prompts.jsonl", tmp_path / "out.jsonl"
+    good = json.dumps({"prompt": TEXTS[0]})
+    prompts.write_text(f'{good}\n{{"prompt": ""}}\n{{"prompt": \n')
+    refused = error_of(folder, output, "--prompts", prompts)
+    assert "prompts.jsonl:2: expected a non-empty string" in refused
+    assert "--bad-rows skip" in refused
+    assert "got 'drop'" in error_of(folder, output, "--prompts", prompts, "--bad-rows", "drop")
+    assert not output.exists()
+    logger = logging.getLogger("modeling_lmtp")
+    logger.addHandler(caplog.handler)
+    try:
+        result = distill(folder, output, "--prompts", prompts, "--bad-rows", "skip")
+    finally:
+        logger.removeHandler(caplog.handler)
+    assert result.exit_code == 0
+    assert len(output.read_text().splitlines()) == 1
+    assert "2 bad rows skipped: " in caplog.text
+    assert "prompts.jsonl:3: not JSON" in caplog.text
+
+
+def test_a_damaged_manifest_is_named(folder, tmp_path):
+    output = tmp_path / "out.jsonl"
+    assert distill(folder, output, "--prompts", folder / "prompts.jsonl").exit_code == 0
+    manifest_path(output).write_text("{")
+    error = error_of(folder, output, "--prompts", folder / "prompts.jsonl")
+    assert "out.jsonl.manifest.json is not JSON" in error

@@ -83,6 +83,46 @@ def test_a_checkpoint_is_placed_by_a_device_map(device_map, tmp_path):
     assert_same_texts(loaded, plain=plain)
 
 
+# What the heads read is where the unembedding computes, though its weights are elsewhere
+OFFLOADED_UNEMBEDDING = {"model": "cpu", "lm_head": "disk"}
+VOCABULARY = tuple(range(0, 96, 2))
+
+
+@pytest.mark.parametrize("settings", [{}, {"draft_token_ids": VOCABULARY}], ids=["all", "some"])
+@pytest.mark.parametrize("context", [0, "path"])
+def test_an_offloaded_unembedding_drafts_what_it_does_in_memory(settings, context, tmp_path):
+    settings = {"leap_offsets": (2, 3), "head_context": context, **settings}
+    backbone = tiny_llama(96, eos_token_id=None)
+    model = LMTPForCausalLM.from_backbone(backbone, **settings)
+    backbone.save_pretrained(tmp_path / "backbone")
+    options = {"device_map": OFFLOADED_UNEMBEDDING, "offload_folder": tmp_path / "offloaded"}
+    offloaded = AutoModelForCausalLM.from_pretrained(tmp_path / "backbone", **options)
+    assert offloaded.lm_head.weight.is_meta
+    wrapped = LMTPForCausalLM.from_backbone(offloaded, **settings)
+    expected = generate(model, use_lmtp=True)
+    found = generate(wrapped, use_lmtp=True)
+    assert found.sequences.tolist() == expected.sequences.tolist()
+    assert found.acceptance_lengths == expected.acceptance_lengths
+    with pytest.raises(ValueError, match="is offloaded, so heads cannot start from a copy"):
+        LMTPForCausalLM.from_backbone(offloaded, share_lm_head=False)
+
+
+def test_heads_alone_join_a_backbone_whose_unembedding_is_offloaded(tmp_path):
+    tiny_llama(96, eos_token_id=None).save_pretrained(tmp_path / "backbone")
+    model = LMTPForCausalLM.from_backbone(tmp_path / "backbone", leap_offsets=(2, 3))
+    with torch.no_grad():
+        for head in model.leap_heads:
+            head.blocks[0].linear.weight.normal_()
+    expected = generate(model, use_lmtp=True)
+    model.save_pretrained(tmp_path / "heads", heads_only=True)
+    options = {"device_map": OFFLOADED_UNEMBEDDING, "offload_folder": tmp_path / "offloaded"}
+    offloaded = AutoModelForCausalLM.from_pretrained(tmp_path / "backbone", **options)
+    joined = LMTPForCausalLM.from_pretrained(tmp_path / "heads", backbone=offloaded)
+    found = generate(joined, use_lmtp=True)
+    assert found.sequences.tolist() == expected.sequences.tolist()
+    assert found.acceptance_lengths == expected.acceptance_lengths
+
+
 # Compilers
 
 
@@ -245,8 +285,9 @@ def test_a_cache_made_in_inference_mode_goes_on_outside_of_it():
 # Threads
 
 
-def test_a_thread_may_generate_in_the_middle_of_another_s_pass():
-    model = wrapped()
+@pytest.mark.parametrize("head_input", ["last", "weighted"])
+def test_a_thread_may_generate_in_the_middle_of_another_s_pass(head_input):
+    model = LMTPForCausalLM.from_backbone(tiny_causal_lm("llama"), head_input=head_input)
     other = {"input_ids": torch.tensor([[60, 2, 31, 8]]), "attention_mask": torch.ones(1, 4).long()}
     plain, other_plain = generate(model).sequences, generate(model, other).sequences
     alone = Noting(plain, TREE, sometimes)

@@ -7,12 +7,13 @@ import re
 import pytest
 import torch
 from architectures import tiny_causal_lm
+from peft import PromptTuningConfig, get_peft_model
 from transformers import GenerationConfig, QuantizedCache
 from transformers.utils import logging
 
 from modeling_lmtp import LMTPForCausalLM
 from modeling_lmtp.drafting_lmtp import Candidates, Drafter
-from modeling_lmtp.support_lmtp import decoding_support
+from modeling_lmtp.support_lmtp import Tier, decoding_support
 from modeling_lmtp.tree_lmtp import DraftTree
 from modeling_lmtp.verification_lmtp import Verifier
 
@@ -37,6 +38,8 @@ REFUSED = {
         {"custom_generate": "owner/repository"},
         "cannot be combined with ['custom_generate']",
     ),
+    "token healing": ({"token_healing": True}, "cannot be combined with ['token_healing']"),
+    "processes in step": ({"synced_gpus": True}, "does not support synced_gpus=True"),
     "no cache": ({"use_cache": False}, "use_lmtp=True needs a key-value cache that can be rolled"),
     "embeddings": (
         {"inputs": None, "inputs_embeds": torch.zeros(1, 5, 32)},
@@ -319,3 +322,47 @@ def test_what_is_turned_off_or_saved_stays_silent(model, options):
     plain = model.backbone.generate(PROMPT, max_new_tokens=4, do_sample=False)
     output = model.generate(PROMPT, max_new_tokens=4, do_sample=False, **options)
     assert output.tolist() == plain.tolist()
+
+
+def test_lookup_of_a_configuration_is_turned_off_with_the_rest(model):
+    config = GenerationConfig(prompt_lookup_num_tokens=4)
+    batch = PROMPT.repeat(2, 1)
+    options = {"max_new_tokens": 4, "do_sample": False}
+    plain = model.backbone.generate(batch, **options)
+    # Transformers' own, which takes no batches, is what such a configuration says of a plain call
+    with pytest.raises(ValueError, match="batch_size = 1"):
+        model.generate(batch, generation_config=config, **options)
+    output = model.generate(batch, generation_config=config, use_lmtp=False, **options)
+    assert output.tolist() == plain.tolist()
+
+
+# PEFT asks whether gradients are checkpointed by a name that Transformers has deprecated
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")
+@pytest.mark.parametrize("use_lmtp", [False, True])
+def test_a_learned_prompt_is_refused_and_leaves_no_trace(use_lmtp):
+    model = LMTPForCausalLM.from_backbone(tiny_causal_lm("llama"), leap_offsets=(2, 3))
+    plain = model.generate(PROMPT, max_new_tokens=4, do_sample=False)
+    sizes = {"num_layers": 2, "token_dim": 32, "num_attention_heads": 4}
+    config = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4, **sizes)
+    learned = get_peft_model(model, config).eval()
+    with pytest.raises(ValueError, match=r"A learned prompt .* Use LoRA"):
+        learned.generate(input_ids=PROMPT, max_new_tokens=4, use_lmtp=use_lmtp)
+    again = model.generate(PROMPT, max_new_tokens=4, do_sample=False, use_lmtp=use_lmtp)
+    assert again.tolist() == plain.tolist()
+
+
+def test_a_refusal_is_not_remembered(model, monkeypatch):
+    backbone = tiny_causal_lm("llama")
+    forward = backbone.forward
+
+    def fail(*args, **kwargs):
+        raise RuntimeError("Something passing.")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(backbone, "forward", fail)
+        patch.setattr(
+            "modeling_lmtp.support_lmtp._forward_parameters", lambda _: ["past_key_values"]
+        )
+        assert decoding_support(backbone).tier is Tier.REFUSED
+    assert backbone.forward == forward
+    assert decoding_support(backbone).tier is Tier.TREE

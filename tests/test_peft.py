@@ -8,6 +8,7 @@ from tiny import tiny_llama, tiny_tokenizer
 from transformers import pipeline
 
 from modeling_lmtp import LMTPForCausalLM
+from modeling_lmtp.conversion.loading import load_tokenizer
 from modeling_lmtp.heads_lmtp import LeapHeads
 from modeling_lmtp.modeling_lmtp import logger
 
@@ -169,3 +170,17 @@ def test_a_pipeline_takes_the_flag():
     generator = pipeline("text-generation", model=new_model(), tokenizer=tiny_tokenizer())
     options = {"max_new_tokens": 12, "do_sample": False}
     assert generator("The sea", use_lmtp=True, **options) == generator("The sea", **options)
+
+
+def test_an_adapter_that_was_saved_without_a_tokenizer_has_that_of_its_checkpoint(tmp_path):
+    LMTPForCausalLM.from_backbone(tiny_llama()).save_pretrained(tmp_path / "checkpoint")
+    tiny_tokenizer().save_pretrained(tmp_path / "checkpoint")
+    model = LMTPForCausalLM.from_pretrained(tmp_path / "checkpoint")
+    get_peft_model(model, LoraConfig(target_modules=["q_proj"])).save_pretrained(
+        tmp_path / "adapter"
+    )
+    found = load_tokenizer(tmp_path / "adapter")
+    assert found.chat_template == tiny_tokenizer().chat_template
+    own = tiny_tokenizer(chat_template=None)
+    own.save_pretrained(tmp_path / "adapter")
+    assert load_tokenizer(tmp_path / "adapter").chat_template is None

@@ -173,3 +173,22 @@ def test_lmtp_distill_asks_a_dataset(folder, tmp_path):
     assert "prompts_sha256 is " in other.output
     wrong = lmtp("--field", "question")
     assert wrong.output.count("error: field: dataset") == 1
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "./a.jsonl", "."])
+def test_a_dataset_may_lie_in_the_current_folder(folder, tmp_path, monkeypatch, name):
+    (tmp_path / "a.jsonl").write_text((folder / "files" / "a.jsonl").read_text())
+    monkeypatch.chdir(tmp_path)
+    prompts, record = read_dataset_prompts(DatasetSource(name))
+    assert [prompt.text for prompt in prompts] == COLUMNS["prompt"]
+    assert record["name"] == name
+
+
+def test_rows_without_a_prompt_may_be_skipped(folder):
+    skipped = []
+    source = DatasetSource(str(folder / "single"), field="blank")
+    prompts, record = read_dataset_prompts(source, on_bad_row=skipped.append)
+    assert [prompt.text for prompt in prompts] == ["a", "b"]
+    assert record["rows"] == 2
+    assert len(skipped) == 1
+    assert "row 1: expected a non-empty string" in str(skipped[0])

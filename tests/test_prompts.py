@@ -59,8 +59,9 @@ def test_prompts_are_read_from_the_field_asked_for(tmp_path):
         ({"prompt": ["b"]}, r"p.jsonl:2: expected a non-empty string .* got \['b'\]"),
         ({"prompt": "b", "kind": 3}, r"p.jsonl:2: expected a string in field 'kind', got 3"),
         ("b", r"p.jsonl:2: expected a JSON object, got str"),
+        ({"prompt": "a \ud83d b"}, r"p.jsonl:2: .* surrogates not allowed"),
     ],
-    ids=["missing", "blank", "list", "kind", "no object"],
+    ids=["missing", "blank", "list", "kind", "no object", "half a pair"],
 )
 def test_wrong_prompts_are_named_by_file_and_line(tmp_path, row, message):
     with pytest.raises(ValueError, match=message):

@@ -4,6 +4,7 @@ import json
 from types import SimpleNamespace
 
 import pytest
+import torch
 from commands import lmtp
 from tiny import tiny_llama, tiny_tokenizer
 
@@ -127,3 +128,33 @@ def test_errors_say_what_to_do_and_leave_nothing_behind(train, options, message)
     assert message in " ".join(result.output.split())
     assert not output.exists()
     assert not output.with_name("out.training").exists()
+
+
+def test_heads_start_alike_whatever_was_drawn_before(train, monkeypatch):
+    started = []
+
+    def note(model, *arguments, **options):
+        started.append(model.state_dict())
+        raise ValueError("Enough.")
+
+    monkeypatch.setattr("modeling_lmtp.conversion.training.warm_up", note)
+    for drawn in (1, 2):
+        torch.manual_seed(drawn)
+        train("--leap-offsets", "2,3", "--lm-head-rank", 4)
+    first, second = started
+    assert any("lm_head_update" in name for name in first)
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_the_current_folder_is_no_output(train, tmp_path, monkeypatch):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    result = lmtp("train", tmp_path / "backbone", tmp_path / "answers.jsonl", ".")
+    assert "is the folder that you are in" in result.output
+
+
+def test_half_a_precision_that_a_cpu_does_not_train_is_refused(train, monkeypatch):
+    monkeypatch.setattr("torch.accelerator.is_available", lambda: False)
+    result, output = train("--leap-offsets", "2,3", "--dtype", "float16")
+    assert "The backbone is in float16, in which a CPU does not train." in result.output
+    assert not [*output.parent.glob("out*")]

@@ -28,7 +28,8 @@ from modeling_lmtp.conversion.tuning import (
 from modeling_lmtp.settings_lmtp import LMTPSettings
 from modeling_lmtp.support_lmtp import Tier
 from modeling_lmtp.training.evaluation import answer_states, evaluate_heads, tokens_per_step
-from modeling_lmtp.training.examples import Example
+from modeling_lmtp.training.examples import Example, split_examples
+from modeling_lmtp.training.saving import file_sha256
 from modeling_lmtp.training.simulation import simulate
 from modeling_lmtp.tree_lmtp import DraftTree
 
@@ -332,3 +333,32 @@ def test_the_command_tunes_a_folder(tmp_path, monkeypatch):
     assert lmtp("tune", checkpoint, *options).exit_code == 0
     every = tune_run.load_answers(answers, tiny_model(), tiny_tokenizer(), bad_rows="skip").examples
     assert chosen == [every[0], every[len(every) // 2]]  # spread over the file
+    negative = error_of("tune", checkpoint, "--answers", answers, "--batch-sizes", "1,0")
+    assert "A batch size must be 1 or more, got 0." in negative
+
+
+def test_an_adapter_is_not_tuned(tmp_path):
+    (tmp_path / "adapter_config.json").write_text('{"peft_type": "LORA"}')
+    error = error_of("tune", tmp_path, "--answers", tmp_path / "answers.jsonl")
+    assert "is an adapter, which decodes as the checkpoint that it was trained on says" in error
+
+
+def test_heads_are_tuned_on_what_they_have_not_learned(tmp_path, monkeypatch):
+    checkpoint = write_checkpoint(tmp_path / "checkpoint", leap_offsets=(2,))
+    rows = [{"prompt": text, "response": "the sea and the wind"} for text in PROMPTS["chat"] * 3]
+    answers = tmp_path / "answers.jsonl"
+    answers.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    every = tune_run.load_answers(answers, tiny_model(), tiny_tokenizer()).examples
+    record = {"examples": 4, "answers_sha256": file_sha256(answers)}
+    (checkpoint / "provenance.json").write_text(json.dumps(record))
+    chosen = []
+    monkeypatch.setattr(
+        tune_run, "tune", lambda model, examples, sizes: chosen.append(examples) or {}
+    )
+    told = lmtp("tune", checkpoint, "--answers", answers).output
+    assert "Tuning on the 2 of these answers that the heads were not trained on." in told
+    assert chosen == [split_examples(every, 2)[1]]
+    (checkpoint / "provenance.json").write_text(json.dumps({**record, "examples": 6}))
+    told = " ".join(lmtp("tune", checkpoint, "--answers", answers).output.split())
+    assert "The heads were trained on all of these answers," in told
+    assert chosen[1] == every

@@ -215,7 +215,7 @@ def analyze_heads(
         progress: show a progress bar.
 
     Raises:
-        ValueError: the model has no heads, or there are fewer than two answers.
+        ValueError: the model has no heads, or there are fewer than two answers, or only of one token.
     """
     schedule = drafts(model.config.leap_offsets)
     if not schedule:
@@ -233,6 +233,11 @@ def analyze_heads(
         measured.append([of_answer.cpu() for of_answer in drafted])
     ranks = [of_answer for of_answer, _ in measured]
     totals, counts = sums_over_answers([given for _, given in measured], examples)
+    if not counts.any():
+        raise ValueError(
+            f"There is nothing to draft in {len(examples)} answers: they end with their first token. Give "
+            "longer ones."
+        )
     hits, _ = sums_over_answers([of_answer == 0 for of_answer in ranks], examples)
     shares = rank_shares(ranks, examples)
 

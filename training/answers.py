@@ -21,6 +21,42 @@ class Example:
     answer_start: int
 
 
+class SkippedRows:
+    """What to do with bad rows: called with what is wrong with one, it raises that or keeps it.
+
+    Args:
+        bad_rows: `"refuse"` or `"skip"`.
+
+    Raises ValueError for anything else.
+    """
+
+    def __init__(self, bad_rows: str) -> None:
+        if bad_rows not in get_args(BadRows):
+            raise ValueError(
+                f"bad_rows: expected one of {', '.join(get_args(BadRows))}, got {bad_rows!r}"
+            )
+        self.refuses = bad_rows == "refuse"
+        self.skipped: list[str] = []
+
+    def __call__(self, error: ValueError) -> None:
+        """Raise the error, with what can be done, or keep it."""
+        if self.refuses:
+            raise ValueError(
+                f"{error}. Mend the row, or leave such rows out with --bad-rows skip."
+            ) from error
+        self.skipped.append(str(error))
+
+    def notes(self) -> list[str]:
+        """Say what was skipped, if anything was."""
+        if not self.skipped:
+            return []
+        num_more = len(self.skipped) - NUM_SHOWN
+        more = f"; and {num_more} more" if num_more > 0 else ""
+        return [
+            f"{len(self.skipped)} bad rows skipped: {'; '.join(self.skipped[:NUM_SHOWN])}{more}."
+        ]
+
+
 @dataclass(frozen=True)
 class Answers:
     """What a file of answers holds.
@@ -63,19 +99,7 @@ def read_answers(
     Raises:
         ValueError: a bad row is refused (names file and line), or nothing is left.
     """
-    if bad_rows not in get_args(BadRows):
-        raise ValueError(
-            f"bad_rows: expected one of {', '.join(get_args(BadRows))}, got {bad_rows!r}"
-        )
-    skipped: list[str] = []
-
-    def on_bad_row(error: ValueError) -> None:
-        if bad_rows == "refuse":
-            raise ValueError(
-                f"{error}. Mend the row, or leave such rows out with --bad-rows skip."
-            ) from error
-        skipped.append(str(error))
-
+    on_bad_row = SkippedRows(bad_rows)
     examples, num_full = [], 0
     for number, row in read_json_lines(path, on_bad_row):
         try:
@@ -87,7 +111,7 @@ def read_answers(
             examples.append(Example((prompt_ids + answer_ids)[:max_length], len(prompt_ids)))
         else:
             num_full += 1
-    notes = _notes(path, skipped, num_full, max_length)
+    notes = [*on_bad_row.notes(), *_notes(path, num_full, max_length)]
     if not examples:
         raise ValueError(
             " ".join(
@@ -97,7 +121,7 @@ def read_answers(
                 ]
             )
         )
-    return Answers(examples, tuple(skipped), tuple(notes))
+    return Answers(examples, tuple(on_bad_row.skipped), tuple(notes))
 
 
 def read_examples(
@@ -153,13 +177,9 @@ def _check(
         value.encode()  # half of a surrogate pair is no text, and tokenizers do not say so
 
 
-def _notes(path: Path | str, skipped: list[str], num_full: int, max_length: int) -> list[str]:
-    notes = []
-    if skipped:
-        more = f"; and {len(skipped) - NUM_SHOWN} more" if len(skipped) > NUM_SHOWN else ""
-        notes.append(f"{len(skipped)} bad rows skipped: {'; '.join(skipped[:NUM_SHOWN])}{more}.")
-    if num_full:
-        notes.append(
-            f"{num_full} answers of {path} are left out: their prompts alone fill {max_length} tokens."
-        )
-    return notes
+def _notes(path: Path | str, num_full: int, max_length: int) -> list[str]:
+    if not num_full:
+        return []
+    return [
+        f"{num_full} answers of {path} are left out: their prompts alone fill {max_length} tokens."
+    ]

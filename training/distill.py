@@ -15,7 +15,12 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from modeling_lmtp.training.batch_generation import Sampling, derived_seed, generate_ids
+from modeling_lmtp.training.batch_generation import (
+    Sampling,
+    derived_seed,
+    generate_ids,
+    num_positions,
+)
 from modeling_lmtp.training.distill_files import (
     AnswerFiles,
     Row,
@@ -27,6 +32,7 @@ from modeling_lmtp.training.distill_files import (
 from modeling_lmtp.training.distill_run import (
     Batch,
     DistillReport,
+    Item,
     answer_all,
     cut_batches,
     plan_items,
@@ -108,12 +114,14 @@ def distill(
         progress: show a bar with the tokens per second and the time left.
 
     Raises:
-        ValueError: if there are no prompts, or `output` is no .jsonl name, or it exists and was
-            made by another model, other settings or other prompts; its files stay as they are.
+        ValueError: if there are no prompts, or one leaves no room for an answer, or `output` is no
+            .jsonl name, or it exists and was made by another model, other settings or other
+            prompts; its files stay as they are.
     """
     items, duplicates = plan_items(
         prompts, settings.num_answers, lambda text: render_prompt(tokenizer, text)
     )
+    _check_lengths(items, num_positions(model))
     manifest = {
         "model": model.config.name_or_path or None,
         "model_revision": getattr(model.config, "_commit_hash", None),
@@ -135,11 +143,24 @@ def distill(
 
 
 def run_identity(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
-    """Return what tells a run's model and tokenizer from others, as the manifest names it."""
+    """Return what tells a run's model and tokenizer from others, as the manifest names it.
+
+    Leap heads make no difference to the answers.
+    """
     return {
-        "model_fingerprint": model_fingerprint(model),
+        "model_fingerprint": model_fingerprint(getattr(model, "backbone", model)),
         "tokenizer_sha256": tokenizer_sha256(tokenizer),
     }
+
+
+def _check_lengths(items: list[Item], limit: int | None) -> None:
+    """Raise a ValueError if a prompt leaves no room for an answer."""
+    longest = items[0]  # they are sorted
+    if limit is not None and len(longest.input_ids) >= limit:
+        raise ValueError(
+            f"prompts: {longest.prompt.text[:80]!r}… has {len(longest.input_ids)} tokens, and the model "
+            f"has {limit} positions for prompt and answer: leave it out, or shorten it"
+        )
 
 
 def _answer(
@@ -148,11 +169,14 @@ def _answer(
     batch: Batch,
     settings: DistillSettings,
 ) -> list[Row]:
-    """Answer one batch; return its rows."""
+    """Answer one batch; return its rows. Answers end where the model's positions do."""
     seed = derived_seed(settings.seed, *(item.id for item in batch))
-    sampling = Sampling(settings.max_new_tokens, settings.temperature, settings.top_p, seed)
     stop_ids = end_ids(model, tokenizer)
     input_ids = [list(item.input_ids) for item in batch]
+    max_new_tokens, limit = settings.max_new_tokens, num_positions(model)
+    if limit is not None:
+        max_new_tokens = min(max_new_tokens, limit - max(map(len, input_ids)))
+    sampling = Sampling(max_new_tokens, settings.temperature, settings.top_p, seed)
     answers = generate_ids(model, tokenizer, input_ids, sampling, stop_ids=stop_ids)
     return [
         {

@@ -23,6 +23,7 @@ import transformers
 from filelock import FileLock, Timeout
 
 from modeling_lmtp.training.prompts import read_json_lines
+from modeling_lmtp.training.saving import read_json
 
 Row = dict[str, Any]
 
@@ -219,7 +220,7 @@ def check_same_run(
     if not existing:
         return {}
     try:
-        found = dict(json.loads(manifest_path(output).read_text(encoding="utf-8")))
+        found = read_json(manifest_path(output))
     except FileNotFoundError as error:
         raise ValueError(
             f"{existing[0]}: exists without {manifest_path(output).name}, so it can't be known what "

@@ -5,12 +5,13 @@ Needs the package `datasets`, which comes with `pip install 'modeling-lmtp[datas
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from modeling_lmtp.training.prompts import Prompt
+from modeling_lmtp.training.prompts import Prompt, refuse
 
 if TYPE_CHECKING:
     from datasets import Dataset, DatasetDict
@@ -32,7 +33,9 @@ class DatasetSource:
 
 
 def read_dataset_prompts(
-    source: DatasetSource, limit: int | None = None
+    source: DatasetSource,
+    limit: int | None = None,
+    on_bad_row: Callable[[ValueError], None] = refuse,
 ) -> tuple[list[Prompt], dict[str, Any]]:
     """Read the prompts of a dataset.
 
@@ -42,6 +45,8 @@ def read_dataset_prompts(
             of conversations (lists of turns with "role" and "content", or "from" and "value"), of
             which the user's first turn is asked.
         limit: read the first so many rows.
+        on_bad_row: gets an error that names the row, from 0, where it holds no prompt; it may raise it,
+            as by default, or go on.
 
     Returns:
         The prompts, and a record of what was read: name, configuration, split, field, rows, the
@@ -49,8 +54,8 @@ def read_dataset_prompts(
 
     Raises:
         RuntimeError: `datasets` is not installed; says how to install it.
-        ValueError: there is no such configuration, split or field, or no rows, or a row holds no
-            prompt (names the row, from 0), or its files can't be read.
+        ValueError: there is no such configuration, split or field, or no rows, or its files can't be
+            read.
         OSError: there is no such dataset, or it can't be fetched.
     """
     dataset, split, revision = _load(source)
@@ -59,10 +64,12 @@ def read_dataset_prompts(
             f"field: dataset {source.name!r} has no field {source.field!r}; "
             f"choose one of {sorted(dataset.column_names)}"
         )
-    prompts = [
-        Prompt(_prompt_text(value, f"{source.name}, row {number}", source.field))
-        for number, value in enumerate(islice(dataset[source.field], limit))
-    ]
+    prompts = []
+    for number, value in enumerate(islice(dataset[source.field], limit)):
+        try:
+            prompts.append(Prompt(_prompt_text(value, source.field)))
+        except ValueError as error:
+            on_bad_row(ValueError(f"{source.name}, row {number}: {error}"))
     return prompts, {
         "name": source.name,
         "config": source.config,
@@ -99,10 +106,10 @@ def _load(source: DatasetSource) -> tuple[Dataset, str | None, str | None]:
 
 def _location(name: str) -> dict[str, str]:
     """Return how `datasets` is told about a dataset, a folder or a single file."""
-    path = Path(name)
+    path = Path(name).resolve()
     if path.is_file():
         return {"path": str(path.parent), "data_files": path.name}
-    return {"path": name}
+    return {"path": str(path) if path.is_dir() else name}
 
 
 def _choose_saved(
@@ -120,14 +127,15 @@ def _choose_saved(
     return saved, source.split, None
 
 
-def _prompt_text(value: Any, where: str, field: str) -> str:
+def _prompt_text(value: Any, field: str) -> str:
     """Return the prompt that a row's field holds: a string, or the user's first turn."""
     text = _first_user_turn(value) if isinstance(value, list) else value
     if not isinstance(text, str) or not text.strip():
         raise ValueError(
-            f"{where}: expected a non-empty string or a conversation with a turn of the user in "
-            f"field {field!r}, got {str(value)[:200]!r}"
+            f"expected a non-empty string or a conversation with a turn of the user in field {field!r}, "
+            f"got {str(value)[:200]!r}"
         )
+    text.encode()  # half of a surrogate pair is no text, and tokenizers do not say so
     return text
 
 

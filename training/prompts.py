@@ -43,12 +43,13 @@ class Prompt:
     kind: str | None = None
 
 
-def _refuse(error: ValueError) -> None:
+def refuse(error: ValueError) -> None:
+    """Raise it: what is done with a bad row unless otherwise said."""
     raise error
 
 
 def read_json_lines(
-    path: Path | str, on_bad_line: Callable[[ValueError], None] = _refuse
+    path: Path | str, on_bad_line: Callable[[ValueError], None] = refuse
 ) -> Iterator[tuple[int, dict[str, Any]]]:
     """Yield (line number from 1, JSON object) for each line of a .jsonl or .jsonl.gz file.
 
@@ -98,31 +99,41 @@ def _json_object(line: bytes, where: str) -> dict[str, Any]:
     return row
 
 
-def read_prompts(path: Path | str, field: str = "prompt") -> list[Prompt]:
+def read_prompts(
+    path: Path | str, field: str = "prompt", on_bad_row: Callable[[ValueError], None] = refuse
+) -> list[Prompt]:
     """Read one prompt per line from a .jsonl or .jsonl.gz file.
 
     Args:
         path: the file. A row's optional string "kind" is kept.
         field: the name of the field that holds the prompt's text.
+        on_bad_row: gets an error that names `file:line`, and the fields found, where `field` is
+            missing, empty or no text, or `kind` no string; it may raise it, as by default, or go on.
 
     Raises:
-        ValueError: naming `file:line` and the fields found, if `field` is missing, empty or no
-            string, or `kind` no string; also if the file holds no prompt.
+        ValueError: the file holds no prompt, or has another ending than these.
     """
     prompts = []
-    for number, row in read_json_lines(path):
-        text, kind = row.get(field), row.get("kind")
-        if not isinstance(text, str) or not text.strip():
-            raise ValueError(
-                f"{path}:{number}: expected a non-empty string in field {field!r}, "
-                f"got {text!r}; fields found: {sorted(row)}"
-            )
-        if kind is not None and not isinstance(kind, str):
-            raise ValueError(f"{path}:{number}: expected a string in field 'kind', got {kind!r}")
-        prompts.append(Prompt(text, kind))
+    for number, row in read_json_lines(path, on_bad_row):
+        try:
+            prompts.append(_prompt(row, field))
+        except ValueError as error:
+            on_bad_row(ValueError(f"{path}:{number}: {error}"))
     if not prompts:
         raise ValueError(f"{path}: holds no prompts")
     return prompts
+
+
+def _prompt(row: dict[str, Any], field: str) -> Prompt:
+    text, kind = row.get(field), row.get("kind")
+    if not isinstance(text, str) or not text.strip():
+        raise ValueError(
+            f"expected a non-empty string in field {field!r}, got {text!r}; fields found: {sorted(row)}"
+        )
+    if kind is not None and not isinstance(kind, str):
+        raise ValueError(f"expected a string in field 'kind', got {kind!r}")
+    text.encode()  # half of a surrogate pair is no text, and tokenizers do not say so
+    return Prompt(text, kind)
 
 
 def render_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:

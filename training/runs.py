@@ -8,6 +8,7 @@ from typing import Any
 from modeling_lmtp.training.distill_files import replace_file
 from modeling_lmtp.training.examples import Example
 from modeling_lmtp.training.fingerprints import json_sha256
+from modeling_lmtp.training.saving import read_json
 
 RECORD = "run.json"
 
@@ -28,7 +29,7 @@ def claim_run_folder(run_folder: Path, identity: dict[str, Any]) -> None:
         run_folder.mkdir(parents=True, exist_ok=True)
         replace_file(record, json.dumps(identity, indent=2) + "\n")
         return
-    found = json.loads(record.read_text())
+    found = read_json(record)
     differing = sorted(key for key in {*identity, *found} if identity.get(key) != found.get(key))
     if differing:
         raise ValueError(

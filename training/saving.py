@@ -20,8 +20,25 @@ PROVENANCE = "provenance.json"
 RECORDED_PACKAGES = ("modeling-lmtp", "torch", "transformers", "peft", "accelerate", "safetensors")
 
 
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON object.
+
+    Raises:
+        ValueError: the file is no JSON object; names it.
+    """
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON: {error}.") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} must hold a JSON object, got a {type(value).__name__}.")
+    return value
+
+
 def check_output_folder(output: Path) -> None:
     """Raise a ValueError if `output` exists and holds anything: nothing is overwritten."""
+    if output.resolve() == Path.cwd():
+        raise ValueError(f"{output} is the folder that you are in. Name a new one for the output.")
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise ValueError(
             f"{output} already holds something. Choose another output, or empty it first."
@@ -35,8 +52,10 @@ def run_folder_of(output: Path, command: str) -> Path:
         ValueError: `output` holds something; says so where it is the whole checkpoint of a run whose
             folder a kill left behind.
     """
+    if output.resolve() == Path.cwd():  # it has no name to call the run's folder by
+        check_output_folder(output)
     run_folder, file = output.with_name(f"{output.name}.training"), output / PROVENANCE
-    record = json.loads(file.read_text()) if file.is_file() else {}
+    record = read_json(file) if file.is_file() else {}
     if run_folder.exists() and record.get("command") == command:
         raise ValueError(
             f"{output} is finished and whole, and {run_folder} is left over from that run: delete it. To "

@@ -207,6 +207,11 @@ def _check_model(model: LMTPForCausalLM) -> None:
             "config.train_backbone is True. Warm-up freezes the backbone: load the model with "
             "train_backbone=False."
         )
+    if model.backbone.dtype == torch.float16 and not torch.accelerator.is_available():
+        raise ValueError(
+            "The backbone is in float16, in which a CPU does not train. Load it with dtype bfloat16 or "
+            "float32."
+        )
 
 
 def _identity(
