@@ -13,6 +13,7 @@ from collections import Counter
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from architectures import ARCHITECTURES, tiny_causal_lm
@@ -20,8 +21,8 @@ from drafters import CHAIN, RULES, TREE, Oracle, sometimes
 from torch.nn.functional import pad
 from transformers.utils import logging
 
-from modeling_lmtp import LMTPForCausalLM
-from modeling_lmtp.support_lmtp import Tier, decoding_support
+from modeling_lmtp import LMTPForCausalLM, generation_lmtp
+from modeling_lmtp.support_lmtp import Support, Tier, decoding_support
 from modeling_lmtp.training.saving import versions
 from modeling_lmtp.tree_lmtp import DraftTree
 
@@ -165,7 +166,7 @@ def examine(architecture: str) -> Examination:
         is_consistent(backbone, text),
     )
     if support.tier is Tier.REFUSED:
-        examination.refusal = refusal(model, single)
+        examination.refusal = refusal(model, single, support)
     else:
         trees = {"tree": TREE, "chain": CHAIN} if support.tier is Tier.TREE else {"chain": CHAIN}
         compare_one_prompt(examination, model, text, trees)
@@ -241,15 +242,18 @@ def compare(
     return Comparison(output.sequences.tolist() == plain.tolist(), output.acceptance_lengths)
 
 
-def refusal(model: LMTPForCausalLM, inputs: dict[str, torch.Tensor]) -> str | None:
+def refusal(
+    model: LMTPForCausalLM, inputs: dict[str, torch.Tensor], support: Support
+) -> str | None:
     """Return what `generate(use_lmtp=True)` says instead of calling the backbone; None if it calls it.
 
-    What the backbone can do is known by then: finding that out takes passes, once per model.
+    What the backbone can do is known here: finding that out takes passes.
     """
     calls: list[None] = []
     handle = model.backbone.register_forward_pre_hook(lambda *_: calls.append(None))
     try:
-        generate(model, inputs, use_lmtp=True)
+        with mock.patch.object(generation_lmtp, "decoding_support", lambda *_: support):
+            generate(model, inputs, use_lmtp=True)
     except ValueError as error:
         return None if calls else str(error)
     finally:
