@@ -252,7 +252,7 @@ def refusal(
     calls: list[None] = []
     handle = model.backbone.register_forward_pre_hook(lambda *_: calls.append(None))
     try:
-        with mock.patch.object(generation_lmtp, "decoding_support", lambda *_: support):
+        with mock.patch.object(generation_lmtp, "decoding_support", return_value=support):
             generate(model, inputs, use_lmtp=True)
     except ValueError as error:
         return None if calls else str(error)
