@@ -9,8 +9,8 @@ from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from modeling_lmtp.backbone_lmtp import unembedding_size
+from modeling_lmtp.support_lmtp import num_positions
 from modeling_lmtp.training.answers import Answers, Example, read_answers
-from modeling_lmtp.training.batch_generation import num_positions
 from modeling_lmtp.training.distill_files import manifest_path
 from modeling_lmtp.training.examples import split_examples
 from modeling_lmtp.training.fingerprints import is_model_of
@@ -43,7 +43,7 @@ def load_answers(
     backbone = getattr(model, "backbone", model)
     end_id = answer_end_id(model, tokenizer)
     vocab_size, _ = unembedding_size(backbone)
-    max_length = min(max_length, num_positions(backbone) or max_length)
+    max_length = min(max_length, num_positions(backbone.config) or max_length)
     answers = read_answers(
         path, tokenizer, end_id, max_length, vocab_size=vocab_size, bad_rows=bad_rows
     )
@@ -85,10 +85,12 @@ def other_model_note(path: Path, model: Any) -> str | None:
 def unseen_answers(
     source: str | Path, answers: Path, examples: Sequence[Example]
 ) -> list[Example] | None:
-    """Return the answers that were kept out when heads were trained on that file; None if they were not.
+    """Return the answers that were kept out when heads were trained on that file.
+
+    None if they were trained on another file, or nothing is known.
 
     Args:
-        source: a checkpoint; one without a record, as on the Hub, is not known to have seen anything.
+        source: a checkpoint, whose record is read if it is a folder.
         answers: the file.
         examples: all that it holds.
     """

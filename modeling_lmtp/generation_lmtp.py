@@ -85,10 +85,8 @@ class LMTPGenerationMixin(GenerationMixin):
             ValueError: with `use_lmtp=True`, for a call that it does not support, before any work; and
                 for settings or a drafter in a call that leaves them without effect.
         """
-        names = list(inspect.signature(GenerationMixin.generate).parameters)[
-            5:
-        ]  # after these and self
-        kwargs.update(zip(names, args, strict=False))
+        names = [*inspect.signature(GenerationMixin.generate).parameters]
+        kwargs.update(zip(names[5:], args, strict=False))  # those after self and these four
         in_call = dict(kwargs)
         settings = LMTPSettings.take_from(kwargs, generation_config, self.generation_config)
         refuse_ignored(in_call, drafter is not None, settings.use_lmtp)

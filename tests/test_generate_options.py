@@ -189,6 +189,16 @@ def test_a_streamer_receives_prompt_tokens_in_order_and_end(model, tree, options
     assert stream.received == [PROMPT.tolist(), *tokens, "end"]
 
 
+def test_what_is_given_by_position_is_what_it_is_by_name(model):
+    plain_stream, stream = Recording(), Recording()
+    generate(model.backbone, streamer=plain_stream, **GREEDY)
+    before = [PROMPT, None, None, None, None, None, None]  # all that Transformers takes before it
+    model.generate(*before, stream, use_lmtp=True, **GREEDY)
+    assert stream.received == plain_stream.received
+    with pytest.raises(ValueError, match="cannot be combined with"):
+        model.generate(*before[:-1], model.backbone, use_lmtp=True, **GREEDY)
+
+
 @both_shapes
 @pytest.mark.parametrize("options", [GREEDY, {**SAMPLE, "top_k": 9}], ids=["greedy", "sample"])
 def test_scores_and_logits_are_plain_decoding_s(model, tree, options):

@@ -71,11 +71,6 @@ def generate_ids(
     return [_up_to_stop(row, set(stop_ids)) for row in output[:, length:].tolist()]
 
 
-def num_positions(model: Any) -> int | None:
-    """Return how many tokens a model has positions for, None where nothing bounds them."""
-    return getattr(model.config.get_text_config(), "max_position_embeddings", None)
-
-
 def _decoding_config(
     sampling: Sampling, pad_id: int, stop_ids: list[int], stop_string: str | None
 ) -> GenerationConfig:

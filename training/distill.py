@@ -15,12 +15,8 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from modeling_lmtp.training.batch_generation import (
-    Sampling,
-    derived_seed,
-    generate_ids,
-    num_positions,
-)
+from modeling_lmtp.support_lmtp import num_positions
+from modeling_lmtp.training.batch_generation import Sampling, derived_seed, generate_ids
 from modeling_lmtp.training.distill_files import (
     AnswerFiles,
     Row,
@@ -121,7 +117,7 @@ def distill(
     items, duplicates = plan_items(
         prompts, settings.num_answers, lambda text: render_prompt(tokenizer, text)
     )
-    _check_lengths(items, num_positions(model))
+    _check_lengths(items, num_positions(model.config))
     manifest = {
         "model": model.config.name_or_path or None,
         "model_revision": getattr(model.config, "_commit_hash", None),
@@ -173,7 +169,7 @@ def _answer(
     seed = derived_seed(settings.seed, *(item.id for item in batch))
     stop_ids = end_ids(model, tokenizer)
     input_ids = [list(item.input_ids) for item in batch]
-    max_new_tokens, limit = settings.max_new_tokens, num_positions(model)
+    max_new_tokens, limit = settings.max_new_tokens, num_positions(model.config)
     if limit is not None:
         max_new_tokens = min(max_new_tokens, limit - max(map(len, input_ids)))
     sampling = Sampling(max_new_tokens, settings.temperature, settings.top_p, seed)
