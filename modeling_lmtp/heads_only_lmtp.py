@@ -65,7 +65,8 @@ class HeadsOnlyMixin(LMTPPreTrainedModel):
             args, kwargs: see `PreTrainedModel.from_pretrained`. For a heads-only checkpoint, those
                 that are not about finding the heads go to the backbone.
             backbone: in place of the one that a heads-only checkpoint names: a loaded model, used as
-                it is, or an id or folder.
+                it is, or an id or folder. (AutoModelForCausalLM copies a loaded one on the way here;
+                this class does not.)
 
         Raises:
             ValueError: tensors are missing, extra or of the wrong shape, the backbone is not of the
