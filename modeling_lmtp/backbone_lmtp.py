@@ -47,8 +47,10 @@ def unembedding_device(backbone: PreTrainedModel) -> torch.device:
     """Return where the unembedding computes; meta in the midst of loading."""
     unembedding = backbone.get_output_embeddings()
     device = unembedding.weight.device
-    if device.type == "meta" and hasattr(unembedding, "_hf_hook"):  # offloaded by Accelerate
-        device = torch.device(unembedding._hf_hook.execution_device)
+    # Accelerate's hook, if it is offloaded; of several in one, none tells
+    execution_device = getattr(getattr(unembedding, "_hf_hook", None), "execution_device", None)
+    if device.type == "meta" and execution_device is not None:
+        return torch.device(execution_device)
     return device
 
 
