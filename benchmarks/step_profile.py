@@ -21,8 +21,8 @@ from typing import Any
 from unittest import mock
 
 import torch
-from transformers import DynamicCache
 
+from modeling_lmtp.cache_lmtp import new_cache
 from modeling_lmtp.conversion.bench_run import base_name, device_name
 from modeling_lmtp.conversion.exactness import drafts_to_try
 from modeling_lmtp.conversion.loading import first_prompts, load_lmtp, load_tokenizer
@@ -34,6 +34,7 @@ from modeling_lmtp.rows_lmtp import Rows
 from modeling_lmtp.texts_lmtp import Texts
 from modeling_lmtp.training.prompts import render_prompt
 from modeling_lmtp.training.saving import versions
+from modeling_lmtp.transformers_lmtp import forward_with_cache
 from modeling_lmtp.verification_lmtp import Verifier
 from modeling_lmtp.walking_lmtp import GreedyWalker
 
@@ -102,13 +103,13 @@ def bare_passes(
     model: LMTPForCausalLM, prompt: torch.Tensor, num_tokens: int, count: int
 ) -> list[float]:
     """Time the backbone over `num_tokens` tokens behind a prompt `(1, L)`."""
-    cache = DynamicCache(config=model.backbone.config)
-    model.backbone(prompt, past_key_values=cache, logits_to_keep=1)
+    cache = new_cache(model.backbone.config)
+    forward_with_cache(model.backbone, cache, input_ids=prompt, logits_to_keep=1)
     found = []
     for _ in range(count):
         synchronize(model.device)
         started = time.perf_counter()
-        model.backbone(prompt[:, -num_tokens:], past_key_values=cache)
+        forward_with_cache(model.backbone, cache, input_ids=prompt[:, -num_tokens:])
         synchronize(model.device)
         found.append(time.perf_counter() - started)
         cache.crop(-num_tokens)

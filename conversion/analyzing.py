@@ -23,6 +23,7 @@ from modeling_lmtp.training.fingerprints import model_fingerprint
 from modeling_lmtp.training.marginalization import Marginals, marginalize
 from modeling_lmtp.training.pictures import draw_pictures, pictures_available
 from modeling_lmtp.training.saving import check_output_folder, file_sha256
+from modeling_lmtp.transformers_lmtp import attention_implementation
 from modeling_lmtp.tree_lmtp import MAX_NODES
 
 # Of the model's own greedy answers nearly all tokens are its first choice; rounding takes a few
@@ -221,7 +222,7 @@ def _conditions(backbone: Any) -> dict[str, Any]:
     return {
         "device": str(backbone.device),
         "model_dtype": str(backbone.dtype).removeprefix("torch."),
-        "attention": backbone.config._attn_implementation,
+        "attention": attention_implementation(backbone.config),
         "threads": torch.get_num_threads(),
         "batch_size": 1,
     }

@@ -25,6 +25,7 @@ from modeling_lmtp.conversion.quiet import measure_quietness, quiet_record
 from modeling_lmtp.modeling_lmtp import LMTPForCausalLM
 from modeling_lmtp.training.prompts import read_prompts, render_prompt
 from modeling_lmtp.training.saving import file_sha256, versions
+from modeling_lmtp.transformers_lmtp import attention_implementation
 from modeling_lmtp.tree_lmtp import MAX_NODES
 
 NO_KIND = "prompts"
@@ -231,7 +232,7 @@ def conditions(checkpoint: str, model: LMTPForCausalLM, settings: Any) -> dict[s
         "leap_offsets": list(model.config.leap_offsets),
         "head_context": model.config.head_context,
         "device": device_name(model.device),
-        "attention": model.backbone.config._attn_implementation,
+        "attention": attention_implementation(model.backbone.config),
         "threads": torch.get_num_threads(),
         "parameters": sum(p.numel() for p in model.backbone.parameters()),
         "sampling": SAMPLING,

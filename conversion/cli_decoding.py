@@ -78,6 +78,7 @@ def verify(
     )
     from modeling_lmtp.support_lmtp import Tier, decoding_support
     from modeling_lmtp.training.saving import check_output_file
+    from modeling_lmtp.transformers_lmtp import attention_implementation
 
     if output is not None:
         check_output_file(output)
@@ -86,10 +87,10 @@ def verify(
     support = decoding_support(model.backbone)
     console.print(
         f"Tier: {support.tier.value} ({support.reason}; {dtype}, {model.device.type}, "
-        f"{model.backbone.config._attn_implementation} attention); rows of a batch "
+        f"{attention_implementation(model.backbone.config)} attention); rows of a batch "
         f"{'may accept different lengths' if support.ragged else 'go in step'}."
     )
-    if support.tier is Tier.REFUSED:
+    if support.tier is Tier.PLAIN:
         raise typer.Exit(1)
     tensors = prompt_tensors(load_tokenizer(checkpoint), texts, model.device)
     results = verify_exactness(model, tensors, max_new_tokens, seed=seed)

@@ -9,7 +9,9 @@ from typing import Any
 
 import torch
 
+from modeling_lmtp.cache_lmtp import new_cache
 from modeling_lmtp.modeling_lmtp import LMTPForCausalLM
+from modeling_lmtp.transformers_lmtp import forward_with_cache
 
 NO_ROUNDING = 1e-2  # of a logit: it moves a draw once in hundreds
 SAFETY = 2.0  # two logits may each be off by the rounding, in opposite directions
@@ -45,9 +47,9 @@ def judge(
     model: LMTPForCausalLM, known: torch.Tensor, position: int, is_sampled: bool = False
 ) -> Divergence:
     """Look at the token after `known` `(1, L)`: as plain decoding computes it, and in one pass."""
-    prefill = model(input_ids=known[:, :-1], use_cache=True)
-    cache = prefill.past_key_values
-    alone = model(input_ids=known[:, -1:], past_key_values=cache).logits[0, -1]
+    cache = new_cache(model.config)
+    forward_with_cache(model.backbone, cache, input_ids=known[:, :-1])
+    alone = forward_with_cache(model.backbone, cache, input_ids=known[:, -1:]).logits[0, -1]
     plain, together = alone.float(), model(input_ids=known).logits[0, -1].float()
     best, second = plain.topk(2).values.tolist()
     # The two passes tried here may happen to agree: no logit is known better than to its last digit

@@ -11,6 +11,7 @@ from modeling_lmtp.modeling_lmtp import LMTPForCausalLM
 from modeling_lmtp.settings_lmtp import DRAFT_SHAPES
 from modeling_lmtp.support_lmtp import Tier, decoding_support, decoding_tier
 from modeling_lmtp.training.saving import versions
+from modeling_lmtp.transformers_lmtp import attention_implementation
 from modeling_lmtp.tree_lmtp import DraftTree, grow_tree
 
 SAMPLING = {"do_sample": True, "temperature": 0.8, "top_p": 0.95, "top_k": 50}
@@ -109,7 +110,7 @@ def exactness_record(
         **conditions,
         "sampling": SAMPLING,
         "device": str(model.device),
-        "attention": model.backbone.config._attn_implementation,
+        "attention": attention_implementation(model.backbone.config),
         "threads": torch.get_num_threads(),
         "batch_size": 1,
         "versions": versions(),

@@ -14,6 +14,7 @@ from modeling_lmtp.training.joint_settings import JointSettings
 from modeling_lmtp.training.processes import processes
 from modeling_lmtp.training.saving import file_sha256, run_folder_of, save_checkpoint
 from modeling_lmtp.training.training_log import save_training_log
+from modeling_lmtp.transformers_lmtp import commit_of
 
 COMMAND = "lmtp joint"
 
@@ -71,7 +72,7 @@ def tune_jointly(
     found = load_answers(answers, model, tokenizer, max_length, bad_rows)
     warn(found.notes)
     training, evaluation = split_examples(found.examples, held_out)
-    revision = getattr(model.config, "_commit_hash", None)
+    revision = commit_of(model.config)
     tuned, report = joint_tune(model, training, evaluation, run_folder, settings)
     if this_process.is_main_process:
         record: dict[str, Any] = {

@@ -16,6 +16,7 @@ from modeling_lmtp.training.saving import (
     save_checkpoint,
     write_record,
 )
+from modeling_lmtp.transformers_lmtp import commit_of
 
 
 def merge(
@@ -63,7 +64,7 @@ def merge(
         "command": "lmtp merge",
         "source": source,
         "checkpoint": checkpoint,
-        "checkpoint_revision": getattr(model.config, "_commit_hash", None),
+        "checkpoint_revision": commit_of(model.config),
         "drop_heads": drop_heads,
     }
     tokenizer = load_tokenizer(checkpoint)

@@ -22,6 +22,7 @@ from modeling_lmtp.modeling_lmtp import LMTPForCausalLM
 from modeling_lmtp.settings_lmtp import DRAFT_SHAPES
 from modeling_lmtp.training.evaluation import evaluate_heads
 from modeling_lmtp.training.examples import Example, evenly
+from modeling_lmtp.transformers_lmtp import attention_implementation
 
 TRIAL_PROMPTS = 12
 TRIAL_TOKENS = 64
@@ -116,7 +117,7 @@ def set_drafts(
         "device": device_name(model.device),
         "dtype": str(model.backbone.dtype).removeprefix("torch."),
         "threads": torch.get_num_threads(),
-        "attention": model.backbone.config._attn_implementation,
+        "attention": attention_implementation(model.backbone.config),
         "tried": {str(size): _figures(verdict) for size, verdict in verdicts.items()},
     }
 

@@ -12,6 +12,8 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from .transformers_lmtp import execution_device
+
 
 def check_backbone(backbone: PreTrainedModel) -> None:
     """Raise a ValueError unless `backbone` is a causal language model that heads can stand on."""
@@ -47,11 +49,7 @@ def unembedding_device(backbone: PreTrainedModel) -> torch.device:
     """Return where the unembedding computes; meta in the midst of loading."""
     unembedding = backbone.get_output_embeddings()
     device = unembedding.weight.device
-    # Accelerate's hook, if it is offloaded; of several in one, none tells
-    execution_device = getattr(getattr(unembedding, "_hf_hook", None), "execution_device", None)
-    if device.type == "meta" and execution_device is not None:
-        return torch.device(execution_device)
-    return device
+    return (execution_device(unembedding) if device.type == "meta" else None) or device
 
 
 def copy_unembedding(

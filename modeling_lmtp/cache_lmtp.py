@@ -2,7 +2,11 @@
 
 Slots are places along the cache's sequence axis. A verified tree occupies the last `1 + N` of them,
 and every row ends in the last slot: rows that accepted less are moved to the right, so that a batch
-always looks like a left-padded one. Shapes: `B` rows, `W` slots, `D` head dimension.
+always looks like a left-padded one.
+
+This file and `static_lmtp` are the only ones that know the attributes of cache layers.
+
+Shapes: `B` rows, `W` slots, `C ≥ W` slots with a place, `Q` new ones, `D` head dimension.
 """
 
 import copy
@@ -10,89 +14,167 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
-from transformers import Cache
-from transformers.cache_utils import LinearAttentionCacheLayerMixin
+from transformers import Cache, DynamicCache, PreTrainedConfig, StaticCache
 
-from .growing_lmtp import give_back_room, make_room
-from .replay_lmtp import has_recurrent_states
+from .transformers_lmtp import (
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    LinearAttentionCacheLayerMixin,
+    StaticLayer,
+)
 
+MIN_ROOM = 64  # slots; beyond it, room for a quarter of what there is
 
-def check_cache(cache: Cache | None) -> None:
-    """Raise a ValueError unless rejected candidates can be taken out of `cache` again."""
-    if cache is None:
-        raise ValueError(
-            "use_lmtp=True needs a key-value cache that can be rolled back, and this model or this "
-            "call has none (use_cache=False, or a state-space model). Call generate() without "
-            "use_lmtp."
-        )
-    if any(hasattr(layer, "_quantize") for layer in cache.layers):
-        raise ValueError(
-            "use_lmtp=True does not support quantized caches: cropping one leaves its length "
-            "unchanged. Leave out cache_implementation, or pass 'dynamic'."
-        )
-
-
-def start_rollback(cache: Cache) -> None:
-    """Make layers that forget, such as sliding windows, keep what a rollback needs; let others grow.
-
-    Recurrent states cannot be rolled back by slots, see `replay_lmtp`.
-    """
-    make_room(cache)
-    if has_recurrent_states(cache):
-        layers = [
-            layer for layer in cache.layers if not isinstance(layer, LinearAttentionCacheLayerMixin)
-        ]
-    else:
-        layers = cache.layers
-    for layer in layers:
-        if hasattr(layer, "activate_past_recording"):
-            layer.activate_past_recording()
+# What is read of each kind of layer once it has been used
+_ATTRIBUTES: dict[type, tuple[str, ...]] = {
+    DynamicLayer: ("keys", "values"),
+    DynamicSlidingWindowLayer: ("sliding_window", "cumulative_length", "record_past"),
+    LinearAttentionCacheLayerMixin: (
+        "conv_states",
+        "recurrent_states",
+        "is_recurrent_states_initialized",
+        "record_past",
+    ),
+    StaticLayer: ("keys", "values", "cumulative_length"),
+}
 
 
-def stop_rollback(cache: Cache) -> None:
-    """Undo `start_rollback`, because the cache goes back to the caller."""
-    give_back_room(cache)
-    for layer in cache.layers:
-        if hasattr(layer, "record_past"):
-            layer.record_past = False
+# --- What a cache is
 
 
-class CacheSlots:
-    """What a batch does with the slots of its cache; here every row ends in the last one.
+def new_cache(config: PreTrainedConfig, static_length: int | None = None) -> Cache:
+    """Return an empty cache for a model; with `static_length`, a static one of that many slots."""
+    config = config.get_text_config(decoder=True)
+    if static_length is not None:
+        return StaticCache(config=config, max_cache_len=static_length)
+    return DynamicCache(config=config)
+
+
+def why_not_rolled_back(cache: Cache | None) -> str:
+    """Say why rejected candidates cannot be taken out of a cache again; nothing if they can.
 
     Args:
-        cache: holds the prompts, and later the rows that are still generating.
-
-    Attributes:
-        num_prompt_slots: how many slots the prompts have used, those of earlier turns and padding
-            included.
+        cache: of a call, perhaps a cache of the caller's own.
     """
+    if cache is None:
+        return (
+            "this model or this call has no key-value cache that can be rolled back "
+            "(use_cache=False, or a model that keeps its state elsewhere)"
+        )
+    if type(cache) not in (DynamicCache, StaticCache):
+        return (
+            f"a {type(cache).__name__} is not known to roll back; pass a DynamicCache or a StaticCache, "
+            "and no other cache_implementation than 'dynamic', 'offloaded' or 'static'"
+        )
+    return why_unknown_layers(cache)
 
-    def __init__(self, cache: Cache) -> None:
-        self.cache = cache
-        self.num_prompt_slots = int(cache.get_seq_length())
 
-    def keep_paths(self, paths: Sequence[Sequence[int]], num_slots: int) -> None:
-        """Keep, of the last pass's `num_slots` slots, those of each row's path; drop the rest."""
-        keep_paths(self.cache, paths, num_slots)
+def why_unknown_layers(cache: Cache) -> str:
+    """Say what of a cache's layers is not what it was in the releases tested; nothing if all is there."""
+    for layer in cache.layers:
+        for kind, names in _ATTRIBUTES.items():
+            lacking = [name for name in names if not hasattr(layer, name)]
+            if isinstance(layer, kind) and lacking and _is_used(layer):
+                return (
+                    f"cache layers of the kind {type(layer).__name__} have no {', '.join(lacking)}"
+                )
+    return ""
 
-    def take_back(self, num_slots: int) -> None:
-        """Drop all of the last pass's `num_slots` slots."""
-        self.cache.crop(-num_slots)
 
-    def keep_rows(self, rows: Sequence[int]) -> None:
-        """Keep these rows only, by their place among the present ones."""
-        select_rows(self.cache, rows)
+def _is_used(layer: Any) -> bool:
+    return bool(getattr(layer, "is_initialized", True))
 
-    def move_left(self, num_slots: int) -> None:
-        """Drop so many first slots, of no meaning in any row."""
-        move_left(self.cache, num_slots)
+
+def why_not_cropped(cache: Cache) -> str:
+    """Say why a used cache cannot be cropped without a trace, if it says so itself."""
+    if has_recurrent_states(cache) or getattr(cache, "is_croppable", True):
+        return ""
+    return f"its {type(cache).__name__} says that it cannot be cropped"
+
+
+def why_not_gathered(cache: Cache) -> str:
+    """Say why a path of a tree cannot be gathered among a cache's slots; nothing if it can."""
+    other = {
+        type(layer).__name__
+        for layer in cache.layers
+        if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer)
+    }
+    return (
+        f"cache layers of the kind {', '.join(sorted(other))} cannot be gathered" if other else ""
+    )
+
+
+def windows_of(cache: Cache) -> set[int]:
+    """Return the attention windows that the layers of a cache keep, in tokens."""
+    return {layer.sliding_window for layer in cache.layers if hasattr(layer, "sliding_window")}
+
+
+def window_of(cache: Cache, layer: int) -> int | None:
+    """Return the attention window that one layer keeps, in tokens; None if it keeps everything."""
+    return getattr(cache.layers[layer], "sliding_window", None)
+
+
+def visible_slots(cache: Cache, num_new: int, is_sliding: bool) -> int | None:
+    """Return how many slots the layers of one kind show to a pass over new tokens.
+
+    Args:
+        cache: before the pass.
+        num_new: `Q`.
+        is_sliding: of layers with a window, or of the others.
+
+    Returns:
+        The last so many; None if there is no such layer.
+    """
+    layers = [n for n, sliding in enumerate(cache.is_sliding) if sliding == is_sliding]
+    if not layers:
+        return None
+    length, _offset = cache.get_mask_sizes(num_new, layers[0])
+    return length
+
+
+def has_recurrent_states(cache: Cache) -> bool:
+    """Return whether any layer of a cache that has been used holds a recurrent state."""
+    return any(
+        any(getattr(layer, "is_recurrent_states_initialized", {}).values())
+        for layer in cache.layers
+    )
+
+
+def _counts_slots(cache: Cache) -> bool:
+    """Whether any layer has slots: pure state-space models keep none."""
+    return any(hasattr(layer, "get_seq_length") for layer in cache.layers)
+
+
+def num_slots_of(cache: Cache, default: int = 0) -> int:
+    """Return how many slots a cache has used; `default` if none of its layers has slots."""
+    return int(cache.get_seq_length()) if _counts_slots(cache) else default
+
+
+def recurrent_states(cache: Cache) -> Iterator[tuple[dict[int, Any], int]]:
+    """Yield each recurrent and convolution state by where it is kept: a dict and a key."""
+    for layer in cache.layers:
+        for name in ("conv_states", "recurrent_states"):
+            for index, states in getattr(layer, name, {}).items():
+                if torch.is_tensor(states):
+                    yield getattr(layer, name), index
+
+
+def crop_attention(cache: Cache, num_slots: int) -> None:
+    """Drop the last slots of all layers that have slots; recurrent states stay as they are."""
+    for layer in cache.layers:
+        if not isinstance(layer, LinearAttentionCacheLayerMixin):
+            layer.crop(-num_slots)
+        elif isinstance(layer, DynamicLayer):  # attention beside the recurrence
+            DynamicLayer.crop(layer, -num_slots)
+
+
+# --- Moving slots and rows
 
 
 def keep_paths(cache: Cache, paths: Sequence[Sequence[int]], num_slots: int) -> None:
     """Keep, of each row's last `num_slots` slots, those of the nodes on its path; drop the rest.
 
-    Rows with a shorter path than others are moved right, and get slots of no meaning on their left.
+    Rows with a shorter path than others are moved right, and get padding on their left.
 
     Args:
         cache: holds verified trees in its last slots, node `n` in slot `n` of them.
@@ -155,7 +237,7 @@ def select_rows(cache: Cache, rows: Sequence[int]) -> None:
 
 
 def move_left(cache: Cache, num_slots: int) -> None:
-    """Move all rows left by so many slots, of no meaning in any row; or right, where negative."""
+    """Move all rows left by so many slots, padding in every row; or right, where negative."""
     if num_slots == 0:
         return
     for layer in cache.layers:
@@ -203,3 +285,93 @@ def join_rows(cache: Cache, rows: Sequence[Cache]) -> None:
                 if torch.is_tensor(states):
                     joined = torch.cat([getattr(part, name)[index] for part in parts])
                     getattr(layer, name)[index] = joined
+
+
+# --- Room to grow
+
+
+class GrowingLayer(DynamicLayer):
+    """A dynamic layer whose `keys` and `values` are the first slots of larger tensors.
+
+    Transformers' dynamic layer concatenates, and so copies all its slots in every pass; in a long text that
+    is more than the pass itself reads. Here all slots move only when the room is used up. Whatever else
+    gives the layer other keys and values (a selection of rows, say) takes the room away, and the next pass
+    makes new room.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._room: tuple[torch.Tensor, torch.Tensor] | None = None
+        self._shown: tuple[torch.Tensor, torch.Tensor] | None = None
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Write `(B, heads, Q, D)` behind the slots there are; return all, `(B, heads, W + Q, D)`."""
+        if not self.is_initialized or self.keys.numel() == 0:
+            return super().update(key_states, value_states, *args, **kwargs)
+        known, length = self.keys.shape[-2], self.keys.shape[-2] + key_states.shape[-2]
+        if not self._has_room(length):
+            self._room = _with_room(self.keys, length), _with_room(self.values, length)
+        assert self._room is not None
+        for room, new in zip(self._room, (key_states, value_states), strict=True):
+            room[..., known:length, :] = new
+        self._show(length)
+        return self.keys, self.values
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forget the last slots; their places are kept."""
+        in_room = self._has_room(0)
+        super().crop(tokens_to_remove)
+        if in_room:
+            self._show(self.keys.shape[-2])
+
+    def _has_room(self, length: int) -> bool:
+        """Whether keys and values are those last shown, and so many slots have a place."""
+        if self._room is None or self._shown is None:
+            return False
+        is_own = self.keys is self._shown[0] and self.values is self._shown[1]
+        return is_own and length <= self._room[0].shape[-2]
+
+    def _show(self, length: int) -> None:
+        assert self._room is not None
+        self.keys, self.values = (room[..., :length, :] for room in self._room)
+        self._shown = self.keys, self.values
+
+
+def _with_room(states: torch.Tensor, length: int) -> torch.Tensor:
+    """Copy `(B, heads, W, D)` into the first slots of a larger tensor."""
+    capacity = length + max(MIN_ROOM, length // 4)
+    room = states.new_empty((*states.shape[:-2], capacity, states.shape[-1]))
+    room[..., : states.shape[-2], :] = states
+    return room
+
+
+def _converted(layer: Any, other: Any) -> Any:
+    own = {name: value for name, value in vars(layer).items() if name not in ("_room", "_shown")}
+    vars(other).update(own)
+    return other
+
+
+def start_rollback(cache: Cache) -> None:
+    """Let a cache be rolled back until `stop_rollback`.
+
+    Layers that forget, such as sliding windows, keep what a rollback needs; plain ones grow in place.
+    """
+    for number, layer in enumerate(cache.layers):
+        if type(layer) is DynamicLayer:  # what a subclass does beside would be lost
+            cache.layers[number] = _converted(layer, GrowingLayer())
+    keeps_states = has_recurrent_states(cache)  # copied instead, see `rollback_lmtp.ReplayedSlots`
+    for layer in cache.layers:
+        is_copied = keeps_states and isinstance(layer, LinearAttentionCacheLayerMixin)
+        if hasattr(layer, "activate_past_recording") and not is_copied:
+            layer.activate_past_recording()
+
+
+def stop_rollback(cache: Cache) -> None:
+    """Undo `start_rollback`, because the cache goes back to the caller: copies of it may not share room."""
+    for number, layer in enumerate(cache.layers):
+        if type(layer) is GrowingLayer:
+            cache.layers[number] = _converted(layer, DynamicLayer())
+        elif hasattr(layer, "record_past"):
+            layer.record_past = False

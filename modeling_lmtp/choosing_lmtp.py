@@ -7,6 +7,7 @@ import copy
 from functools import cached_property
 
 import torch
+import transformers
 from transformers import (
     EosTokenCriteria,
     GenerationConfig,
@@ -16,31 +17,36 @@ from transformers import (
     StoppingCriteriaList,
     StopStringCriteria,
 )
-from transformers.generation import logits_process
+
+from .transformers_lmtp import pad_token_id
 
 # These judge every row by itself, and by nothing but its tokens and scores; of a processor or a
 # criterion that is not listed, that is not known.
-ROW_WISE_PROCESSORS = (
-    logits_process.EpsilonLogitsWarper,
-    logits_process.EtaLogitsWarper,
-    logits_process.ExponentialDecayLengthPenalty,
-    logits_process.ForcedBOSTokenLogitsProcessor,
-    logits_process.ForcedEOSTokenLogitsProcessor,
-    logits_process.InfNanRemoveLogitsProcessor,
-    logits_process.LogitNormalization,
-    logits_process.MinLengthLogitsProcessor,
-    logits_process.MinNewTokensLengthLogitsProcessor,
-    logits_process.MinPLogitsWarper,
-    logits_process.NoBadWordsLogitsProcessor,
-    logits_process.NoRepeatNGramLogitsProcessor,
-    logits_process.RepetitionPenaltyLogitsProcessor,
-    logits_process.SequenceBiasLogitsProcessor,
-    logits_process.SuppressTokensAtBeginLogitsProcessor,
-    logits_process.SuppressTokensLogitsProcessor,
-    logits_process.TemperatureLogitsWarper,
-    logits_process.TopKLogitsWarper,
-    logits_process.TopPLogitsWarper,
-    logits_process.TypicalLogitsWarper,
+ROW_WISE_PROCESSORS = tuple(
+    getattr(transformers, name)
+    for name in (
+        "EpsilonLogitsWarper",
+        "EtaLogitsWarper",
+        "ExponentialDecayLengthPenalty",
+        "ForcedBOSTokenLogitsProcessor",
+        "ForcedEOSTokenLogitsProcessor",
+        "InfNanRemoveLogitsProcessor",
+        "LogitNormalization",
+        "MinLengthLogitsProcessor",
+        "MinNewTokensLengthLogitsProcessor",
+        "MinPLogitsWarper",
+        "NoBadWordsLogitsProcessor",
+        "NoRepeatNGramLogitsProcessor",
+        "RepetitionPenaltyLogitsProcessor",
+        "SequenceBiasLogitsProcessor",
+        "SuppressTokensAtBeginLogitsProcessor",
+        "SuppressTokensLogitsProcessor",
+        "TemperatureLogitsWarper",
+        "TopKLogitsWarper",
+        "TopPLogitsWarper",
+        "TypicalLogitsWarper",
+    )
+    if hasattr(transformers, name)  # one that a release has not cannot be in a call either
 )
 ROW_WISE_CRITERIA = (MaxLengthCriteria, EosTokenCriteria, StopStringCriteria)
 
@@ -61,7 +67,7 @@ class TokenChooser:
         self.logits_processor = logits_processor
         self.stopping_criteria = stopping_criteria
         self.do_sample = generation_config.do_sample
-        self.pad_token_id = _pad_token_id(generation_config)
+        self.pad_token_id = pad_token_id(generation_config)
         # As in plain decoding: without one, finished rows go on until the last row has finished
         self.pads_finished_rows = any(hasattr(c, "eos_token_id") for c in stopping_criteria)
 
@@ -132,8 +138,3 @@ def _of_row(processor: LogitsProcessor, row: int) -> LogitsProcessor:
     own = copy.copy(processor)
     own.prompt_ignore_length = processor.prompt_ignore_length[row : row + 1]
     return own
-
-
-def _pad_token_id(generation_config: GenerationConfig) -> int:
-    token = getattr(generation_config, "_pad_token_tensor", None)
-    return 0 if token is None else int(token)

@@ -17,6 +17,7 @@ from transformers import CompileConfig, GenerationConfig, PreTrainedModel
 from transformers.utils import ModelOutput
 
 from .states_lmtp import LAST, join_states
+from .transformers_lmtp import would_compile
 
 
 class _Sink:
@@ -60,7 +61,7 @@ def compiled_pass(
         generation_config: of this call; a prefill in chunks is told not to be compiled, hooks and all.
         model_kwargs: as `generate` prepared them, the cache among them.
     """
-    if not backbone._valid_auto_compile_criteria(model_kwargs, generation_config):
+    if not would_compile(backbone, model_kwargs, generation_config):
         return None
     generation_config.disable_compile = True
     return CompiledPass(backbone, head_input, generation_config.compile_config or CompileConfig())

@@ -9,6 +9,7 @@ from transformers import AutoConfig, PreTrainedConfig
 from .context_lmtp import PATH
 from .leaps_lmtp import check_offsets
 from .states_lmtp import HEAD_INPUTS
+from .transformers_lmtp import attention_implementation, implementations, set_implementations
 
 
 @strict
@@ -71,14 +72,12 @@ class LMTPConfig(PreTrainedConfig):
         self.leap_offsets = tuple(self.leap_offsets)
         if self.draft_token_ids is not None:
             self.draft_token_ids = tuple(self.draft_token_ids)
-        # Transformers hands its own, unset, down to sub-configurations: keep what a loaded backbone
-        # runs with
-        attention = getattr(self.backbone_config, "_attn_implementation", None)
-        experts = getattr(self.backbone_config, "_experts_implementation", None)
+        before = implementations(self.backbone_config)
         super().__post_init__(**kwargs)
-        if self.backbone_config is not None and self._attn_implementation is None:
-            self.backbone_config._attn_implementation = attention
-            self.backbone_config._experts_implementation = experts
+        if self.backbone_config is not None and attention_implementation(self) is None:
+            # Transformers hands its own, unset, down to sub-configurations: keep what a loaded backbone
+            # runs with
+            set_implementations(self.backbone_config, before)
 
     def validate_leap_offsets(self) -> None:
         """Offsets are increasing integers of at least 2."""

@@ -18,10 +18,12 @@ from transformers.utils import ModelOutput
 from .cache_lmtp import stop_rollback
 from .drafting_lmtp import Candidates, Drafter
 from .outputs_lmtp import LMTPGenerateOutput, PassRecorder, ReturnedCache
-from .replay_lmtp import has_recurrent_states
+from .rollback_lmtp import CacheSlots
 from .rows_lmtp import Rows
-from .static_verification_lmtp import ReturnedStaticCache, StaticVerifier
+from .static_lmtp import StaticSlots
+from .static_verification_lmtp import ReturnedStaticCache
 from .texts_lmtp import Texts
+from .transformers_lmtp import cache_of, decode_context, output_with_cache, prefill
 from .verification_lmtp import Verifier
 from .walking_lmtp import Walk, Walker
 
@@ -61,41 +63,38 @@ class Decoder:
         try:
             return self._decode(model_kwargs)
         finally:
-            stop_rollback(model_kwargs["past_key_values"])
+            stop_rollback(cache_of(model_kwargs))
 
     def _decode(self, model_kwargs: dict[str, Any]) -> LMTPGenerateOutput:
-        cache = model_kwargs["past_key_values"]
+        cache = cache_of(model_kwargs)
         recorder = PassRecorder(self.texts, cache, *self._recorded())
         with ExitStack() as collecting:
             states = collecting.enter_context(self.collect_states())
             outputs = self._prefill(model_kwargs)
             recorder.add_prompt(outputs)
-            returned = self._returned_cache(model_kwargs)
+            prompts = self.texts.prompts
+            slots = self.verifier.slots(model_kwargs, *prompts.shape)
+            returned = self._returned_cache(slots, model_kwargs)
+            num_states = self.drafter.num_states
             prompt_states = torch.cat(states, dim=1)
-            rows = Rows(
-                self.texts.prompts,
-                prompt_states,
-                self.drafter.num_states,
-                model_kwargs,
-                may_move=self.may_move,
-                slots=self.verifier.slots(model_kwargs, len(self.texts.emitted)),
-            )
+            rows = Rows(prompts, prompt_states, num_states, model_kwargs, slots, self.may_move)
             if self.verifier.compiled is not None:
                 collecting.close()
                 states = collecting.enter_context(self.verifier.compiled.head_states())
-            with self.verifier.backbone._optimize_model_for_decode():
+            with decode_context(self.verifier.backbone):
                 self._loop(rows, outputs.logits[:, -1:], states, recorder, returned)
         if returned is not None:
             returned.put_together()
         if self.texts.streamer is not None:
             self.texts.streamer.end()
-        return LMTPGenerateOutput(
+        return output_with_cache(
+            LMTPGenerateOutput,
+            cache,
             sequences=self.texts.sequences(),
             scores=self.walker.scores,
             logits=self.walker.logits,
             attentions=recorder.attentions,
             hidden_states=recorder.hidden_states,
-            past_key_values=cache,
             acceptance_lengths=self.texts.acceptance_lengths,
         )
 
@@ -114,21 +113,20 @@ class Decoder:
         """
         if "logits_to_keep" in model_kwargs:
             model_kwargs["logits_to_keep"] = self.drafter.num_states
-        return self.verifier.backbone._prefill(
-            self.texts.prompts, self.generation_config, model_kwargs
+        return prefill(
+            self.verifier.backbone, self.texts.prompts, self.generation_config, model_kwargs
         )
 
     def _returned_cache(
-        self, model_kwargs: dict[str, Any]
+        self, slots: CacheSlots, model_kwargs: dict[str, Any]
     ) -> ReturnedCache | ReturnedStaticCache | None:
         """A single row's slots are as plain decoding leaves them; anything else needs putting together."""
-        cache = model_kwargs["past_key_values"]
-        is_simple = len(self.texts.emitted) == 1 and not has_recurrent_states(cache)
+        is_simple = len(self.texts.emitted) == 1 and not slots.in_step
         if is_simple or not self.returns_cache:
             return None
-        if isinstance(self.verifier, StaticVerifier):
-            return ReturnedStaticCache(self.verifier, model_kwargs, self.texts)
-        return ReturnedCache(self.verifier.backbone, cache, model_kwargs, self.texts)
+        if isinstance(slots, StaticSlots):
+            return ReturnedStaticCache(self.verifier.backbone, slots, model_kwargs, self.texts)
+        return ReturnedCache(self.verifier.backbone, slots, model_kwargs, self.texts)
 
     def _loop(
         self,
@@ -160,11 +158,12 @@ class Decoder:
                 return
             candidates = self._draft(rows)
             states.clear()  # the drafter may have called the unembedding, or a processor the backbone
+            num_replayed = rows.slots.num_replayed
             outputs = self.verifier.verify(
-                rows.input_ids, candidates, rows.model_kwargs, rows.num_replayed
+                rows.input_ids, candidates, rows.model_kwargs, num_replayed
             )
             logits = outputs.logits
-            rows.new_states = self.verifier.of_rows(states[0])[:, rows.num_replayed :]
+            rows.new_states = self.verifier.of_rows(states[0])[:, num_replayed:]
 
     def _drop_finished(
         self,
@@ -182,7 +181,7 @@ class Decoder:
 
     def _draft(self, rows: Rows) -> Candidates:
         """Draft no deeper than tokens may follow: candidates, and one more after them."""
-        if rows.must_settle:
+        if rows.slots.must_settle:
             return Candidates.none(rows.input_ids)
         rooms = [max(0, self.max_length - self.texts.length(row) - 1) for row in rows.numbers]
         device = rows.hidden_states.device  # the heads'; tokens may be elsewhere

@@ -9,6 +9,7 @@ from transformers.utils import logging
 from .backbone_lmtp import unembedding_device
 from .heads_lmtp import new_leap_heads
 from .pretrained_lmtp import LMTPPreTrainedModel
+from .transformers_lmtp import attention_implementation, commit_of
 
 logger = logging.get_logger(__name__)
 
@@ -156,8 +157,8 @@ def _config_and_options(
     options = {name: value for name, value in options.items() if name not in NOT_THE_BACKBONES}
     options |= {name: kwargs[name] for name in HUB_OPTIONS if name in kwargs}
     options["dtype"] = config.dtype if dtype in ("auto", None) else dtype  # as of any checkpoint
-    if config._attn_implementation is not None:
-        options["attn_implementation"] = config._attn_implementation
+    if attention_implementation(config) is not None:
+        options["attn_implementation"] = attention_implementation(config)
     return config, options
 
 
@@ -181,7 +182,7 @@ def _load_backbone(
         )
         model = AutoModelForCausalLM.from_pretrained(named, revision=revision or "main", **options)
     check_backbone_sizes(config, model)
-    found = getattr(model.config, "_commit_hash", None)
+    found = commit_of(model.config, None if isinstance(backbone, PreTrainedModel) else revision)
     if revision and found and found != revision:
         logger.warning_once(
             f"The leap heads are for revision {revision} of {named!r}, the backbone is revision "

@@ -10,7 +10,9 @@ from typing import Any
 
 import torch
 from transformers import Cache, PreTrainedModel
-from transformers.masking_utils import create_masks_for_generate
+
+from .cache_lmtp import num_slots_of, visible_slots
+from .transformers_lmtp import attention_implementation, mask_kinds
 
 
 class TreeMasks:
@@ -26,11 +28,8 @@ class TreeMasks:
     def __init__(self, backbone: PreTrainedModel) -> None:
         self.config = backbone.config.get_text_config(decoder=True)
         self.dtype = backbone.dtype
-        self.is_additive = backbone.config._attn_implementation == "eager"
-        self.create_masks = getattr(
-            backbone, "create_masks_for_generate", create_masks_for_generate
-        )
-        self.backbone_config = backbone.config
+        self.is_additive = attention_implementation(backbone.config) == "eager"
+        self.backbone = backbone
         self._kinds: list[str] | None = None
 
     def __call__(
@@ -48,7 +47,7 @@ class TreeMasks:
             cache: what the trees are appended to.
             attention_mask: `(B, W + Q)`, 0 at padding, or None.
         """
-        prefix = cache.get_seq_length()
+        prefix = num_slots_of(cache)
         in_prefix = _prefix_mask(attention_mask, visible.shape[0], prefix, visible.device)
         sees = torch.cat([in_prefix[:, None].expand(-1, visible.shape[1], -1), visible], dim=-1)
         kinds = self._layer_kinds(cache, visible.shape[0])
@@ -96,13 +95,8 @@ class TreeMasks:
 
     def _finish(self, mask: torch.Tensor, kind: str, cache: Cache) -> torch.Tensor:
         """Cut `(B, Q, W + Q)` to the slots that such a layer still has, in the backbone's form."""
-        layers = [
-            number
-            for number, sliding in enumerate(cache.is_sliding)
-            if sliding == (kind != "full_attention")
-        ]
-        if layers:
-            length, _offset = cache.get_mask_sizes(mask.shape[1], layers[0])
+        length = visible_slots(cache, mask.shape[1], is_sliding=kind != "full_attention")
+        if length is not None:
             mask = mask[..., -length:]
         return self._in_form(mask)
 
@@ -115,14 +109,7 @@ class TreeMasks:
     def _layer_kinds(self, cache: Cache, batch_size: int) -> list[str]:
         """The kinds of layer by which the backbone wants a dict of masks; none if it wants one mask."""
         if self._kinds is None:
-            masks = self.create_masks(
-                config=self.backbone_config,
-                inputs_embeds=torch.empty((batch_size, 2, 0), dtype=self.dtype),
-                attention_mask=None,
-                past_key_values=cache,
-                position_ids=torch.arange(2).expand(batch_size, -1),
-            )
-            self._kinds = list(masks) if isinstance(masks, dict) else []
+            self._kinds = mask_kinds(self.backbone, cache, batch_size)
         return self._kinds
 
     def _only_kind(self) -> str:

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
-from transformers.utils import can_return_tuple, logging
+from transformers.utils import logging
 
 from .backbone_lmtp import check_backbone, unembedding_size
 from .checkpoints_lmtp import TAGS
@@ -26,6 +26,7 @@ from .heads_only_lmtp import HeadsOnlyMixin
 from .leaps_lmtp import resolve_offsets
 from .losses_lmtp import IGNORE_INDEX, LeapObjective, check_labels, leap_losses
 from .states_lmtp import head_states
+from .transformers_lmtp import commit_of, keep_own_settings
 from .unembeddings_lmtp import HeadUnembedding
 from .vocabulary_lmtp import DraftUnembedding
 
@@ -137,16 +138,14 @@ class LMTPForCausalLM(HeadsOnlyMixin, LMTPGenerationMixin):
             leap_loss_weight=leap_loss_weight,
             train_backbone=train_backbone,
             base_model_name_or_path=backbone.config.name_or_path or None,
-            base_model_revision=getattr(backbone.config, "_commit_hash", None) or revision,
+            base_model_revision=commit_of(backbone.config, revision) or revision,
             dtype=backbone.dtype,
         )
         model = cls(config, backbone=backbone)
         model.generation_config = copy.deepcopy(backbone.generation_config)
-        # Otherwise Transformers drops settings that it does not know, ours, on reload
-        model.generation_config._from_model_config = False
+        keep_own_settings(model.generation_config)
         return model.train(backbone.training)
 
-    @can_return_tuple
     def forward(
         self,
         input_ids: torch.Tensor | None = None,
@@ -158,8 +157,9 @@ class LMTPForCausalLM(HeadsOnlyMixin, LMTPGenerationMixin):
         num_items_in_batch: torch.Tensor | int | None = None,
         leap_objective: LeapObjective = leap_losses,
         known_states: torch.Tensor | None = None,
+        return_dict: bool | None = None,
         **backbone_kwargs: Any,
-    ) -> LMTPCausalLMOutput:
+    ) -> LMTPCausalLMOutput | tuple[Any, ...]:
         """Run the backbone and, where asked for, the leap heads.
 
         With `labels`, the loss is `Σ heads` while the backbone is frozen (`train_backbone=False`:
@@ -176,6 +176,7 @@ class LMTPForCausalLM(HeadsOnlyMixin, LMTPGenerationMixin):
             leap_objective: what the heads learn, in place of `leap_losses`.
             known_states: `(B, L, H)`, what a frozen backbone's heads read of these tokens (see
                 `head_states`), where that is known: with `labels`, the backbone is not run then.
+            return_dict: `False` returns a tuple of what the output holds; `config.return_dict` by default.
             backbone_kwargs: anything else that the backbone's `forward` takes.
 
         Raises:
@@ -217,7 +218,8 @@ class LMTPForCausalLM(HeadsOnlyMixin, LMTPGenerationMixin):
                 self.leap_logits(head, hidden_states, input_ids)
                 for head in range(self.config.num_leap_heads)
             )
-        return result
+        returns_dict = self.config.return_dict if return_dict is None else return_dict
+        return result if returns_dict else result.to_tuple()
 
     def _run_backbone(self, inputs: dict[str, Any]) -> tuple[dict[str, Any], torch.Tensor]:
         with self.head_states() as states:

@@ -14,9 +14,10 @@ from transformers import Cache, PreTrainedModel
 from transformers.generation import GenerateDecoderOnlyOutput
 from transformers.utils import ModelOutput
 
-from .cache_lmtp import join_rows, move_left, stop_rollback, take_row
-from .replay_lmtp import has_recurrent_states
+from .cache_lmtp import join_rows, move_left, num_slots_of, stop_rollback, take_row, window_of
+from .rollback_lmtp import CacheSlots
 from .texts_lmtp import Texts
+from .transformers_lmtp import extend, next_inputs, with_cache
 from .walking_lmtp import Walk
 
 Layers = tuple[torch.Tensor, ...]
@@ -38,17 +39,17 @@ class LMTPGenerateOutput(GenerateDecoderOnlyOutput):
 
 
 def with_acceptance_lengths(
-    output: ModelOutput, prompts: torch.Tensor, end_ids: Collection[int]
+    output: ModelOutput, prompt_length: int, end_ids: Collection[int]
 ) -> LMTPGenerateOutput:
     """Add to plain decoding's output that every pass gave one token.
 
     Args:
-        output: of the prompts `(B, L)`.
-        prompts: see above.
+        output: of plain decoding.
+        prompt_length: how many tokens each sequence begins with.
         end_ids: the tokens at which a row ends.
     """
     lengths = []
-    for tokens in output.sequences[:, prompts.shape[1] :].tolist():
+    for tokens in output.sequences[:, prompt_length:].tolist():
         ends = (place for place, token in enumerate(tokens) if token in end_ids)
         lengths.append([1] * next(ends, len(tokens) - 1))
     return LMTPGenerateOutput(**output, acceptance_lengths=lengths)
@@ -134,7 +135,7 @@ class PassRecorder:
                 attention: torch.Tensor, layer: int, place: int, walked: Walk, depth: int
             ) -> torch.Tensor:
                 length = lengths[place] + depth
-                window = getattr(self.cache.layers[layer], "sliding_window", length)
+                window = window_of(self.cache, layer) or length
                 return _attention_at(attention, place, walked, depth, min(length, window))
 
             self._attentions.add(outputs.attentions, rows, walks, attention_at)
@@ -173,21 +174,23 @@ class ReturnedCache:
 
     Args:
         backbone: the model.
-        cache: the call's cache; in the end it holds all rows.
+        slots: keeps the call's cache, which in the end holds all rows.
         model_kwargs: what `generate` keeps, for the prompts.
         texts: what has been emitted.
     """
 
     def __init__(
-        self, backbone: PreTrainedModel, cache: Cache, model_kwargs: dict[str, Any], texts: Texts
+        self,
+        backbone: PreTrainedModel,
+        slots: CacheSlots,
+        model_kwargs: dict[str, Any],
+        texts: Texts,
     ) -> None:
         self.backbone = backbone
-        self.cache = cache
+        self.slots = slots
         self.model_kwargs = dict(model_kwargs)
         self.texts = texts
-        self.prompt_slots = cache.get_seq_length()
-        self.replays = has_recurrent_states(cache)  # then rows are never moved, but may lack tokens
-        self.rows: dict[int, Cache] = {}
+        self.rows: dict[int, tuple[Cache, int]] = {}  # and how many slots each has used
 
     def take(self, places: Sequence[int], rows: Sequence[int]) -> None:
         """Take rows that have ended out of the cache, as long as it holds them.
@@ -197,34 +200,30 @@ class ReturnedCache:
             rows: their numbers among those of the call.
         """
         for place, row in zip(places, rows, strict=True):
-            taken = take_row(self.cache, place)
-            if not self.replays:
+            taken, num_slots = take_row(self.slots.cache, place), self.slots.num_slots
+            if not self.slots.in_step:  # rows in step are never moved, but may lack tokens
                 # The last token is not in it yet; the slots on the left become as the prompt had them
-                slots = self.prompt_slots + len(self.texts.emitted[row]) - 1
-                move_left(taken, taken.get_seq_length() - slots)
-            self.rows[row] = taken
+                num_slots = self.slots.num_prompt_slots + len(self.texts.emitted[row]) - 1
+                move_left(taken, num_slots_of(taken) - num_slots)
+            self.rows[row] = taken, num_slots
 
     def put_together(self) -> None:
         """Run what rows that ended early lack, their last token and padding, and join all rows."""
         sequences = self.texts.sequences()
-        for row, taken in self.rows.items():
+        full = self.slots.num_prompt_slots + len(self.texts.padded()) - 1
+        for row, (taken, num_slots) in self.rows.items():
             stop_rollback(taken)
-            missing = self.prompt_slots + len(self.texts.padded()) - 1 - taken.get_seq_length()
-            if missing > 0:
-                self._run(taken, row, sequences[row : row + 1, :-1], missing)
-        join_rows(self.cache, [self.rows[row] for row in range(len(sequences))])
+            if full > num_slots:
+                self._run(taken, row, sequences[row : row + 1, :-1], full - num_slots)
+        join_rows(self.slots.cache, [self.rows[row][0] for row in range(len(sequences))])
 
     def _run(self, cache: Cache, row: int, tokens: torch.Tensor, missing: int) -> None:
-        model_kwargs = {**self.model_kwargs, "past_key_values": cache}
+        model_kwargs = with_cache(self.model_kwargs, cache)
         for name, value in model_kwargs.items():
             if name == "position_ids" and value is not None:
                 model_kwargs[name] = value[..., min(row, value.shape[-2] - 1), None, :]
             elif torch.is_tensor(value) and value.ndim > 1:
                 model_kwargs[name] = value[row : row + 1]
-        model_kwargs = self.backbone._update_model_kwargs_for_generation(
-            ModelOutput(), model_kwargs, num_new_tokens=len(self.texts.padded()) - 1
-        )
-        inputs = self.backbone.prepare_inputs_for_generation(
-            tokens, next_sequence_length=missing, **model_kwargs
-        )
+        model_kwargs = extend(model_kwargs, len(self.texts.padded()) - 1)
+        inputs = next_inputs(self.backbone, tokens, missing, model_kwargs)
         self.backbone(**inputs, return_dict=True)

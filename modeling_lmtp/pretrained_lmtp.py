@@ -7,11 +7,11 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 from transformers import CONFIG_MAPPING, PreTrainedModel
-from transformers import initialization as init
 
 from .checkpoints_lmtp import AUTO_MAP, check_loaded
 from .configuration_lmtp import LMTPConfig
 from .states_lmtp import LayerMix
+from .transformers_lmtp import start_at_zero
 from .zero_lmtp import ZeroLinear
 
 
@@ -30,11 +30,11 @@ class LMTPPreTrainedModel(PreTrainedModel):
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         if isinstance(module, ZeroLinear):
-            init.zeros_(module.weight)
+            start_at_zero(module.weight)
             if module.bias is not None:
-                init.zeros_(module.bias)
+                start_at_zero(module.bias)
         elif isinstance(module, LayerMix):
-            init.zeros_(module.weights)
+            start_at_zero(module.weights)
         else:
             super()._init_weights(module)
 

@@ -1,4 +1,8 @@
-"""What `generate(use_lmtp=True)` refuses before any work."""
+"""What `generate(use_lmtp=True)` refuses, or decodes plainly, before any work.
+
+A call that contradicts itself is an error. What the model or the installed libraries cannot do is decoded
+plainly, with a warning: the flag changes the speed and nothing else.
+"""
 
 from collections.abc import Mapping
 from dataclasses import fields
@@ -6,14 +10,11 @@ from typing import Any
 
 import torch
 from torch import distributed as dist
-from transformers import GenerationConfig, StaticCache
+from transformers import GenerationConfig
 from transformers.generation import GenerationMode
-from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
-from transformers.integrations.fsdp import is_fsdp_managed_module
 
-from .cache_lmtp import check_cache
 from .settings_lmtp import DRAFT_SOURCES, PROMPT_LOOKUP, LMTPSettings
-from .static_lmtp import check_static_cache
+from .transformers_lmtp import is_sharded
 
 OTHER_STRATEGIES = ("assistant_model", "custom_generate", "use_mtp", "token_healing")
 
@@ -60,18 +61,6 @@ def refuse_prompt_learning(model: Any) -> None:
         )
 
 
-def refuse_synced(backbone: Any, synced_gpus: bool | None) -> None:
-    """Raise a ValueError where processes must go in step, as in ZeRO-3: L-MTP's need not."""
-    if synced_gpus is None and dist.is_available() and dist.is_initialized():
-        is_shared = is_deepspeed_zero3_enabled() or is_fsdp_managed_module(backbone)
-        synced_gpus = is_shared and dist.get_world_size() > 1
-    if synced_gpus:
-        raise ValueError(
-            "use_lmtp=True does not support synced_gpus=True, as for a model that is sharded among "
-            "processes (ZeRO-3, FSDP). Call generate() without use_lmtp."
-        )
-
-
 def refuse_other_strategies(
     kwargs: dict[str, Any], *generation_configs: GenerationConfig | None
 ) -> None:
@@ -91,24 +80,21 @@ def refuse_other_strategies(
         )
 
 
-def refuse_bad_inputs(inputs: torch.Tensor | None, kwargs: dict[str, Any]) -> None:
-    """Raise a ValueError for inputs that are no tokens."""
-    if kwargs.get("inputs_embeds") is not None:
-        raise ValueError("use_lmtp=True needs input_ids, got inputs_embeds.")
+def refuse_empty_prompt(inputs: torch.Tensor | None, kwargs: Mapping[str, Any]) -> None:
+    """Raise a ValueError for a prompt without tokens."""
     input_ids = inputs if inputs is not None else kwargs.get("input_ids")
-    if input_ids is not None and input_ids.shape[-1] == 0:
+    if kwargs.get("inputs_embeds") is None and input_ids is not None and input_ids.shape[-1] == 0:
         raise ValueError(
             "The prompt is empty: input_ids has the shape "
             f"{tuple(input_ids.shape)}. Pass at least one token, such as the BOS token."
         )
 
 
-def refuse_unsupported(generation_config: GenerationConfig, model_kwargs: dict[str, Any]) -> None:
-    """Raise a ValueError for what Transformers has prepared and is not supported.
+def refuse_other_modes(generation_config: GenerationConfig) -> None:
+    """Raise a ValueError for a way to decode that is neither greedy search nor sampling.
 
     Args:
-        generation_config: as prepared.
-        model_kwargs: likewise, the cache among them.
+        generation_config: as Transformers has prepared it.
     """
     mode = generation_config.get_generation_mode()
     if mode not in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE):
@@ -116,7 +102,22 @@ def refuse_unsupported(generation_config: GenerationConfig, model_kwargs: dict[s
             f"use_lmtp=True supports greedy search and sampling, not {mode.value!r}. Set num_beams=1 "
             "and leave out other strategies, or call generate() without use_lmtp."
         )
-    cache = model_kwargs.get("past_key_values")
-    check_cache(cache)
-    if isinstance(cache, StaticCache):
-        check_static_cache(cache, generation_config)
+
+
+def why_plain(model: Any, kwargs: Mapping[str, Any]) -> str:
+    """Say why a call is decoded plainly whatever its inputs turn out to be; nothing if it need not be.
+
+    Args:
+        model: has a `backbone`.
+        kwargs: of the call.
+    """
+    if kwargs.get("inputs_embeds") is not None:
+        return "drafts need input_ids, and the call passes inputs_embeds"
+    synced_gpus = kwargs.get("synced_gpus")
+    if synced_gpus is None and dist.is_available() and dist.is_initialized():
+        synced_gpus = dist.get_world_size() > 1 and is_sharded(model.backbone)
+    if synced_gpus:
+        return (
+            "its processes go in step (synced_gpus=True), as for weights sharded by ZeRO-3 or FSDP"
+        )
+    return ""

@@ -11,10 +11,9 @@ from typing import Any
 
 import torch
 from torch.nn.functional import pad
-from transformers import Cache
 
-from .cache_lmtp import CacheSlots, start_rollback
-from .replay_lmtp import MAX_REPLAY, Snapshot, has_recurrent_states
+from .cache_lmtp import start_rollback
+from .rollback_lmtp import CacheSlots
 from .walking_lmtp import Walk
 
 
@@ -26,15 +25,14 @@ class Rows:
         hidden_states: states of the prompts' tokens, `(A, S, H)`, the latest last.
         num_states: how many states to keep.
         model_kwargs: what `generate` keeps between steps.
+        slots: keeps the cache.
         may_move: whether slots that have a meaning in no row may be dropped; not where the backbone
             counts its positions in slots.
-        slots: keeps the cache; one that grows, unless given.
 
     Attributes:
         numbers: each row's number among those of the call.
         input_ids: a token for each slot of the cache and the roots, `(A, L)`; in slots that were filled
             in an earlier turn they may be of no meaning.
-        num_replayed: how many known tokens before the roots the cache lacks, see `replay_lmtp`.
     """
 
     def __init__(
@@ -43,8 +41,8 @@ class Rows:
         hidden_states: torch.Tensor,
         num_states: int,
         model_kwargs: dict[str, Any],
+        slots: CacheSlots,
         may_move: bool = True,
-        slots: CacheSlots | None = None,
     ) -> None:
         self.may_move = may_move
         self.numbers = list(range(input_ids.shape[0]))
@@ -52,16 +50,13 @@ class Rows:
         # The last state is taken up by the first walk, as those of all later tokens are
         self.hidden_states, self.new_states = hidden_states[:, :-1], hidden_states[:, -1:]
         self.model_kwargs = dict(model_kwargs)
-        self.cache: Cache = model_kwargs["past_key_values"]
-        self.slots = slots or CacheSlots(self.cache)
+        self.slots = slots
         missing = max(0, self.slots.num_prompt_slots - input_ids.shape[1])
         self.input_ids = pad(input_ids, (missing, 0))
         if self.model_kwargs.get("position_ids") is not None:
             self.model_kwargs["position_ids"] = self._last_positions()
         self._padding = self._count_padding()
-        self.num_replayed = 0
-        self._snapshot = Snapshot(self.cache) if has_recurrent_states(self.cache) else None
-        start_rollback(self.cache)
+        start_rollback(slots.cache)
 
     def _last_positions(self) -> torch.Tensor:
         """Positions are counted on from the last ones, `(…, A, 1)`."""
@@ -84,15 +79,9 @@ class Rows:
         """
         lengths = [len(walked.path) for walked in walks]
         going = {len(walked.path) for walked in walks if not walked.finished}
-        if self._snapshot is not None and len(going) > 1:
+        if self.slots.in_step and len(going) > 1:
             raise RuntimeError("recurrent states are kept for all rows at once: rows go in step")
-        if self._snapshot is None:
-            self.slots.keep_paths([walked.path for walked in walks], num_slots)
-        elif min(lengths) == num_slots:
-            self._snapshot, self.num_replayed = Snapshot(self.cache), 0
-        else:
-            self._snapshot.restore(self.num_replayed + num_slots)
-            self.num_replayed += max(lengths)
+        self.slots.keep_paths([walked.path for walked in walks], num_slots)
         self._keep_states([walked.path for walked in walks])
         tokens = [walked.tokens for walked in walks]
         self.input_ids = _append(self.input_ids, tokens)
@@ -112,15 +101,7 @@ class Rows:
         Args:
             num_slots: as for `commit`.
         """
-        if self._snapshot is None:
-            self.slots.take_back(num_slots)
-        else:
-            self._snapshot.restore(self.num_replayed + num_slots)
-
-    @property
-    def must_settle(self) -> bool:
-        """Whether the next pass must run without candidates, because it runs much again."""
-        return self.num_replayed + 1 >= MAX_REPLAY
+        self.slots.take_back(num_slots)
 
     def _keep_states(self, paths: Sequence[Sequence[int]]) -> None:
         states = torch.cat(
@@ -168,8 +149,6 @@ class Rows:
         """Keep these rows only, by their place among the present ones."""
         index = torch.tensor(kept)
         self.slots.keep_rows(kept)
-        if self._snapshot is not None:
-            self._snapshot.keep(kept)
         self.numbers = [self.numbers[place] for place in kept]
         self._padding = [self._padding[place] for place in kept]
         self.input_ids = self.input_ids[index]

@@ -13,6 +13,7 @@ DRAFT_SHAPES = ("draft_tree", "draft_length", "draft_nodes", "draft_by_batch_siz
 # Transformers' own names, for what is here part of the draft instead of another strategy
 PROMPT_LOOKUP = ("prompt_lookup_num_tokens", "max_matching_ngram_size")
 BESIDE_A_SHAPE = ("draft_threshold", *PROMPT_LOOKUP)
+STRICT = "strict"  # a value of `use_lmtp`: an error where it would be plain decoding instead
 # What says where candidates come from, as a drafter of one's own does
 DRAFT_SOURCES = (*DRAFT_SHAPES, *BESIDE_A_SHAPE, "forward_decoding")
 
@@ -22,7 +23,8 @@ class LMTPSettings:
     """How to decode.
 
     Args:
-        use_lmtp: draft with the leap heads.
+        use_lmtp: draft with the leap heads; `"strict"`, an error where the model or the installed libraries
+            would make it plain decoding.
         draft_tree: a static draft tree as the paths of its nodes, see `DraftTree.from_paths`.
         draft_length: instead, a top-1 chain of that many candidates.
         draft_nodes: instead, up to that many candidates in a tree grown for every state by itself.
@@ -38,7 +40,7 @@ class LMTPSettings:
         posterior_threshold, posterior_alpha: ε and δ of the typical rule.
     """
 
-    use_lmtp: bool = False
+    use_lmtp: bool | str = False
     draft_tree: Sequence[Sequence[int]] | None = None
     draft_length: int | None = None
     draft_nodes: int | None = None
@@ -132,6 +134,8 @@ class LMTPSettings:
 
     def _check_kinds(self) -> None:
         """Raise a ValueError for what is no number where one is needed."""
+        if self.use_lmtp not in (True, False, STRICT):
+            raise ValueError(f"use_lmtp must be True, False or {STRICT!r}, got {self.use_lmtp!r}.")
         integers = ("draft_length", "draft_nodes", *PROMPT_LOOKUP)
         for name in (*integers, "draft_threshold", "posterior_threshold", "posterior_alpha"):
             value = getattr(self, name)

@@ -15,41 +15,40 @@ from collections.abc import Sequence
 
 import torch
 from transformers import Cache, GenerationConfig, PreTrainedModel, StaticCache
-from transformers.cache_utils import StaticLayer
 
-from .cache_lmtp import CacheSlots
+from .cache_lmtp import new_cache
+from .rollback_lmtp import CacheSlots
+from .transformers_lmtp import StaticLayer
 
 
-def check_static_cache(cache: StaticCache, generation_config: GenerationConfig) -> None:
-    """Raise a ValueError for layers that do not keep all slots in place, and outputs laid out otherwise."""
+def why_not_static(cache: StaticCache, generation_config: GenerationConfig) -> str:
+    """Say why drafts cannot be verified over a static cache; nothing if they can."""
     others = {type(layer).__name__ for layer in cache.layers if type(layer) is not StaticLayer}
     if others:
-        raise ValueError(
-            f"use_lmtp=True does not support static caches with layers of the kind "
-            f"{', '.join(sorted(others))}: they cannot be rolled back. Leave out "
-            "cache_implementation, or pass 'dynamic'."
+        return (
+            f"static cache layers of the kind {', '.join(sorted(others))} cannot be rolled back (leave out "
+            "cache_implementation, or pass 'dynamic')"
         )
     if cache.offloading:
-        raise ValueError(
-            "use_lmtp=True does not support static caches that are offloaded. Pass "
-            "cache_implementation='static', or 'offloaded'."
-        )
+        return "an offloaded static cache is not supported (pass cache_implementation='static')"
     if generation_config.return_dict_in_generate and generation_config.output_attentions:
-        raise ValueError(
-            "use_lmtp=True does not support output_attentions=True with a static cache. Leave out "
-            "cache_implementation, or pass 'dynamic'."
+        return (
+            "output_attentions=True is not supported with a static cache (leave out "
+            "cache_implementation, or pass 'dynamic')"
         )
+    return ""
 
 
-def check_room(cache: StaticCache, num_tokens: int, max_nodes: int) -> None:
-    """Raise a ValueError unless `cache` has room for a text, and for as many candidates behind it."""
+def why_no_room(cache: StaticCache, num_tokens: int, max_nodes: int) -> str:
+    """Say what a static cache lacks to hold a text, and as many candidates behind it; nothing if it can."""
     capacity, needed = cache.get_max_length(), num_tokens + max_nodes
-    if capacity < needed:
-        raise ValueError(
-            f"past_key_values is a static cache of {capacity} slots, and use_lmtp=True needs {needed} "
-            f"here: one for each token of prompt and text, and {max_nodes} for a draft. Pass "
-            f"StaticCache(config, max_cache_len={needed}), or a smaller max_new_tokens."
-        )
+    if capacity >= needed:
+        return ""
+    return (
+        f"the static cache has {capacity} slots, and {needed} are needed: one for each token of prompt and "
+        f"text, and {max_nodes} for a draft (pass StaticCache(config, max_cache_len={needed}), or a "
+        "smaller max_new_tokens)"
+    )
 
 
 def enlarge(cache: StaticCache, backbone: PreTrainedModel, max_nodes: int) -> None:
@@ -59,10 +58,7 @@ def enlarge(cache: StaticCache, backbone: PreTrainedModel, max_nodes: int) -> No
     that compiled code fits the next one. In place, because Transformers keeps its cache throughout the
     call, and has allocated it already for a prefill in chunks.
     """
-    cache.layers = StaticCache(
-        config=backbone.config.get_text_config(decoder=True),
-        max_cache_len=cache.get_max_length() + 1 + max_nodes,
-    ).layers
+    cache.layers = new_cache(backbone.config, cache.get_max_length() + 1 + max_nodes).layers
 
 
 class StaticSlots(CacheSlots):
@@ -87,7 +83,7 @@ class StaticSlots(CacheSlots):
         num_nodes: int,
         attention_mask: torch.Tensor | None = None,
     ) -> None:
-        super().__init__(cache)
+        super().__init__(cache, int(cache.get_seq_length()))
         self.num_nodes = num_nodes
         self.start = self.num_prompt_slots - 1  # the prompt's last token is the first root
         self.lengths = [self.start] * num_rows
@@ -112,11 +108,11 @@ class StaticSlots(CacheSlots):
             self.lengths[place] += len(path)
         if sources != targets:
             self._copy(sources, targets)
-        self._forget_after(max(self.lengths))
+        self.forget_after(max(self.lengths))
 
     def take_back(self, num_slots: int) -> None:
         """Forget the last pass's slots."""
-        self._forget_after(self.start)
+        self.forget_after(self.start)
 
     def _copy(self, sources: list[list[int]], targets: list[list[int]]) -> None:
         """Copy slots of the rows still generating, both `(A, longest path)`."""
@@ -131,7 +127,8 @@ class StaticSlots(CacheSlots):
             for states in (layer.keys, layer.values):
                 states[row, :, target] = states[row, :, source]
 
-    def _forget_after(self, length: int) -> None:
+    def forget_after(self, length: int) -> None:
+        """Let the next pass write behind the first `length` slots."""
         self.start = length
         for layer in self.cache.layers:
             layer.cumulative_length.fill_(length)

@@ -15,11 +15,12 @@ from torch.nn.functional import pad
 from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
-from .cache_lmtp import CacheSlots
 from .compiled_lmtp import CompiledPass
 from .drafting_lmtp import Candidates
+from .rollback_lmtp import CacheSlots
 from .static_lmtp import StaticSlots
 from .texts_lmtp import Texts
+from .transformers_lmtp import cache_of, extend, next_inputs
 from .tree_lmtp import DraftTree
 from .verification_lmtp import Verifier
 
@@ -40,15 +41,15 @@ class StaticVerifier(Verifier):
         self.num_nodes = 1 + max_nodes
         self.compiled = compiled
 
-    def slots(self, model_kwargs: dict[str, Any], num_rows: int) -> CacheSlots:
+    def slots(self, model_kwargs: dict[str, Any], num_rows: int, num_tokens: int) -> CacheSlots:
         """Return where the rows lie, and verify there from now on."""
-        cache, mask = model_kwargs["past_key_values"], model_kwargs.get("attention_mask")
-        self._slots = StaticSlots(cache, num_rows, self.num_nodes, mask)
-        return self._slots
+        mask = model_kwargs.get("attention_mask")
+        self.rows_in_cache = StaticSlots(cache_of(model_kwargs), num_rows, self.num_nodes, mask)
+        return self.rows_in_cache
 
     def of_rows(self, states: torch.Tensor) -> torch.Tensor:
         """Pick the rows that are still generating."""
-        return self._slots.of_rows(states)
+        return self.rows_in_cache.of_rows(states)
 
     def verify(
         self,
@@ -77,20 +78,15 @@ class StaticVerifier(Verifier):
                 f"{self.num_nodes - 1}, and a pass over a static cache has room for no more."
             )
         all_candidates = self._fill_up(candidates)
-        roots = self._slots.among_all(input_ids[:, -1:])
+        roots = self.rows_in_cache.among_all(input_ids[:, -1:])
         nodes = torch.cat([roots, all_candidates.token_ids], dim=-1)
         depths, visible = self._arrangement(all_candidates, nodes.device)
-        inputs = self.backbone.prepare_inputs_for_generation(
-            nodes,
-            next_sequence_length=self.num_nodes,
-            attention_mask=visible[:, None],  # in the place of ours, so that no other is made
-            **self._of_all_rows(model_kwargs, depths),
-        )
+        # A mask in the place of ours, so that no other is made
+        kept = {**self._of_all_rows(model_kwargs, depths), "attention_mask": visible[:, None]}
+        inputs = next_inputs(self.backbone, nodes, self.num_nodes, kept)
         inputs["attention_mask"] = self._masks.over_all_slots(
-            self._slots.seen(visible), self._slots.cache
+            self.rows_in_cache.seen(visible), self.rows_in_cache.cache
         )
-        if "logits_to_keep" in inputs:
-            inputs["logits_to_keep"] = 0  # those of every node
         outputs = (self.compiled or self.backbone)(**inputs, return_dict=True)
         outputs.logits = self.of_rows(outputs.logits)
         if outputs.get("hidden_states") is not None:
@@ -99,11 +95,11 @@ class StaticVerifier(Verifier):
 
     def _fill_up(self, candidates: Candidates) -> Candidates:
         """Make drafts for all `B` rows of what `A` rows have, `N` tokens each."""
-        trees = [DraftTree()] * len(self._slots.lengths)
-        for place, tree in zip(self._slots.places, candidates.trees, strict=True):
+        trees = [DraftTree()] * len(self.rows_in_cache.lengths)
+        for place, tree in zip(self.rows_in_cache.places, candidates.trees, strict=True):
             trees[place] = tree
         missing = self.num_nodes - 1 - candidates.num_nodes
-        token_ids = self._slots.among_all(pad(candidates.token_ids, (0, missing)))
+        token_ids = self.rows_in_cache.among_all(pad(candidates.token_ids, (0, missing)))
         return Candidates(tuple(trees), token_ids)
 
     def _of_all_rows(self, model_kwargs: dict[str, Any], depths: torch.Tensor) -> dict[str, Any]:
@@ -111,14 +107,13 @@ class StaticVerifier(Verifier):
         kept = {}
         for name, value in model_kwargs.items():
             if name == "position_ids" and value is not None:
-                kept[name] = self._slots.among_all(value, dim=-2) + depths
+                kept[name] = self.rows_in_cache.among_all(value, dim=-2) + depths
             elif name.endswith("token_type_ids") and value is not None:  # new ones are as the last
-                kept[name] = self._slots.among_all(value[:, -1:]).expand(-1, self.num_nodes)
+                kept[name] = self.rows_in_cache.among_all(value[:, -1:]).expand(-1, self.num_nodes)
             elif torch.is_tensor(value) and value.ndim > 1:
-                kept[name] = self._slots.among_all(value)
+                kept[name] = self.rows_in_cache.among_all(value)
             else:
                 kept[name] = value
-        kept.pop("attention_mask", None)
         return kept
 
 
@@ -126,34 +121,35 @@ class ReturnedStaticCache:
     """Gives rows of a batch that ended early what plain decoding has behind them: an end and padding.
 
     Args:
-        verifier: knows where the rows lie.
+        backbone: the model.
+        slots: where the rows lie.
         model_kwargs: what `generate` keeps, for the prompts.
         texts: what has been emitted.
     """
 
     def __init__(
-        self, verifier: StaticVerifier, model_kwargs: dict[str, Any], texts: Texts
+        self,
+        backbone: PreTrainedModel,
+        slots: StaticSlots,
+        model_kwargs: dict[str, Any],
+        texts: Texts,
     ) -> None:
-        self.verifier = verifier
+        self.backbone = backbone
+        self.slots = slots
         self.model_kwargs = dict(model_kwargs)
         self.texts = texts
-        self.prompt_slots = int(model_kwargs["past_key_values"].get_seq_length())
 
     def take(self, places: Sequence[int], rows: Sequence[int]) -> None:
         """Leave rows that have ended where they are."""
 
     def put_together(self) -> None:
         """Run the tokens that the shortest row lacks, in all rows."""
-        slots, backbone = self.verifier._slots, self.verifier.backbone
-        num_new = len(self.texts.padded()) - 1
-        missing = self.prompt_slots + num_new - min(slots.lengths)
-        slots._forget_after(min(slots.lengths))
+        num_new, shortest = len(self.texts.padded()) - 1, min(self.slots.lengths)
+        missing = self.slots.num_prompt_slots + num_new - shortest
+        self.slots.forget_after(shortest)
         if missing == 0:
             return
-        model_kwargs = backbone._update_model_kwargs_for_generation(
-            ModelOutput(), self.model_kwargs, num_new_tokens=num_new
-        )
-        inputs = backbone.prepare_inputs_for_generation(
-            self.texts.sequences()[:, :-1], next_sequence_length=missing, **model_kwargs
-        )
-        backbone(**inputs, return_dict=True)
+        model_kwargs = extend(self.model_kwargs, num_new)
+        tokens = self.texts.sequences()[:, :-1]
+        inputs = next_inputs(self.backbone, tokens, missing, model_kwargs)
+        self.backbone(**inputs, return_dict=True)

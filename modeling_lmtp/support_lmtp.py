@@ -4,21 +4,33 @@ No architecture is known by name. The structure of the cache tells what is worth
 numeric check (a few dozen tokens, no randomness) whether it comes out right.
 """
 
-import inspect
 import weakref
-from collections.abc import Collection
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any
 
 import torch
-from transformers import Cache, DynamicCache, PreTrainedConfig, PreTrainedModel, StaticCache
-from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
+from .cache_lmtp import (
+    new_cache,
+    why_not_cropped,
+    why_not_gathered,
+    why_unknown_layers,
+    windows_of,
+)
 from .drafting_lmtp import Candidates
 from .rows_lmtp import Rows
 from .static_verification_lmtp import StaticVerifier
+from .transformers_lmtp import (
+    attention_implementation,
+    prefill,
+    takes_cache,
+    takes_positions,
+    why_unavailable,
+    with_cache,
+)
 from .tree_lmtp import DraftTree
 from .verification_lmtp import Verifier
 from .walking_lmtp import Walk
@@ -46,7 +58,7 @@ class Tier(str, Enum):
 
     TREE = "tree"
     CHAIN = "chain"
-    REFUSED = "refused"
+    PLAIN = "plain"
 
 
 @dataclass(frozen=True)
@@ -79,13 +91,13 @@ def decoding_support(backbone: PreTrainedModel, static: bool = False) -> Support
         static: over a static cache, where it is a tree or nothing.
     """
     known = _known.setdefault(backbone, {})
-    attention = backbone.config._attn_implementation
+    attention = attention_implementation(backbone.config)
     precision = backbone.dtype, _precision(backbone)
     key = (attention, precision, backbone.device, backbone.training, static)
     if key in known:
         return known[key]
     found = _try_static(backbone) if static else _try_tiers(backbone)
-    if found.tier is not Tier.REFUSED:  # what stood in the way may be gone by the next call
+    if found.tier is not Tier.PLAIN:  # what stood in the way may be gone by the next call
         known[key] = found
     return found
 
@@ -125,8 +137,11 @@ def decoding_tier(backbone: PreTrainedModel) -> Tier:
 
 @torch.no_grad()
 def _try_tiers(backbone: PreTrainedModel) -> Support:
-    if "past_key_values" not in _forward_parameters(backbone):
-        return Support(Tier.REFUSED, "its forward takes no past_key_values")
+    unavailable = why_unavailable(backbone)
+    if not unavailable and not takes_cache(backbone):
+        unavailable = "its forward takes no key-value cache"
+    if unavailable:
+        return Support(Tier.PLAIN, unavailable)
     no_tree = _why_no_trees(backbone) or _why_not(backbone, [TREE], [(0, 2, 3)])
     if not no_tree:
         ragged = _takes_ragged(backbone, TREE, [(0, 2, 3), (0, 1)])
@@ -138,17 +153,17 @@ def _try_tiers(backbone: PreTrainedModel) -> Support:
         return Support(Tier.CHAIN, f"no trees: {no_tree}", ragged)
     if backbone.training:
         no_chain += "; it is in training mode, call eval() first"
-    return Support(Tier.REFUSED, no_chain)
+    return Support(Tier.PLAIN, no_chain)
 
 
 @torch.no_grad()
 def _try_static(backbone: PreTrainedModel) -> Support:
     support = decoding_support(backbone)
     if support.tier is not Tier.TREE:
-        return Support(Tier.REFUSED, support.reason)
+        return Support(Tier.PLAIN, support.reason)
     paths: list[tuple[int, ...]] = [(0, 2, 3), (0, 1)] if support.ragged else [(0, 2, 3)]
     reason = _why_not(backbone, [TREE] * len(paths), paths, static=True)
-    return Support(Tier.REFUSED, reason) if reason else support
+    return Support(Tier.PLAIN, reason) if reason else support
 
 
 def _takes_ragged(backbone: PreTrainedModel, tree: DraftTree, paths: list[tuple[int, ...]]) -> bool:
@@ -180,18 +195,16 @@ def _why_no_trees(backbone: PreTrainedModel) -> str:
     A window that the configuration names and the cache does not know may be measured in slots,
     which only float32 is precise enough to find out.
     """
-    attention = backbone.config._attn_implementation
+    attention = attention_implementation(backbone.config)
     if attention not in ("eager", "sdpa"):
         return f"{attention!r} attention takes no mask of ours"
-    if "position_ids" not in _forward_parameters(backbone):
+    if not takes_positions(backbone):
         return "its forward takes no position_ids"
-    layers = _new_cache(backbone).layers
-    other = {type(layer).__name__ for layer in layers} - {
-        kind.__name__ for kind in (DynamicLayer, DynamicSlidingWindowLayer)
-    }
-    if other:
-        return f"cache layers of the kind {', '.join(sorted(other))} cannot be gathered"
-    in_cache = {layer.sliding_window for layer in layers if hasattr(layer, "sliding_window")}
+    cache = new_cache(backbone.config)
+    reason = why_not_gathered(cache)
+    if reason:
+        return reason
+    in_cache = windows_of(cache)
     if _precision(backbone) not in PLAIN_TOLERANCE and not set(_windows(backbone)) <= in_cache:
         return f"in {_precision(backbone)} it cannot be told how it measures its attention windows"
     return ""
@@ -201,18 +214,6 @@ def _precision(backbone: PreTrainedModel) -> torch.dtype:
     """What the backbone computes in, autocast considered."""
     kind = backbone.device.type
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else backbone.dtype
-
-
-def _forward_parameters(backbone: PreTrainedModel) -> Collection[str]:
-    # torch.compile(model) wraps a module in one that takes anything
-    return inspect.signature(getattr(backbone, "_orig_mod", backbone).forward).parameters
-
-
-def _new_cache(backbone: PreTrainedModel, static_length: int | None = None) -> Cache:
-    config = backbone.config.get_text_config(decoder=True)
-    if static_length is not None:
-        return StaticCache(config=config, max_cache_len=static_length)
-    return DynamicCache(config=config)
 
 
 def _windows(backbone: PreTrainedModel) -> list[int]:
@@ -282,16 +283,18 @@ def _verified_logits(
     for row, path in enumerate(paths):
         node_ids[row, list(path)] = tokens[row, length : length + len(path)]
     candidates = Candidates(tuple(trees), node_ids[:, 1:])
-    cache = _new_cache(backbone, tokens.shape[1] + num_nodes if static else None)
-    model_kwargs: dict[str, Any] = {"past_key_values": cache, "use_cache": True}
-    backbone(input_ids=prompts, **model_kwargs)
-    if "position_ids" in _forward_parameters(backbone):
+    cache = new_cache(backbone.config, tokens.shape[1] + num_nodes if static else None)
+    model_kwargs = with_cache({"use_cache": True}, cache)
+    if takes_positions(backbone):
         model_kwargs["position_ids"] = torch.arange(length, device=tokens.device)[None]
+    prefill(backbone, prompts, GenerationConfig(), model_kwargs)
+    reason = why_unknown_layers(cache) or ("" if static else why_not_cropped(cache))
+    if reason:
+        raise NotImplementedError(reason)
 
     no_states = torch.zeros((len(trees), 1, 1), device=tokens.device)
     verifier = StaticVerifier(backbone, num_nodes) if static else Verifier(backbone)
-    slots = verifier.slots(model_kwargs, len(trees))
-    rows = Rows(prompts, no_states, 1, model_kwargs, slots=slots)
+    rows = Rows(prompts, no_states, 1, model_kwargs, verifier.slots(model_kwargs, *prompts.shape))
     rows.commit([Walk(tokens=[int(root)]) for root in tokens[:, length]], 1)
     on_paths = verifier.verify(rows.input_ids, candidates, rows.model_kwargs).logits
     rows.new_states = no_states.expand(-1, 1 + candidates.num_nodes, 1)
@@ -303,7 +306,8 @@ def _verified_logits(
         1 + candidates.num_nodes,
     )
     none = Candidates.none(rows.input_ids)
-    after = verifier.verify(rows.input_ids, none, rows.model_kwargs, rows.num_replayed).logits
+    num_replayed = rows.slots.num_replayed
+    after = verifier.verify(rows.input_ids, none, rows.model_kwargs, num_replayed).logits
     return [
         torch.cat([on_paths[row, list(path)], after[row, :1]]) for row, path in enumerate(paths)
     ]

@@ -6,7 +6,7 @@ Shapes: `B` rows, `L` prompt length.
 from collections.abc import Sequence
 
 import torch
-from transformers.generation.streamers import BaseStreamer
+from transformers.generation import BaseStreamer
 
 from .walking_lmtp import Walk
 

@@ -10,10 +10,11 @@ from torch.nn.functional import pad
 from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
-from .cache_lmtp import CacheSlots
 from .compiled_lmtp import CompiledPass
 from .drafting_lmtp import Candidates
 from .masks_lmtp import TreeMasks
+from .rollback_lmtp import CacheSlots, slots_of
+from .transformers_lmtp import cache_of, extend, next_inputs
 from .tree_lmtp import DraftTree
 
 
@@ -39,9 +40,9 @@ class Verifier:
         self._masks = TreeMasks(backbone)
         self._kept: tuple[tuple[DraftTree, ...], _Arrangement] | None = None
 
-    def slots(self, model_kwargs: dict[str, Any], num_rows: int) -> CacheSlots:
-        """Return what keeps the cache of a batch whose prompts have been run."""
-        return CacheSlots(model_kwargs["past_key_values"])
+    def slots(self, model_kwargs: dict[str, Any], num_rows: int, num_tokens: int) -> CacheSlots:
+        """Return what keeps the cache of a batch whose prompts, `num_tokens` long, have been run."""
+        return slots_of(cache_of(model_kwargs), num_tokens)
 
     def of_rows(self, states: torch.Tensor) -> torch.Tensor:
         """Pick from what a pass collected, `(…, Q, H)`, the rows that were to be verified."""
@@ -77,20 +78,14 @@ class Verifier:
                 f"{type(self.backbone).__name__} cannot verify a draft tree exactly, only a chain; "
                 f"the drafter proposed the paths {paths}."
             )
-        model_kwargs = self.backbone._update_model_kwargs_for_generation(
-            ModelOutput(), dict(model_kwargs), num_new_tokens=candidates.num_nodes
-        )
+        model_kwargs = extend(model_kwargs, candidates.num_nodes)
         if num_replayed and model_kwargs.get("position_ids") is not None:
             positions = model_kwargs["position_ids"]
             earlier = torch.arange(-num_replayed, 0, device=positions.device) + positions[..., :1]
             model_kwargs["position_ids"] = torch.cat([earlier, positions], dim=-1)
-        inputs = self.backbone.prepare_inputs_for_generation(
-            torch.cat([input_ids, candidates.token_ids], dim=-1),
-            next_sequence_length=num_replayed + 1 + candidates.num_nodes,
-            **model_kwargs,
-        )
-        if "logits_to_keep" in inputs:
-            inputs["logits_to_keep"] = 0  # those of every node
+        tokens = torch.cat([input_ids, candidates.token_ids], dim=-1)
+        num_tokens = num_replayed + 1 + candidates.num_nodes
+        inputs = next_inputs(self.backbone, tokens, num_tokens, model_kwargs)
         self._arrange(inputs, candidates, model_kwargs)
         outputs = self.backbone(**inputs, return_dict=True)
         return _of_nodes(outputs, num_replayed) if num_replayed else outputs
@@ -106,7 +101,7 @@ class Verifier:
             known = inputs["position_ids"][..., : -candidates.num_nodes]  # up to the root
             inputs["position_ids"] = torch.cat([known[..., :-1], known[..., -1:] + depths], dim=-1)
         if not candidates.is_chain:
-            cache = model_kwargs["past_key_values"]
+            cache = cache_of(model_kwargs)
             attention_mask = model_kwargs.get("attention_mask")
             inputs["attention_mask"] = self._masks(visible, depths, cache, attention_mask)
 

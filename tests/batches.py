@@ -13,6 +13,7 @@ from transformers import Cache, LogitsProcessor, PreTrainedModel
 
 from modeling_lmtp import LMTPForCausalLM
 from modeling_lmtp.support_lmtp import Tier, decoding_support
+from modeling_lmtp.transformers_lmtp import cache_of, with_cache
 from modeling_lmtp.tree_lmtp import DraftTree
 
 # On matrices this small, more threads only wait for each other.
@@ -81,7 +82,7 @@ def new_tokens_alone(first: Any, inputs: dict[str, torch.Tensor]) -> dict[str, A
     return {
         "input_ids": torch.cat([first.sequences[:, -1:], SECOND_TURN], dim=-1),
         "attention_mask": slots_with_meaning(inputs, width),
-        "past_key_values": first.past_key_values,
+        **with_cache({}, cache_of(first)),
     }
 
 

@@ -29,6 +29,8 @@ from batches import (
 from drafters import CHAIN, TREE, Oracle, always, sometimes
 from transformers import DynamicCache
 
+from modeling_lmtp.transformers_lmtp import cache_of, with_cache
+
 KINDS = ("llama", "mistral", "gemma2", "bloom", "lfm2", "qwen3_next", "roformer")
 # The tokens at these rows and steps end a text; steps are counted from 0
 ENDS = {
@@ -110,7 +112,7 @@ def test_the_returned_cache_is_as_plain_decoding_leaves_it(architecture, ends, r
     output = leap(model, whole, right=right, **options)
     # The last token is not in it yet
     mask = slots_with_meaning(padded(), plain.sequences.shape[1] - 1)
-    assert_same_cache(output.past_key_values, plain.past_key_values, mask, architecture)
+    assert_same_cache(cache_of(output), cache_of(plain), mask, architecture)
 
 
 @pytest.mark.parametrize("returns_dict", [False, True])
@@ -126,13 +128,13 @@ def test_a_cache_passed_in_is_brought_up_to_date_in_place(architecture, returns_
         **options,
         use_lmtp=True,
         drafter=drafter,
-        past_key_values=cache,
+        **with_cache({}, cache),
         return_dict_in_generate=returns_dict,
     )
     if returns_dict:
-        assert output.past_key_values is cache
+        assert cache_of(output) is cache
     mask = slots_with_meaning(padded(), plain.sequences.shape[1] - 1)
-    assert_same_cache(cache, plain.past_key_values, mask, architecture)
+    assert_same_cache(cache, cache_of(plain), mask, architecture)
 
 
 def second_turn(first, ends: list[int], masked: bool) -> dict[str, torch.Tensor]:
@@ -145,7 +147,7 @@ def second_turn(first, ends: list[int], masked: bool) -> dict[str, torch.Tensor]
     return {
         "input_ids": torch.cat([sequences, SECOND_TURN], dim=-1),
         "attention_mask": torch.cat([attention_mask, torch.ones_like(SECOND_TURN)], dim=-1),
-        "past_key_values": first.past_key_values,
+        **with_cache({}, cache_of(first)),
     }
 
 
@@ -174,7 +176,7 @@ def test_a_conversation_goes_on_in_a_batch(architecture, masked, flags):
         output.sequences.tolist() for output in plain
     ]
     mask = torch.cat([inputs["attention_mask"], torch.ones(NUM_ROWS, NEW_TOKENS - 1)], dim=-1)
-    assert_same_cache(second.past_key_values, plain[1].past_key_values, mask, architecture)
+    assert_same_cache(cache_of(second), cache_of(plain[1]), mask, architecture)
 
 
 @pytest.mark.parametrize("right", [always, sometimes])
@@ -192,8 +194,8 @@ def test_a_conversation_goes_on_from_its_new_tokens_alone(architecture, prompts,
     plain = generate(model.backbone, copy.deepcopy(turn), **options)
     output = leap(model, endless, right=right, inputs=turn, **options)
     assert output.sequences.tolist() == plain.sequences.tolist()
-    mask = slots_with_meaning(turn, plain.past_key_values.get_seq_length())
-    assert_same_cache(output.past_key_values, plain.past_key_values, mask, architecture)
+    mask = slots_with_meaning(turn, cache_of(plain).get_seq_length())
+    assert_same_cache(cache_of(output), cache_of(plain), mask, architecture)
 
 
 @pytest.mark.parametrize("architecture", ["llama", "mistral", "lfm2"])
@@ -203,11 +205,11 @@ def test_a_cache_of_the_prompts_beginning_may_be_passed_in(architecture):
     # The last prompt is not in it yet
     begun = {name: values[:, :-4] for name, values in inputs.items()}
     with torch.no_grad():
-        model.backbone(**begun, past_key_values=beginning)
-    inputs["past_key_values"] = copy.deepcopy(beginning)
+        model.backbone(**begun, **with_cache({}, beginning))
+    inputs |= with_cache({}, copy.deepcopy(beginning))
     plain = generate(model.backbone, inputs, **GREEDY)
-    inputs["past_key_values"] = beginning
+    inputs |= with_cache({}, beginning)
     output = leap(model, plain.sequences, inputs=inputs, **GREEDY)
     assert output.sequences.tolist() == plain.sequences.tolist()
     mask = slots_with_meaning(inputs, LENGTH + NEW_TOKENS - 1)
-    assert_same_cache(output.past_key_values, plain.past_key_values, mask, architecture)
+    assert_same_cache(cache_of(output), cache_of(plain), mask, architecture)

@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, pipeline
 
 from modeling_lmtp import LMTPForCausalLM
 from modeling_lmtp.support_lmtp import Tier, decoding_support
+from modeling_lmtp.transformers_lmtp import cache_of, with_cache
 from modeling_lmtp.tree_lmtp import DraftTree
 
 # Caches
@@ -274,7 +275,7 @@ def test_a_cache_made_in_inference_mode_goes_on_outside_of_it():
     continued = generate(
         model,
         inputs,
-        past_key_values=begun.past_key_values,
+        **with_cache({}, cache_of(begun)),
         use_lmtp=True,
         drafter=Oracle(whole, TREE, sometimes),
         max_new_tokens=rest,

@@ -21,6 +21,7 @@ from transformers import (
 from transformers.generation.streamers import BaseStreamer
 
 from modeling_lmtp import LMTPForCausalLM
+from modeling_lmtp.transformers_lmtp import cache_of, with_cache
 
 PROMPT = torch.tensor([[3, 17, 5, 9, 44]])
 LENGTH = PROMPT.shape[1]
@@ -237,11 +238,11 @@ def test_the_returned_cache_goes_on_where_the_call_ended(
         max_new_tokens=max_new_tokens,
     )
     # As after plain decoding, the last token is not in it yet
-    assert begun.past_key_values.get_seq_length() == LENGTH + max_new_tokens - 1
+    assert cache_of(begun).get_seq_length() == LENGTH + max_new_tokens - 1
     continued = generate(
         model,
         begun.sequences,
-        past_key_values=begun.past_key_values,
+        **with_cache({}, cache_of(begun)),
         use_lmtp=use_lmtp,
         do_sample=False,
         max_new_tokens=40 - max_new_tokens,
@@ -299,7 +300,7 @@ def test_a_cancelled_call_leaves_a_cache_to_go_on_from(architecture, tree, kind,
     end = {"streamer": Cancelling(num_tokens)}
     if by == "processor":
         end = {"logits_processor": LogitsProcessorList([Failing(num_tokens)])}
-    options = {"do_sample": False, "past_key_values": cache}
+    options = {"do_sample": False, **with_cache({}, cache)}
     with pytest.raises(KeyboardInterrupt):
         generate(model, use_lmtp=True, drafter=drafter, max_new_tokens=40, **end, **options)
     kinds = {type(layer).__name__ for layer in cache.layers}
@@ -316,8 +317,8 @@ def test_the_returned_cache_forgets_as_a_plain_one_does(architecture):
 
     def slots(use_lmtp: bool) -> list[int]:
         output = generate(model, use_lmtp=use_lmtp, do_sample=False, max_new_tokens=30)
-        cache = output.past_key_values
-        continued = {"past_key_values": cache, "do_sample": False, "max_new_tokens": 3}
+        cache = cache_of(output)
+        continued = {**with_cache({}, cache), "do_sample": False, "max_new_tokens": 3}
         generate(model.backbone, output.sequences, **continued)
         return [layer.keys.shape[-2] for layer in cache.layers]
 

@@ -14,6 +14,7 @@ from transformers.utils import logging
 from modeling_lmtp import LMTPForCausalLM
 from modeling_lmtp.drafting_lmtp import Candidates, Drafter
 from modeling_lmtp.support_lmtp import Tier, decoding_support
+from modeling_lmtp.transformers_lmtp import with_cache
 from modeling_lmtp.tree_lmtp import DraftTree
 from modeling_lmtp.verification_lmtp import Verifier
 
@@ -174,7 +175,7 @@ def test_a_quantized_cache_is_refused(model):
     cache.layers = [QuantizedLayerLike(), QuantizedLayerLike()]
     cache.layer_class_to_replicate = None
     with pytest.raises(ValueError, match="does not support quantized caches: cropping one leaves"):
-        model.generate(PROMPT, past_key_values=cache, max_new_tokens=4, use_lmtp=True)
+        model.generate(PROMPT, **with_cache({}, cache), max_new_tokens=4, use_lmtp=True)
 
 
 @pytest.mark.parametrize("architecture", ["mamba", "minimax"])

@@ -13,6 +13,7 @@ from transformers.cache_utils import DynamicLayer
 from modeling_lmtp import LMTPForCausalLM
 from modeling_lmtp.conversion.pass_clock import PassClock
 from modeling_lmtp.growing_lmtp import MIN_ROOM, GrowingLayer, give_back_room, make_room
+from modeling_lmtp.transformers_lmtp import cache_of
 
 SHAPE = (2, 3, 5, 4)  # rows, heads, slots, head dimension
 GREEDY = {"do_sample": False, "max_new_tokens": 12, "eos_token_id": None}
@@ -108,9 +109,9 @@ def test_the_cache_goes_back_as_plain_decoding_leaves_it(rows):
     plain = model.generate(prompts, **options)
     output = model.generate(prompts, use_lmtp=True, **options)
     assert output.sequences.tolist() == plain.sequences.tolist()
-    layer = output.past_key_values.layers[0]
+    layer = cache_of(output).layers[0]
     assert type(layer) is DynamicLayer
-    assert layer.keys.shape == plain.past_key_values.layers[0].keys.shape
+    assert layer.keys.shape == cache_of(plain).layers[0].keys.shape
 
 
 @pytest.mark.parametrize("context", [0, 2, "path"], ids=str)

@@ -8,6 +8,7 @@ from transformers import DynamicCache
 from modeling_lmtp.training.evaluation import MAX_RANK
 from modeling_lmtp.training.examples import Example
 from modeling_lmtp.training.marginalization import marginalize, marginals_after, sample_roots
+from modeling_lmtp.transformers_lmtp import with_cache
 
 VOCAB = 12
 
@@ -44,7 +45,7 @@ def brute_force(backbone, token_ids, distance):
 @torch.no_grad()
 def marginals(backbone, token_ids, num_continuations, num_distances=3):
     cache = DynamicCache(config=backbone.config)
-    logits = backbone(torch.tensor([token_ids]), past_key_values=cache).logits[0, -1]
+    logits = backbone(torch.tensor([token_ids]), **with_cache({}, cache)).logits[0, -1]
     found = marginals_after(backbone, cache, logits, num_continuations, num_distances)
     assert cache.get_seq_length() == len(token_ids), "the caller's cache has changed"
     assert cache.layers[0].keys.shape[0] == 1

@@ -22,6 +22,7 @@ from drafters import CHAIN, RULES, TREE, Oracle, Rule, sometimes
 from transformers import PreTrainedModel
 
 from modeling_lmtp import LMTPForCausalLM
+from modeling_lmtp.transformers_lmtp import cache_of
 from modeling_lmtp.tree_lmtp import DraftTree
 
 DRAFTS = {
@@ -195,7 +196,7 @@ def test_what_is_not_asked_for_is_none(llama, inputs, asked):
     ours, plain = both(llama, TREE, inputs, **GREEDY, **options)
     for name in FIELDS:
         assert (getattr(ours, name) is None) == (getattr(plain, name) is None) == (name != asked)
-    assert ours.past_key_values is not None
+    assert cache_of(ours) is not None
     assert set(plain.keys()) | {"acceptance_lengths"} == set(ours.keys())
 
 

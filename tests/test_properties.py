@@ -26,6 +26,7 @@ from transformers import PreTrainedModel
 
 from modeling_lmtp import LMTPForCausalLM
 from modeling_lmtp.drafting_lmtp import Candidates
+from modeling_lmtp.transformers_lmtp import cache_of
 from modeling_lmtp.tree_lmtp import DraftTree
 
 VOCAB = 96
@@ -229,7 +230,7 @@ def test_any_call_gives_what_plain_decoding_gives(architecture, case):
     mask = case.inputs()["attention_mask"]
     cached = plain.sequences.shape[1] - 1  # all but the last token
     mask = torch.cat([mask, mask.new_ones(len(mask), cached - width)], dim=-1)
-    assert_same_cache(ours.past_key_values, plain.past_key_values, mask, architecture)
+    assert_same_cache(cache_of(ours), cache_of(plain), mask, architecture)
 
 
 def assert_same_outputs(architecture: str, ours, plain, lengths: list[int]) -> None:

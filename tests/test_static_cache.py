@@ -34,6 +34,7 @@ from transformers.cache_utils import StaticLayer
 
 from modeling_lmtp import LMTPForCausalLM
 from modeling_lmtp.static_lmtp import StaticSlots
+from modeling_lmtp.transformers_lmtp import cache_of, with_cache
 from modeling_lmtp.tree_lmtp import DraftTree
 
 STATIC = {"cache_implementation": "static"}
@@ -79,7 +80,7 @@ class Passes:
         del self.shapes[0], self.places[0]
 
     def _note(self, module, args, kwargs) -> None:
-        cache = kwargs["past_key_values"].layers[0]
+        cache = cache_of(kwargs).layers[0]
         tensors = {name: value for name, value in kwargs.items() if torch.is_tensor(value)}
         if cache.is_initialized:
             tensors["keys"] = cache.keys
@@ -356,13 +357,11 @@ def test_a_cache_goes_back_as_plain_decoding_leaves_it(num_rows):
     plain = generate(model.backbone, inputs, **options)
     output = leap(model, plain_texts("llama")[:num_rows], inputs=inputs, **options)
     assert output.sequences.tolist() == plain.sequences.tolist()
-    length = int(plain.past_key_values.get_seq_length())
-    assert int(output.past_key_values.get_seq_length()) == length == plain.sequences.shape[1] - 1
+    length = int(cache_of(plain).get_seq_length())
+    assert int(cache_of(output).get_seq_length()) == length == plain.sequences.shape[1] - 1
     seen = inputs["attention_mask"][:, None, :, None].bool()
     seen = torch.nn.functional.pad(seen, (0, 0, 0, length - seen.shape[2]), value=True)
-    for own, expected in zip(
-        output.past_key_values.layers, plain.past_key_values.layers, strict=True
-    ):
+    for own, expected in zip(cache_of(output).layers, cache_of(plain).layers, strict=True):
         assert type(own) is type(expected)
         for name in ("keys", "values"):
             states, others = (getattr(layer, name)[:, :, :length] for layer in (own, expected))
@@ -380,9 +379,9 @@ def test_a_text_goes_on_from_a_cache_of_ones_own(num_rows):
         drafter.max_nodes = TREE.num_nodes
         options = {**GREEDY, "max_new_tokens": new_tokens}
         output = generate(
-            model, inputs, use_lmtp=True, drafter=drafter, past_key_values=cache, **options
+            model, inputs, use_lmtp=True, drafter=drafter, **with_cache({}, cache), **options
         )
-        assert output.past_key_values is cache
+        assert cache_of(output) is cache
         ones = inputs["attention_mask"].new_ones((num_rows, new_tokens))
         mask = torch.cat([inputs["attention_mask"], ones], dim=-1)
         inputs = {"input_ids": output.sequences, "attention_mask": mask}
@@ -397,7 +396,7 @@ def test_a_text_goes_on_from_its_new_tokens_alone(prompts, more, ends):
 
     def turn() -> dict[str, torch.Tensor]:
         cache = StaticCache(model.backbone.config, max_cache_len=2 * LENGTH + 2 * NEW_TOKENS)
-        options = {**GREEDY, "max_new_tokens": 6, "past_key_values": cache}
+        options = {**GREEDY, "max_new_tokens": 6, **with_cache({}, cache)}
         return new_tokens_alone(generate(model.backbone, inputs, **options), inputs)
 
     endless = generate(model.backbone, turn(), **GREEDY).sequences
@@ -440,7 +439,7 @@ def test_static_caches_that_cannot_be_rolled_back_are_refused(architecture, mess
     given = dict(STATIC)
     if by == "cache":
         config = model.backbone.config.get_text_config()
-        given = {"past_key_values": StaticCache(config, max_cache_len=64)}
+        given = {**with_cache({}, StaticCache(config, max_cache_len=64))}
     calls = []
     handle = model.backbone.register_forward_pre_hook(lambda *_: calls.append(None))
     try:
@@ -458,7 +457,7 @@ def test_what_cannot_be_laid_out_as_plain_decoding_does_is_refused():
     offloaded = StaticCache(model.backbone.config, max_cache_len=99)
     offloaded.offloading = True
     with pytest.raises(ValueError, match="does not support static caches that are offloaded"):
-        generate(model, use_lmtp=True, past_key_values=offloaded, **GREEDY)
+        generate(model, use_lmtp=True, **with_cache({}, offloaded), **GREEDY)
 
 
 def test_a_given_cache_needs_room_for_the_text_and_a_draft():
@@ -468,9 +467,9 @@ def test_a_given_cache_needs_room_for_the_text_and_a_draft():
         cache = StaticCache(model.backbone.config, max_cache_len=length)
         message = rf"static cache of {length} slots, and use_lmtp=True needs {needed} here"
         with pytest.raises(ValueError, match=message):
-            generate(model, use_lmtp=True, past_key_values=cache, **GREEDY)
+            generate(model, use_lmtp=True, **with_cache({}, cache), **GREEDY)
     cache = StaticCache(model.backbone.config, max_cache_len=needed)
-    output = generate(model, use_lmtp=True, past_key_values=cache, **GREEDY)
+    output = generate(model, use_lmtp=True, **with_cache({}, cache), **GREEDY)
     assert output.sequences.tolist() == plain.tolist()
 
 
@@ -481,7 +480,7 @@ def test_a_turn_given_without_the_one_before_needs_room_for_both(num_rows):
     texts, needed = plain_texts("llama")[:num_rows], LENGTH + NEW_TOKENS + 4
     for missing in (1, 0):
         cache = StaticCache(model.backbone.config, max_cache_len=needed - missing)
-        options = {"use_lmtp": True, "past_key_values": cache, "do_sample": False}
+        options = {"use_lmtp": True, **with_cache({}, cache), "do_sample": False}
         output = generate(model, inputs, **options, max_new_tokens=first)
         ones = inputs["attention_mask"].new_ones((num_rows, first))
         mask = torch.cat([inputs["attention_mask"], ones], dim=-1)
@@ -503,7 +502,7 @@ def test_the_room_that_is_asked_for_is_enough(right):
     drafter.max_nodes = chain.num_nodes
     cache = StaticCache(wrapped("llama").backbone.config, max_cache_len=LENGTH + NEW_TOKENS + 6)
     output = generate(
-        wrapped("llama"), use_lmtp=True, drafter=drafter, past_key_values=cache, **GREEDY
+        wrapped("llama"), use_lmtp=True, drafter=drafter, **with_cache({}, cache), **GREEDY
     )
     assert output.sequences.tolist() == texts.tolist()
 

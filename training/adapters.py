@@ -6,6 +6,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 
 from modeling_lmtp.modeling_lmtp import LMTPForCausalLM
+from modeling_lmtp.transformers_lmtp import commit_of
 
 HeadTraining = Literal["lora", "full", "none"]
 HEADS = "leap_heads"  # the name of the module
@@ -45,7 +46,7 @@ def add_adapters(
         exclude_modules=None if heads == "lora" else rf"{HEADS}\..*",
         modules_to_save=[HEADS] if heads == "full" else None,
         task_type="CAUSAL_LM",
-        revision=getattr(model.config, "_commit_hash", None),
+        revision=commit_of(model.config),
     )
     adapted = get_peft_model(model, config)
     cast_trained(adapted, torch.float32)

@@ -36,6 +36,7 @@ from modeling_lmtp.training.distill_run import (
 )
 from modeling_lmtp.training.fingerprints import model_fingerprint, tokenizer_sha256
 from modeling_lmtp.training.prompts import Prompt, end_ids, render_prompt
+from modeling_lmtp.transformers_lmtp import commit_of
 
 __all__ = [
     "DistillReport",
@@ -120,7 +121,7 @@ def distill(
     _check_lengths(items, num_positions(model.config))
     manifest = {
         "model": model.config.name_or_path or None,
-        "model_revision": getattr(model.config, "_commit_hash", None),
+        "model_revision": commit_of(model.config),
         "model_class": type(model).__name__,
         "model_dtype": str(model.dtype).removeprefix("torch."),
         **run_identity(model, tokenizer),

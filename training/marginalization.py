@@ -22,11 +22,12 @@ from typing import Any
 
 import torch
 from tqdm.auto import tqdm
-from transformers import Cache, DynamicCache
+from transformers import Cache
 
-from modeling_lmtp.cache_lmtp import select_rows, take_row
+from modeling_lmtp.cache_lmtp import new_cache, select_rows, take_row
 from modeling_lmtp.training.evaluation import MAX_RANK
 from modeling_lmtp.training.examples import Example
+from modeling_lmtp.transformers_lmtp import forward_with_cache
 
 MAX_DISTANCE = 3
 
@@ -78,7 +79,7 @@ def marginals_after(
         best = joint.flatten().topk(min(num_continuations, joint.numel()))
         select_rows(cache, (best.indices // vocab_size).tolist())
         tokens = (best.indices % vocab_size)[:, None]
-        outputs = model(input_ids=tokens, past_key_values=cache, use_cache=True)
+        outputs = forward_with_cache(model, cache, input_ids=tokens)
         joint = best.values[:, None] * outputs.logits[:, -1].float().softmax(dim=-1)
         marginals.append(joint.sum(dim=0))
         covered.append(best.values.sum().item())
@@ -169,10 +170,10 @@ def _of_answer(
 ) -> list[tuple[list[int], list[float], list[float]]]:
     """Return, for each position, ranks and probabilities of the right tokens, and what is covered."""
     input_ids = torch.tensor([example.input_ids], device=model.device)
-    cache = DynamicCache(config=model.config.get_text_config(decoder=True))
+    cache = new_cache(model.config)
     known, found = 0, []
     for root in positions:
-        outputs = model(input_ids=input_ids[:, known:root], past_key_values=cache, use_cache=True)
+        outputs = forward_with_cache(model, cache, input_ids=input_ids[:, known:root])
         known = root
         marginals, covered = marginals_after(
             model, cache, outputs.logits[0, -1], num_continuations, num_distances

@@ -19,6 +19,7 @@ from modeling_lmtp.backbone_lmtp import unembedding_inputs
 from modeling_lmtp.chunked_lmtp import at_least_float32
 from modeling_lmtp.losses_lmtp import IGNORE_INDEX
 from modeling_lmtp.training.examples import AnswerDataset, Row, padded_states
+from modeling_lmtp.transformers_lmtp import attention_implementation
 
 TRIED_LENGTHS = (7, 12, 9)
 # How far, relative to their size, states may lie from those of a part alone. Rounding in 16 bits
@@ -128,8 +129,8 @@ def check_isolation(backbone: Any, batch_size: int) -> None:
     tolerance = TOLERANCES[backbone.dtype]
     if not difference <= tolerance:
         raise ValueError(
-            f"{type(backbone).__name__} with {backbone.config._attn_implementation} attention does not "
-            f"keep packed answers apart in batches of {batch_size}: their states differ by "
+            f"{type(backbone).__name__} with {attention_implementation(backbone.config)} attention does "
+            f"not keep packed answers apart in batches of {batch_size}: their states differ by "
             f"{difference:.2g} of their size from those of each alone ({tolerance:g} is allowed). Train "
             "without packing, or try batch_size=1 with more gradient_accumulation_steps, or "
             "attn_implementation='sdpa'."

@@ -17,6 +17,8 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 
+from modeling_lmtp.transformers_lmtp import block_classes
+
 USE_FSDP = "ACCELERATE_USE_FSDP"
 
 
@@ -49,7 +51,7 @@ def shard_backbone(model: Any, device: torch.device, num_processes: int) -> None
             "with `accelerate launch --num_processes`, or leave it out."
         )
     backbone = model.backbone
-    names = set(backbone._no_split_modules or ())
+    names = block_classes(backbone)
     blocks = [module for module in backbone.modules() if type(module).__name__ in names]
     if not blocks:
         raise ValueError(

@@ -1,0 +1,357 @@
+"""The one file that knows names of Transformers which are not part of its public interface.
+
+Everything else in this package asks here. Names are looked for when this file is imported, not derived
+from a version number: a release that has renamed one of them still loads every checkpoint, and
+`why_unavailable` says what is missing, so that `generate(use_lmtp=True)` can decode plainly instead.
+The attributes of cache layers are the exception: they stay in `cache_lmtp` and `static_lmtp`.
+
+Shapes: `B` rows, `L` known tokens, `Q` tokens of one pass.
+"""
+
+import inspect
+import re
+from collections.abc import Callable, Collection, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from huggingface_hub import try_to_load_from_cache
+from transformers import Cache, GenerationConfig, GenerationMixin, PreTrainedModel
+from transformers.utils import ModelOutput
+
+LOWEST = "5.15"  # the first release whose caches can roll back sliding windows
+NEWEST = "5.24"
+TESTED = f"{LOWEST} to {NEWEST}"  # the range that the package's tests run on
+REMEDY = (
+    "Run `pip install -U modeling-lmtp`, which also serves checkpoints that bring their own code, or "
+    f"install a tested release of Transformers ({TESTED})."
+)
+
+
+def _numbers(version: str) -> list[int]:
+    return [int(number) for number in re.findall(r"\d+", version)[:2]]
+
+
+def check_release(version: str = transformers.__version__) -> None:
+    """Raise an ImportError that names the supported range, for a Transformers that is too old.
+
+    Args:
+        version: of Transformers.
+    """
+    if _numbers(version) < _numbers(LOWEST):
+        raise ImportError(
+            f"Leap heads need Transformers {LOWEST} or newer, and {version} is installed. Run "
+            f"`pip install -U 'transformers>={LOWEST},<6'`."
+        )
+
+
+check_release()
+# For advice only: what is there is looked for
+IS_UNTESTED = _numbers(transformers.__version__) > _numbers(NEWEST)
+
+# Names that this release lacks, in words
+_missing: list[str] = []
+
+
+def _look_up(module: str, name: str) -> Any:
+    """Return an object of one of Transformers' modules; None where there is none of that name."""
+    try:
+        return getattr(import_module(f"transformers.{module}"), name, None)
+    except ImportError:
+        return None
+
+
+def _find(module: str, name: str) -> Any:
+    """Return an object that decoding needs; what this release lacks is noted in `_missing`."""
+    found = _look_up(module, name)
+    if found is None:
+        _missing.append(f"transformers.{module}.{name}")
+    return found
+
+
+def _class(module: str, name: str) -> Any:
+    """Return a class of Transformers, or one without instances where there is none of that name."""
+    return _find(module, name) or type(name, (), {})
+
+
+# The kinds of cache layer that `cache_lmtp` and `static_lmtp` know
+DynamicLayer = _class("cache_utils", "DynamicLayer")
+DynamicSlidingWindowLayer = _class("cache_utils", "DynamicSlidingWindowLayer")
+LinearAttentionCacheLayerMixin = _class("cache_utils", "LinearAttentionCacheLayerMixin")
+StaticLayer = _class("cache_utils", "StaticLayer")
+
+_create_masks = _find("masking_utils", "create_masks_for_generate")
+
+
+def _parameters(function: Callable[..., Any]) -> Collection[str]:
+    """The names of a function's parameters, beneath decorators that rename old ones."""
+    return inspect.signature(function).parameters
+
+
+# --- The cache of a call
+
+CACHE_NAMES = ("cache", "past_key_values")  # newest first; the second until Transformers 5.23
+USERS_CACHE_NAMES = (*CACHE_NAMES, "cache_params")  # what callers of `generate` may write
+_CACHE = next(
+    (n for n in CACHE_NAMES if n in _parameters(GenerationMixin.prepare_inputs_for_generation)),
+    None,
+)
+if _CACHE is None:
+    _missing.append(f"a parameter {' or '.join(CACHE_NAMES)} of prepare_inputs_for_generation")
+
+
+def cache_of(model_kwargs: Mapping[str, Any]) -> Any:
+    """Return the cache in what `generate` keeps between steps, or returns; None if there is none."""
+    return model_kwargs.get(str(_CACHE))
+
+
+def with_cache(model_kwargs: dict[str, Any], cache: Cache) -> dict[str, Any]:
+    """Return what `generate` keeps between steps, with another cache."""
+    return {**model_kwargs, str(_CACHE): cache}
+
+
+def given_cache(kwargs: dict[str, Any]) -> Cache | None:
+    """Return the cache that a caller of `generate` passes, by whichever name."""
+    return next((kwargs[n] for n in USERS_CACHE_NAMES if kwargs.get(n) is not None), None)
+
+
+def output_with_cache(output_class: type[ModelOutput], cache: Cache, **fields: Any) -> Any:
+    """Make an output of `generate` whose field for the cache has this release's name."""
+    return output_class(**fields, **{str(_CACHE): cache})
+
+
+# --- What a backbone takes
+
+
+def forward_parameters(backbone: PreTrainedModel) -> Collection[str]:
+    """Return the names of what a backbone's forward takes."""
+    # torch.compile(model) wraps a module in one that takes anything
+    return _parameters(getattr(backbone, "_orig_mod", backbone).forward)
+
+
+def _cache_name(backbone: PreTrainedModel) -> str | None:
+    """What the backbone's forward calls the cache; a repository's own code may be older, or newer."""
+    found = forward_parameters(backbone)
+    return next((name for name in (_CACHE, *CACHE_NAMES) if name in found), None)
+
+
+def takes_cache(backbone: PreTrainedModel) -> bool:
+    """Return whether a backbone's forward takes a key-value cache."""
+    return _cache_name(backbone) is not None
+
+
+def takes_positions(backbone: PreTrainedModel) -> bool:
+    """Return whether a backbone's forward takes a position for each token."""
+    return "position_ids" in forward_parameters(backbone)
+
+
+def forward_with_cache(backbone: PreTrainedModel, cache: Cache, **inputs: Any) -> Any:
+    """Run a backbone directly on tokens that follow those in a cache.
+
+    Args:
+        backbone: takes a cache, or is a wrapper that hands it on.
+        cache: grows by the tokens.
+        inputs: whatever else its forward takes.
+    """
+    name = _cache_name(backbone) or _CACHE
+    return backbone(**inputs, **{str(name): cache}, use_cache=True)
+
+
+def why_unavailable(backbone: PreTrainedModel) -> str:
+    """Say what L-MTP decoding needs of Transformers and this release, or this backbone, lacks.
+
+    Returns:
+        The reason; nothing if everything is there.
+    """
+    release = f"Transformers {transformers.__version__}"
+    if _missing:
+        return f"{release} has no {', '.join(_missing)}"
+    if "custom_generate" not in _parameters(backbone.generate):
+        return f"generate takes no custom_generate in {release}"
+    calls: dict[str, tuple[tuple[Any, ...], dict[str, Any]]] = {
+        "_prefill": ((None, None, {}), {}),
+        "prepare_inputs_for_generation": ((None,), {"next_sequence_length": 1, str(_CACHE): None}),
+    }
+    for name, (args, kwargs) in calls.items():
+        try:
+            inspect.signature(getattr(backbone, name)).bind(*args, **kwargs)
+        except (AttributeError, TypeError) as error:
+            return f"{type(backbone).__name__}.{name} is not what it was before {release} ({error})"
+    return ""
+
+
+# --- Passes
+
+
+def prefill(
+    backbone: PreTrainedModel,
+    input_ids: torch.Tensor,
+    generation_config: GenerationConfig,
+    model_kwargs: dict[str, Any],
+) -> ModelOutput:
+    """Run the prompts `(B, L)`, or what a cache lacks of them, as plain decoding does."""
+    return backbone._prefill(input_ids, generation_config, model_kwargs)
+
+
+def extend(model_kwargs: dict[str, Any], num_new_tokens: int) -> dict[str, Any]:
+    """Return what `generate` keeps between steps, for as many more tokens.
+
+    Args:
+        model_kwargs: for `L` tokens; not changed. New tokens follow the last position, are seen, and
+            have the last one's type.
+        num_new_tokens: how many.
+    """
+    extended = dict(model_kwargs)
+    for name, value in model_kwargs.items():
+        if value is None or num_new_tokens == 0:
+            continue
+        if name == "position_ids":
+            new = value[..., -1:] + torch.arange(1, 1 + num_new_tokens, device=value.device)
+        elif name == "attention_mask":
+            new = value.new_ones((value.shape[0], num_new_tokens))
+        elif name.endswith("token_type_ids"):
+            new = value[..., -1:].expand(*value.shape[:-1], num_new_tokens)
+        else:
+            continue
+        extended[name] = torch.cat([value, new], dim=-1)
+    return extended
+
+
+def next_inputs(
+    backbone: PreTrainedModel,
+    input_ids: torch.Tensor,
+    num_tokens: int,
+    model_kwargs: dict[str, Any],
+) -> dict[str, Any]:
+    """Return the backbone's inputs for the last tokens of a text, all logits included.
+
+    Args:
+        backbone: prepares them in its own way.
+        input_ids: `(B, L)`, all known tokens.
+        num_tokens: `Q`, how many of them the pass is for.
+        model_kwargs: what `generate` keeps between steps, for all of them; the cache among them.
+    """
+    inputs = backbone.prepare_inputs_for_generation(
+        input_ids, next_sequence_length=num_tokens, **model_kwargs
+    )
+    if "logits_to_keep" in inputs:
+        inputs["logits_to_keep"] = 0  # those of every token
+    return inputs
+
+
+def decode_context(backbone: PreTrainedModel) -> AbstractContextManager[None]:
+    """Return what Transformers decodes in: it may choose faster kernels for few tokens."""
+    optimize = getattr(backbone, "_optimize_model_for_decode", None)
+    return nullcontext() if optimize is None else optimize()
+
+
+def would_compile(
+    backbone: PreTrainedModel, model_kwargs: dict[str, Any], generation_config: GenerationConfig
+) -> bool:
+    """Return whether Transformers would decode with a compiled pass; False where it cannot be asked."""
+    criteria = getattr(backbone, "_valid_auto_compile_criteria", None)
+    return criteria is not None and bool(criteria(model_kwargs, generation_config))
+
+
+# --- Attention
+
+
+def attention_implementation(config: Any) -> str | None:
+    """Return the attention that a model with this configuration runs, such as `"sdpa"`."""
+    return getattr(config, "_attn_implementation", None)
+
+
+_IMPLEMENTATIONS = ("_attn_implementation", "_experts_implementation")
+
+
+def implementations(config: Any) -> dict[str, Any]:
+    """Return which attention and experts a configuration says that its model runs."""
+    return {name: getattr(config, name, None) for name in _IMPLEMENTATIONS}
+
+
+def set_implementations(config: Any, values: dict[str, Any]) -> None:
+    """Set what `implementations` has returned."""
+    for name, value in values.items():
+        setattr(config, name, value)
+
+
+def mask_kinds(backbone: PreTrainedModel, cache: Cache, num_rows: int) -> list[str]:
+    """Return the kinds of layer by which a backbone wants a dict of masks; none if it wants one mask."""
+    create = getattr(backbone, "create_masks_for_generate", _create_masks)
+    masks = create(
+        config=backbone.config,
+        inputs_embeds=torch.empty((num_rows, 2, 0), dtype=backbone.dtype),
+        attention_mask=None,
+        position_ids=torch.arange(2).expand(num_rows, -1),
+        **{str(_CACHE): cache},
+    )
+    return list(masks) if isinstance(masks, dict) else []
+
+
+# --- Generation settings, devices, provenance
+
+
+def pad_token_id(generation_config: GenerationConfig) -> int:
+    """Return the token that follows rows which have ended, as `generate` chooses it; 0 if none is set."""
+    token, end = generation_config.pad_token_id, generation_config.eos_token_id
+    if token is None and end is not None:
+        token = end[0] if isinstance(end, list | tuple) else end
+    return 0 if token is None else int(token)
+
+
+def keep_own_settings(generation_config: GenerationConfig) -> None:
+    """Let a reload keep settings that Transformers does not know.
+
+    It drops them from a configuration that it takes for one made from the model's.
+    """
+    generation_config._from_model_config = False
+
+
+def is_sharded(model: Any) -> bool:
+    """Return whether a model's weights are spread over processes (ZeRO-3, FSDP), which then go in step."""
+    is_zero3 = _look_up("integrations.deepspeed", "is_deepspeed_zero3_enabled")
+    is_fsdp = _look_up("integrations.fsdp", "is_fsdp_managed_module")
+    return bool((is_zero3 and is_zero3()) or (is_fsdp and is_fsdp(model)))
+
+
+def start_at_zero(parameter: torch.Tensor) -> None:
+    """Set a parameter to zero, unless `from_pretrained` has loaded it already."""
+    zeros = _look_up("initialization", "zeros_") or torch.nn.init.zeros_
+    zeros(parameter)
+
+
+def execution_device(module: torch.nn.Module) -> torch.device | None:
+    """Return where Accelerate runs a module that it offloads; None if it does not, or cannot tell."""
+    device = getattr(getattr(module, "_hf_hook", None), "execution_device", None)
+    return None if device is None else torch.device(device)
+
+
+def block_classes(model: PreTrainedModel) -> frozenset[str]:
+    """Return the names of the classes of a model's blocks, which are kept whole on a device."""
+    return frozenset(getattr(model, "_no_split_modules", None) or ())
+
+
+def commit_of(config: Any, revision: str | None = None) -> str | None:
+    """Return the commit of the Hub that a configuration was loaded from, if it was.
+
+    Transformers noted it in the configuration until 5.19. Since then the Hub's cache on this machine tells,
+    where files lie in a folder named after their commit.
+
+    Args:
+        config: knows the repository.
+        revision: that was asked for; `main` by default.
+    """
+    noted = getattr(config, "_commit_hash", None)
+    if noted:
+        return noted
+    name = getattr(config, "name_or_path", None)
+    if not name or Path(name).exists():
+        return None
+    try:
+        path = try_to_load_from_cache(name, "config.json", revision=revision)
+    except ValueError:  # not the name of a repository
+        return None
+    return Path(path).parent.name if isinstance(path, str) else None
