@@ -166,10 +166,13 @@ class LMTPGenerationMixin(GenerationMixin):
         self, generation_config: GenerationConfig | None, kwargs: dict[str, Any]
     ) -> Collection[int]:
         """The tokens at which a row of a call ends."""
-        configs = (generation_config, self.generation_config)
-        given = [kwargs.get("eos_token_id"), *(getattr(c, "eos_token_id", None) for c in configs)]
-        ends = next((value for value in given if value is not None), ())
-        return (ends,) if isinstance(ends, int) else tuple(ends)
+        if "eos_token_id" in kwargs:
+            ends = kwargs["eos_token_id"]
+        else:
+            configs = (generation_config, self.generation_config)
+            given = (getattr(config, "eos_token_id", None) for config in configs)
+            ends = next((value for value in given if value is not None), None)
+        return () if ends is None else (ends,) if isinstance(ends, int) else tuple(ends)
 
     @property
     def horizon(self) -> int:

@@ -13,13 +13,12 @@ import re
 from collections.abc import Callable, Collection, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from importlib import import_module
-from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from huggingface_hub import try_to_load_from_cache
 from transformers import Cache, GenerationConfig, GenerationMixin, PreTrainedModel
+from transformers import __version__ as VERSION
 from transformers.utils import ModelOutput
 
 LOWEST = "5.15"  # the first release whose caches can roll back sliding windows
@@ -35,7 +34,7 @@ def _numbers(version: str) -> list[int]:
     return [int(number) for number in re.findall(r"\d+", version)[:2]]
 
 
-def check_release(version: str = transformers.__version__) -> None:
+def check_release(version: str = VERSION) -> None:
     """Raise an ImportError that names the supported range, for a Transformers that is too old.
 
     Args:
@@ -50,7 +49,7 @@ def check_release(version: str = transformers.__version__) -> None:
 
 check_release()
 # For advice only: what is there is looked for
-IS_UNTESTED = _numbers(transformers.__version__) > _numbers(NEWEST)
+IS_UNTESTED = _numbers(VERSION) > _numbers(NEWEST)
 
 # Names that this release lacks, in words
 _missing: list[str] = []
@@ -75,6 +74,12 @@ def _find(module: str, name: str) -> Any:
 def _class(module: str, name: str) -> Any:
     """Return a class of Transformers, or one without instances where there is none of that name."""
     return _find(module, name) or type(name, (), {})
+
+
+def public_classes(*names: str) -> tuple[type, ...]:
+    """Return classes that Transformers exports; those that this release has not are left out."""
+    found = (getattr(import_module("transformers"), name, None) for name in names)
+    return tuple(kind for kind in found if kind is not None)
 
 
 # The kinds of cache layer that `cache_lmtp` and `static_lmtp` know
@@ -166,7 +171,7 @@ def why_unavailable(backbone: PreTrainedModel) -> str:
     Returns:
         The reason; nothing if everything is there.
     """
-    release = f"Transformers {transformers.__version__}"
+    release = f"Transformers {VERSION}"
     if _missing:
         return f"{release} has no {', '.join(_missing)}"
     if "custom_generate" not in _parameters(backbone.generate):
@@ -348,10 +353,10 @@ def commit_of(config: Any, revision: str | None = None) -> str | None:
     if noted:
         return noted
     name = getattr(config, "name_or_path", None)
-    if not name or Path(name).exists():
+    if not name:
         return None
     try:
         path = try_to_load_from_cache(name, "config.json", revision=revision)
-    except ValueError:  # not the name of a repository
+    except ValueError:  # a folder
         return None
-    return Path(path).parent.name if isinstance(path, str) else None
+    return path.replace("\\", "/").split("/")[-2] if isinstance(path, str) else None

@@ -13,7 +13,6 @@ from collections import Counter
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import torch
 from architectures import ARCHITECTURES, tiny_causal_lm
@@ -21,8 +20,8 @@ from drafters import CHAIN, RULES, TREE, Oracle, sometimes
 from torch.nn.functional import pad
 from transformers.utils import logging
 
-from modeling_lmtp import LMTPForCausalLM, generation_lmtp
-from modeling_lmtp.support_lmtp import Support, Tier, decoding_support
+from modeling_lmtp import LMTPForCausalLM
+from modeling_lmtp.support_lmtp import Tier, decoding_support
 from modeling_lmtp.training.saving import versions
 from modeling_lmtp.tree_lmtp import DraftTree
 
@@ -109,7 +108,6 @@ class Examination:
         tier, reason, ragged: see `modeling_lmtp.support_lmtp.Support`.
         plain_is_consistent: whether plain decoding with a cache takes the tokens that a pass over
             its whole text would take; a Transformers release may have models for which it does not.
-        refusal: what `generate(use_lmtp=True)` said when it refused, before any forward pass.
         greedy, sampling, batch: comparisons with plain decoding; batches are greedy.
         plain_rows_are_independent: whether plain decoding gives the rows of a padded batch the texts
             that it gives their prompts alone.
@@ -122,7 +120,6 @@ class Examination:
     reason: str
     ragged: bool
     plain_is_consistent: bool
-    refusal: str | None = None
     greedy: dict[str, Comparison] = field(default_factory=dict)
     sampling: dict[str, Comparison] = field(default_factory=dict)
     batch: dict[str, Comparison] = field(default_factory=dict)
@@ -165,8 +162,8 @@ def examine(architecture: str) -> Examination:
         support.ragged,
         is_consistent(backbone, text),
     )
-    if support.tier is Tier.REFUSED:
-        examination.refusal = refusal(model, single, support)
+    if support.tier is Tier.PLAIN:
+        examination.greedy["plain"] = compare(model, single, text, None)
     else:
         trees = {"tree": TREE, "chain": CHAIN} if support.tier is Tier.TREE else {"chain": CHAIN}
         compare_one_prompt(examination, model, text, trees)
@@ -231,7 +228,7 @@ def compare(
     model: LMTPForCausalLM,
     inputs: dict[str, torch.Tensor],
     plain: torch.Tensor,
-    drafter: Oracle,
+    drafter: Oracle | None,
     **options: Any,
 ) -> Comparison:
     """Generate with L-MTP and compare with plain texts `(B, T)`.
@@ -240,25 +237,6 @@ def compare(
     """
     output = generate(model, inputs, use_lmtp=True, drafter=drafter, **options)
     return Comparison(output.sequences.tolist() == plain.tolist(), output.acceptance_lengths)
-
-
-def refusal(
-    model: LMTPForCausalLM, inputs: dict[str, torch.Tensor], support: Support
-) -> str | None:
-    """Return what `generate(use_lmtp=True)` says instead of calling the backbone; None if it calls it.
-
-    What the backbone can do is known here: finding that out takes passes.
-    """
-    calls: list[None] = []
-    handle = model.backbone.register_forward_pre_hook(lambda *_: calls.append(None))
-    try:
-        with mock.patch.object(generation_lmtp, "decoding_support", return_value=support):
-            generate(model, inputs, use_lmtp=True)
-    except ValueError as error:
-        return None if calls else str(error)
-    finally:
-        handle.remove()
-    return None
 
 
 HEADER = """\
@@ -271,8 +249,8 @@ on one thread of a {device}, with Transformers {transformers} and torch {torch}.
 `tests/test_architectures.py` asserts what they say.
 
 - *Tier*: the most that one verification may hold and still be exact, found out by trying and not from
-  a name. A draft **tree**, a **chain**, or nothing: **refused** means that an error says why, before any
-  work.
+  a name. A draft **tree**, a **chain**, or nothing: **plain** means that `use_lmtp=True` decodes plainly,
+  and that one warning says why.
 - *Batch*: whether a row of a batch goes on as far as its own draft was right (**ragged**), or as far as
   the drafts of all rows were (**in step**).
 - *Greedy*: {new_tokens} tokens, their drafts always, never or sometimes right, as a tree (if the tier is
@@ -302,13 +280,13 @@ def summary(examinations: list[Examination]) -> str:
     tiers = Counter(examination.tier for examination in examinations)
     return (
         f"Of {len(examinations)} architectures, {tiers['tree']} verify trees, {tiers['chain']} "
-        f"chains, and {tiers['refused']} are refused."
+        f"chains, and {tiers['plain']} are decoded plainly."
     )
 
 
 def _table_row(examination: Examination) -> str:
-    if examination.tier == Tier.REFUSED.value:
-        columns = ["", "", "", ""]
+    if examination.tier == Tier.PLAIN.value:
+        columns = ["", _verdict(examination.greedy), "", ""]
     else:
         independent = examination.plain_rows_are_independent
         columns = [

@@ -9,7 +9,7 @@ import pytest
 import torch
 from architectures import REPRESENTATIVE, tiny_causal_lm
 from huggingface_hub.errors import StrictDataclassError
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, get_peft_model, inject_adapter_in_model
 from tiny import tiny_llama
 from transformers import (
     AutoModel,
@@ -195,7 +195,7 @@ def headless() -> PreTrainedModel:
 
 def adapted() -> PreTrainedModel:
     model = tiny_llama()
-    model.add_adapter(LoraConfig(target_modules=["q_proj"]))
+    inject_adapter_in_model(LoraConfig(target_modules=["q_proj"]), model)
     return model
 
 

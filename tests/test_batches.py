@@ -32,7 +32,7 @@ from drafters import (
 from transformers import GenerationConfig
 
 from modeling_lmtp import LMTPForCausalLM
-from modeling_lmtp.replay_lmtp import MAX_REPLAY
+from modeling_lmtp.rollback_lmtp import MAX_REPLAY
 from modeling_lmtp.support_lmtp import decoding_support
 
 CHAINS = ("gpt_neo", "falcon_alibi", "bloom", "mpt", "lfm2")

@@ -12,6 +12,7 @@ from architectures import tiny_causal_lm
 from drafters import CHAIN, TREE, Oracle, sometimes
 from environments import BATCH, NEW_TOKENS, PROMPT, assert_same_texts, generate, wrapped
 from peft import LoraConfig, PeftModel, get_peft_model
+from plain_decoding import assert_decoded_plainly
 from tiny import tiny_llama, tiny_tokenizer
 from transformers import AutoModelForCausalLM, PreTrainedModel, pipeline
 
@@ -40,17 +41,15 @@ def test_a_cache_may_be_offloaded(architecture, inputs):
 
 
 @pytest.mark.parametrize("cache", ["static", "sliding_window", "hybrid_chunked"])
-def test_a_cache_of_fixed_size_is_refused_where_it_holds_windows(cache):
-    model = wrapped("mistral")
-    generate(model, cache_implementation="static", disable_compile=True)
-    with pytest.raises(ValueError, match="use_lmtp=True does not support static caches"):
-        generate(model, use_lmtp=True, cache_implementation=cache)
+def test_a_cache_of_fixed_size_is_decoded_plainly_where_it_holds_windows(cache):
+    options = {**PROMPT, "cache_implementation": cache, "disable_compile": True}
+    assert_decoded_plainly(wrapped("mistral"), "static cache layers of the kind", options)
 
 
-def test_a_quantized_cache_is_refused():
+def test_a_quantized_cache_is_decoded_plainly():
     pytest.importorskip("optimum.quanto")
-    with pytest.raises(ValueError, match="use_lmtp=True does not support quantized caches"):
-        generate(wrapped(), use_lmtp=True, cache_implementation="quantized")
+    options = {**PROMPT, "cache_implementation": "quantized"}
+    assert_decoded_plainly(wrapped(), "a QuantizedCache is not known to roll back", options)
 
 
 def test_continuous_batching_is_refused(monkeypatch):

@@ -1,19 +1,22 @@
-"""What `use_lmtp=True` does not support is refused before the backbone is called."""
+"""Calls that contradict themselves are refused; what cannot be drafted for is decoded plainly."""
 
 from __future__ import annotations
 
+import inspect
 import re
 
 import pytest
 import torch
 from architectures import tiny_causal_lm
 from peft import PromptTuningConfig, get_peft_model
-from transformers import GenerationConfig, QuantizedCache
+from plain_decoding import assert_decoded_plainly
+from transformers import DynamicCache, GenerationConfig
+from transformers.generation import BaseStreamer
 from transformers.utils import logging
 
 from modeling_lmtp import LMTPForCausalLM
 from modeling_lmtp.drafting_lmtp import Candidates, Drafter
-from modeling_lmtp.support_lmtp import Tier, decoding_support
+from modeling_lmtp.support_lmtp import Support, Tier, decoding_support
 from modeling_lmtp.transformers_lmtp import with_cache
 from modeling_lmtp.tree_lmtp import DraftTree
 from modeling_lmtp.verification_lmtp import Verifier
@@ -40,11 +43,9 @@ REFUSED = {
         "cannot be combined with ['custom_generate']",
     ),
     "token healing": ({"token_healing": True}, "cannot be combined with ['token_healing']"),
-    "processes in step": ({"synced_gpus": True}, "does not support synced_gpus=True"),
-    "no cache": ({"use_cache": False}, "use_lmtp=True needs a key-value cache that can be rolled"),
-    "embeddings": (
-        {"inputs": None, "inputs_embeds": torch.zeros(1, 5, 32)},
-        "use_lmtp=True needs input_ids, got inputs_embeds.",
+    "switch of another kind": (
+        {"use_lmtp": "yes"},
+        "use_lmtp must be True, False or 'strict', got 'yes'.",
     ),
     "empty prompt": (
         {"inputs": PROMPT[:, :0]},
@@ -151,48 +152,76 @@ def test_what_is_not_supported_is_refused_before_any_work(model, options, messag
     handle = model.backbone.register_forward_pre_hook(lambda *_: calls.append(None))
     try:
         with pytest.raises(ValueError, match=re.escape(message)):
-            model.generate(**{"inputs": PROMPT, **options}, max_new_tokens=4, use_lmtp=True)
+            model.generate(**{"inputs": PROMPT, "use_lmtp": True, **options}, max_new_tokens=4)
     finally:
         handle.remove()
     assert not calls
 
 
-class QuantizedLayerLike:
-    """Stands for a quantized layer, whose packages are not needed here."""
-
-    is_compileable = False
-    is_sliding = False
-
-    def _quantize(self) -> None:
-        raise AssertionError
-
-    def get_seq_length(self) -> int:
-        return 0
+class CacheOfAnotherKind(DynamicCache):
+    """Might do anything with what it is given."""
 
 
-def test_a_quantized_cache_is_refused(model):
-    cache = QuantizedCache.__new__(QuantizedCache)
-    cache.layers = [QuantizedLayerLike(), QuantizedLayerLike()]
-    cache.layer_class_to_replicate = None
-    with pytest.raises(ValueError, match="does not support quantized caches: cropping one leaves"):
-        model.generate(PROMPT, **with_cache({}, cache), max_new_tokens=4, use_lmtp=True)
+PLAIN = {
+    "no cache": ({"use_cache": False}, "no key-value cache that can be rolled back"),
+    "embeddings": (
+        {"inputs": None, "inputs_embeds": torch.ones(1, 5, 32)},
+        "drafts need input_ids, and the call passes inputs_embeds",
+    ),
+    "an unknown cache": (
+        lambda: {"inputs": PROMPT, **with_cache({}, CacheOfAnotherKind())},
+        "a CacheOfAnotherKind is not known to roll back; pass a DynamicCache or a StaticCache",
+    ),
+}
 
 
-@pytest.mark.parametrize("architecture", ["mamba", "minimax"])
-def test_a_model_with_a_cache_of_its_own_is_refused(architecture):
+@pytest.mark.parametrize(("options", "match"), PLAIN.values(), ids=PLAIN.keys())
+def test_what_cannot_be_drafted_for_is_decoded_plainly(model, options, match):
+    if isinstance(options, dict):
+        options = {"inputs": PROMPT, **options}
+    assert_decoded_plainly(model, match, options)
+
+
+def test_processes_that_go_in_step_decode_plainly(model):
+    with pytest.raises(ValueError, match=r"processes go in step \(synced_gpus=True\)"):
+        model.generate(PROMPT, max_new_tokens=4, use_lmtp="strict", synced_gpus=True)
+
+
+def test_plain_decoding_instead_tells_its_acceptance_lengths_and_streams_once(model):
+    class Recorder(BaseStreamer):
+        """Keeps what it is given."""
+
+        def __init__(self) -> None:
+            self.given = []
+
+        def put(self, value):
+            self.given.append(value.tolist())
+
+        def end(self):
+            self.given.append("end")
+
+    plain, ours = Recorder(), Recorder()
+    options = {"max_new_tokens": 4, "do_sample": False, "use_cache": False}
+    model.backbone.generate(PROMPT, streamer=plain, **options)
+    options |= {"use_lmtp": True, "return_dict_in_generate": True}
+    output = model.generate(PROMPT, streamer=ours, **options)
+    assert ours.given == plain.given
+    assert output.acceptance_lengths == [[1, 1, 1]]
+
+
+@pytest.mark.parametrize(
+    ("architecture", "match"),
+    [
+        ("minimax", "no key-value cache that can be rolled back"),
+        (
+            "jamba",
+            r"out of the cache of JambaForCausalLM exactly \(several tokens at once give other",
+        ),
+    ],
+)
+def test_a_model_that_cannot_roll_back_decodes_plainly(architecture, match):
     model = LMTPForCausalLM.from_backbone(tiny_causal_lm(architecture))
-    with pytest.raises(ValueError, match="needs a key-value cache that can be rolled back"):
-        model.generate(PROMPT, max_new_tokens=4, use_lmtp=True)
-
-
-def test_a_model_that_takes_several_tokens_wrongly_is_refused():
-    model = LMTPForCausalLM.from_backbone(tiny_causal_lm("jamba"))
-    message = (
-        r"use_lmtp=True is not possible with JambaForCausalLM: rejected candidates cannot be taken out "
-        r"of its cache exactly \(several tokens at once give other logits than one after the other\)"
-    )
-    with pytest.raises(ValueError, match=message):
-        model.generate(PROMPT, max_new_tokens=4, use_lmtp=True)
+    assert_decoded_plainly(model, match, {"inputs": PROMPT})
 
 
 def test_a_model_that_verifies_chains_only_drafts_a_chain_and_says_so(caplog):
@@ -260,10 +289,10 @@ def test_a_drafter_may_not_propose_trees_to_a_model_that_verifies_chains_only():
         model.generate(PROMPT, max_new_tokens=9, use_lmtp=True, drafter=TreeDrafter())
 
 
-def test_a_drafter_of_ones_own_is_no_way_around_a_refusal():
+def test_a_drafter_of_ones_own_is_no_way_around_plain_decoding():
     model = LMTPForCausalLM.from_backbone(tiny_causal_lm("jamba"))
-    with pytest.raises(ValueError, match="use_lmtp=True is not possible"):
-        model.generate(PROMPT, max_new_tokens=9, use_lmtp=True, drafter=TreeDrafter())
+    with pytest.raises(ValueError, match="use_lmtp='strict' would decode plainly"):
+        model.generate(PROMPT, max_new_tokens=9, use_lmtp="strict", drafter=TreeDrafter())
 
 
 class Silent(Drafter):
@@ -359,11 +388,9 @@ def test_a_refusal_is_not_remembered(model, monkeypatch):
     def fail(*args, **kwargs):
         raise RuntimeError("Something passing.")
 
+    fail.__signature__ = inspect.signature(forward)
     with monkeypatch.context() as patch:
         patch.setattr(backbone, "forward", fail)
-        patch.setattr(
-            "modeling_lmtp.support_lmtp._forward_parameters", lambda _: ["past_key_values"]
-        )
-        assert decoding_support(backbone).tier is Tier.REFUSED
+        assert decoding_support(backbone) == Support(Tier.PLAIN, "Something passing.")
     assert backbone.forward == forward
     assert decoding_support(backbone).tier is Tier.TREE

@@ -11,8 +11,8 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 from modeling_lmtp import LMTPForCausalLM
+from modeling_lmtp.cache_lmtp import MIN_ROOM, GrowingLayer, start_rollback, stop_rollback
 from modeling_lmtp.conversion.pass_clock import PassClock
-from modeling_lmtp.growing_lmtp import MIN_ROOM, GrowingLayer, give_back_room, make_room
 from modeling_lmtp.transformers_lmtp import cache_of
 
 SHAPE = (2, 3, 5, 4)  # rows, heads, slots, head dimension
@@ -29,7 +29,7 @@ def filled():
     plain = DynamicCache()
     plain.update(states(5, 0), states(5, 1), 0)
     growing = copy.deepcopy(plain)
-    make_room(growing)
+    start_rollback(growing)
     assert type(growing.layers[0]) is GrowingLayer
     return plain, growing
 
@@ -83,7 +83,7 @@ def test_given_back_layers_share_no_room():
     plain, growing = filled()
     growing.update(states(1, 2), states(1, 3), 0)
     plain.update(states(1, 2), states(1, 3), 0)
-    give_back_room(growing)
+    stop_rollback(growing)
     assert type(growing.layers[0]) is DynamicLayer
     assert vars(growing.layers[0]).keys() == vars(plain.layers[0]).keys()
     shallow = copy.copy(growing)
@@ -97,7 +97,7 @@ def test_given_back_layers_share_no_room():
 def test_a_subclass_keeps_what_it_does():
     cache = DynamicCache()
     cache.layers = [type("Own", (DynamicLayer,), {})()]
-    make_room(cache)
+    start_rollback(cache)
     assert type(cache.layers[0]).__name__ == "Own"
 
 

@@ -26,6 +26,7 @@ from batches import (
     wrapped,
 )
 from drafters import RULES, TREE, Oracle, always, sometimes
+from plain_decoding import assert_decoded_plainly, warnings_said
 from round_trips import count_round_trips
 from test_strategies import wrapped as of_twelve_tokens
 from tiny import tiny_llama
@@ -429,35 +430,41 @@ def test_states_scores_and_logits_are_those_of_a_dynamic_cache():
 @pytest.mark.parametrize(
     ("architecture", "message"),
     [
-        ("mistral", "with layers of the kind StaticSlidingWindowLayer: they cannot be rolled back"),
-        ("lfm2", "with layers of the kind LinearAttentionLayer: they cannot be rolled back"),
-        ("bloom", r"with BloomForCausalLM \(no trees: its forward takes no position_ids\)"),
+        (
+            "mistral",
+            "static cache layers of the kind StaticSlidingWindowLayer cannot be rolled back",
+        ),
+        ("lfm2", "static cache layers of the kind LinearAttentionLayer cannot be rolled back"),
+        (
+            "bloom",
+            r"static cache of BloomForCausalLM exactly \(no trees: its forward takes no posi",
+        ),
     ],
 )
-def test_static_caches_that_cannot_be_rolled_back_are_refused(architecture, message, by):
+def test_static_caches_that_cannot_be_rolled_back_are_decoded_plainly(architecture, message, by):
     model = wrapped(architecture)
-    given = dict(STATIC)
-    if by == "cache":
+
+    def options():
+        if by == "name":
+            return {**padded(), **STATIC}
         config = model.backbone.config.get_text_config()
-        given = {**with_cache({}, StaticCache(config, max_cache_len=64))}
-    calls = []
-    handle = model.backbone.register_forward_pre_hook(lambda *_: calls.append(None))
-    try:
-        with pytest.raises(ValueError, match=f"does not support static caches {message}"):
-            generate(model, use_lmtp=True, **GREEDY, **given)
-    finally:
-        handle.remove()
-    assert not calls
+        return {**padded(), **with_cache({}, StaticCache(config, max_cache_len=64))}
+
+    assert_decoded_plainly(model, message, options)
 
 
-def test_what_cannot_be_laid_out_as_plain_decoding_does_is_refused():
+def test_what_cannot_be_laid_out_as_plain_decoding_does_is_decoded_plainly():
+    match = "output_attentions=True is not supported with a static cache"
+    options = {**padded(), **STATIC, "output_attentions": True, "return_dict_in_generate": True}
+    assert_decoded_plainly(wrapped("llama"), match, options)
+
+
+def test_an_offloaded_static_cache_is_decoded_plainly():
     model = wrapped("llama")
-    with pytest.raises(ValueError, match="does not support output_attentions=True with a static"):
-        generate(model, use_lmtp=True, output_attentions=True, **GREEDY, **STATIC)
     offloaded = StaticCache(model.backbone.config, max_cache_len=99)
     offloaded.offloading = True
-    with pytest.raises(ValueError, match="does not support static caches that are offloaded"):
-        generate(model, use_lmtp=True, **with_cache({}, offloaded), **GREEDY)
+    with pytest.raises(ValueError, match="an offloaded static cache is not supported"):
+        generate(model, use_lmtp="strict", **with_cache({}, offloaded), **GREEDY)
 
 
 def test_a_given_cache_needs_room_for_the_text_and_a_draft():
@@ -465,9 +472,11 @@ def test_a_given_cache_needs_room_for_the_text_and_a_draft():
     plain = generate(model.backbone, **GREEDY).sequences
     for length in (LENGTH + NEW_TOKENS, needed - 1):
         cache = StaticCache(model.backbone.config, max_cache_len=length)
-        message = rf"static cache of {length} slots, and use_lmtp=True needs {needed} here"
-        with pytest.raises(ValueError, match=message):
-            generate(model, use_lmtp=True, **with_cache({}, cache), **GREEDY)
+        message = rf"the static cache has {length} slots, and {needed} are needed"
+        with warnings_said() as said:
+            output = generate(model, use_lmtp=True, **with_cache({}, cache), **GREEDY)
+        assert output.sequences.tolist() == plain.tolist()
+        assert message in said[0]
     cache = StaticCache(model.backbone.config, max_cache_len=needed)
     output = generate(model, use_lmtp=True, **with_cache({}, cache), **GREEDY)
     assert output.sequences.tolist() == plain.tolist()
@@ -487,8 +496,8 @@ def test_a_turn_given_without_the_one_before_needs_room_for_both(num_rows):
         turn = {"input_ids": output.sequences[:, -1:], "attention_mask": mask}
         options["max_new_tokens"] = NEW_TOKENS - first
         if missing:
-            with pytest.raises(ValueError, match=f"use_lmtp=True needs {needed} here"):
-                generate(model, turn, **options)
+            with pytest.raises(ValueError, match=f"{needed} are needed"):
+                generate(model, turn, **{**options, "use_lmtp": "strict"})
         else:
             output = generate(model, turn, **options)
             assert output.sequences[:, 1:].tolist() == texts[:, LENGTH + first :].tolist()
