@@ -17,6 +17,7 @@ import torch
 from transformers import Cache, DynamicCache, PreTrainedConfig, StaticCache
 
 from .transformers_lmtp import (
+    RELEASE,
     DynamicLayer,
     DynamicSlidingWindowLayer,
     LinearAttentionCacheLayerMixin,
@@ -28,12 +29,18 @@ MIN_ROOM = 64  # slots; beyond it, room for a quarter of what there is
 # What is read of each kind of layer once it has been used
 _ATTRIBUTES: dict[type, tuple[str, ...]] = {
     DynamicLayer: ("keys", "values"),
-    DynamicSlidingWindowLayer: ("sliding_window", "cumulative_length", "record_past"),
+    DynamicSlidingWindowLayer: (
+        "sliding_window",
+        "cumulative_length",
+        "record_past",
+        "activate_past_recording",
+    ),
     LinearAttentionCacheLayerMixin: (
         "conv_states",
         "recurrent_states",
         "is_recurrent_states_initialized",
         "record_past",
+        "activate_past_recording",
     ),
     StaticLayer: ("keys", "values", "cumulative_length"),
 }
@@ -75,9 +82,8 @@ def why_unknown_layers(cache: Cache) -> str:
         for kind, names in _ATTRIBUTES.items():
             lacking = [name for name in names if not hasattr(layer, name)]
             if isinstance(layer, kind) and lacking and _is_used(layer):
-                return (
-                    f"cache layers of the kind {type(layer).__name__} have no {', '.join(lacking)}"
-                )
+                lacks = f"cache layers of the kind {type(layer).__name__} lack {', '.join(lacking)}"
+                return f"{lacks} in {RELEASE}"
     return ""
 
 

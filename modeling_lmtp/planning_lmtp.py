@@ -27,7 +27,7 @@ from .static_lmtp import enlarge, why_no_room, why_not_static
 from .static_verification_lmtp import StaticVerifier
 from .support_lmtp import Support, Tier, decoding_support, num_positions, why_not_that_long
 from .texts_lmtp import Texts
-from .transformers_lmtp import IS_UNTESTED, REMEDY, cache_of, why_unavailable
+from .transformers_lmtp import cache_of, remedy_for, why_unavailable
 from .verification_lmtp import Verifier
 from .walking_lmtp import GreedyWalker, RowByRowWalker, StepwiseWalker, TypicalRule, Walker
 
@@ -39,12 +39,11 @@ class PlainDecoding(Exception):  # noqa: N818 (a decision, not an error)
 
     Args:
         reason: why, for the user.
-        remedy: what to do about it, a sentence.
         by_choice: whether that is what the settings ask for.
     """
 
-    def __init__(self, reason: str, remedy: str = "", by_choice: bool = False) -> None:
-        super().__init__(f"{reason}. {remedy}".rstrip())
+    def __init__(self, reason: str, by_choice: bool = False) -> None:
+        super().__init__(f"{reason}. {'' if by_choice else remedy_for(reason)}".rstrip())
         self.by_choice = by_choice
 
 
@@ -84,12 +83,9 @@ def check_call(model: Any, kwargs: Mapping[str, Any]) -> None:
     Raises:
         PlainDecoding: the call, the model or this Transformers cannot be decoded with drafts.
     """
-    reason = why_plain(model, kwargs)
+    reason = why_plain(model, kwargs) or why_unavailable(model.backbone)
     if reason:
         raise PlainDecoding(reason)
-    reason = why_unavailable(model.backbone)
-    if reason:
-        raise PlainDecoding(reason, REMEDY)
 
 
 def plan(model: Any, settings: LMTPSettings, drafter: Drafter | None, call: Call) -> Decoder:
@@ -154,8 +150,7 @@ def _support(backbone: Any, call: Call) -> Support:
     if support.tier is Tier.PLAIN:
         raise PlainDecoding(
             f"rejected candidates cannot be taken out of the {'static ' if is_static else ''}cache of "
-            f"{type(backbone).__name__} exactly ({support.reason})",
-            REMEDY if IS_UNTESTED else "",
+            f"{type(backbone).__name__} exactly ({support.reason})"
         )
     return support
 

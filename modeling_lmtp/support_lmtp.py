@@ -24,6 +24,7 @@ from .drafting_lmtp import Candidates
 from .rows_lmtp import Rows
 from .static_verification_lmtp import StaticVerifier
 from .transformers_lmtp import (
+    RELEASE,
     attention_implementation,
     prefill,
     takes_cache,
@@ -186,7 +187,10 @@ def _why_not(
         raise
     except Exception as error:  # whatever it is that this model or its cache cannot do
         logger.info(f"{type(backbone).__name__} cannot verify {trees}: {error!r}")
-        return (str(error).strip().splitlines() or [repr(error)])[0][:200]
+        reason = (str(error).strip().splitlines() or [repr(error)])[0][:200]
+        # A name or a signature that is not what it was
+        is_change = isinstance(error, AttributeError | TypeError)
+        return f"{reason}, in {RELEASE}" if is_change else reason
 
 
 def _why_no_trees(backbone: PreTrainedModel) -> str:

@@ -48,8 +48,17 @@ def check_release(version: str = VERSION) -> None:
 
 
 check_release()
-# For advice only: what is there is looked for
-IS_UNTESTED = _numbers(VERSION) > _numbers(NEWEST)
+RELEASE = f"Transformers {VERSION}"
+
+
+def remedy_for(reason: str) -> str:
+    """Return what to do about a reason for decoding plainly, as a sentence; nothing if nothing helps.
+
+    Args:
+        reason: names `RELEASE` if this release is the cause.
+    """
+    return REMEDY if RELEASE in reason or _numbers(VERSION) > _numbers(NEWEST) else ""
+
 
 # Names that this release lacks, in words
 _missing: list[str] = []
@@ -88,6 +97,12 @@ DynamicSlidingWindowLayer = _class("cache_utils", "DynamicSlidingWindowLayer")
 LinearAttentionCacheLayerMixin = _class("cache_utils", "LinearAttentionCacheLayerMixin")
 StaticLayer = _class("cache_utils", "StaticLayer")
 
+_missing += [
+    f"Cache.{name}"
+    for name in ("crop", "get_seq_length", "reorder_cache")
+    if not hasattr(Cache, name)
+]
+
 _create_masks = _find("masking_utils", "create_masks_for_generate")
 
 
@@ -100,12 +115,12 @@ def _parameters(function: Callable[..., Any]) -> Collection[str]:
 
 CACHE_NAMES = ("cache", "past_key_values")  # newest first; the second until Transformers 5.23
 USERS_CACHE_NAMES = (*CACHE_NAMES, "cache_params")  # what callers of `generate` may write
-_CACHE = next(
-    (n for n in CACHE_NAMES if n in _parameters(GenerationMixin.prepare_inputs_for_generation)),
-    None,
-)
+_prepared = _parameters(GenerationMixin.prepare_inputs_for_generation)
+_CACHE = next((name for name in CACHE_NAMES if name in _prepared), None)
 if _CACHE is None:
     _missing.append(f"a parameter {' or '.join(CACHE_NAMES)} of prepare_inputs_for_generation")
+if "next_sequence_length" not in _prepared:
+    _missing.append("a parameter next_sequence_length of prepare_inputs_for_generation")
 
 
 def cache_of(model_kwargs: Mapping[str, Any]) -> Any:
@@ -171,11 +186,10 @@ def why_unavailable(backbone: PreTrainedModel) -> str:
     Returns:
         The reason; nothing if everything is there.
     """
-    release = f"Transformers {VERSION}"
     if _missing:
-        return f"{release} has no {', '.join(_missing)}"
+        return f"{RELEASE} has no {', '.join(_missing)}"
     if "custom_generate" not in _parameters(backbone.generate):
-        return f"generate takes no custom_generate in {release}"
+        return f"generate takes no custom_generate in {RELEASE}"
     calls: dict[str, tuple[tuple[Any, ...], dict[str, Any]]] = {
         "_prefill": ((None, None, {}), {}),
         "prepare_inputs_for_generation": ((None,), {"next_sequence_length": 1, str(_CACHE): None}),
@@ -184,7 +198,7 @@ def why_unavailable(backbone: PreTrainedModel) -> str:
         try:
             inspect.signature(getattr(backbone, name)).bind(*args, **kwargs)
         except (AttributeError, TypeError) as error:
-            return f"{type(backbone).__name__}.{name} is not what it was before {release} ({error})"
+            return f"{type(backbone).__name__}.{name} is not what it was before {RELEASE} ({error})"
     return ""
 
 
