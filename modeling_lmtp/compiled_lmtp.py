@@ -16,7 +16,8 @@ from torch import nn
 from transformers import CompileConfig, GenerationConfig, PreTrainedModel
 from transformers.utils import ModelOutput
 
-from .states_lmtp import LAST, join_states
+from .configuration_lmtp import LAST
+from .states_lmtp import join_states
 from .transformers_lmtp import would_compile
 
 

@@ -1,5 +1,14 @@
 """Configuration of a causal language model with leap heads."""
 
+# First, because it tells a Transformers that is too old from one that is not. This file imports no file
+# that imports others than these, which is as far as the loaders of old releases look.
+from .transformers_lmtp import (  # isort: split
+    attention_implementation,
+    drop_place,
+    implementations,
+    set_implementations,
+)
+
 from itertools import pairwise
 from typing import Any
 
@@ -8,8 +17,8 @@ from transformers import AutoConfig, PreTrainedConfig
 
 from .context_lmtp import PATH
 from .leaps_lmtp import check_offsets
-from .states_lmtp import HEAD_INPUTS
-from .transformers_lmtp import attention_implementation, implementations, set_implementations
+
+LAST, WEIGHTED = HEAD_INPUTS = "last", "weighted"  # the values of `head_input`
 
 
 @strict
@@ -149,7 +158,7 @@ class LMTPConfig(PreTrainedConfig):
         """Return what is saved; not where the backbone lay, which says nothing to others."""
         values = super().to_dict()
         if isinstance(values.get("backbone_config"), dict):
-            values["backbone_config"].pop("_name_or_path", None)
+            drop_place(values["backbone_config"])
         return values
 
     def get_text_config(self, *args: Any, **kwargs: Any) -> PreTrainedConfig:

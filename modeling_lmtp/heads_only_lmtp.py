@@ -9,7 +9,7 @@ from transformers.utils import logging
 from .backbone_lmtp import unembedding_device
 from .heads_lmtp import new_leap_heads
 from .pretrained_lmtp import LMTPPreTrainedModel
-from .transformers_lmtp import attention_implementation, commit_of
+from .transformers_lmtp import AUTO_OPTIONS, attention_implementation, commit_of
 
 logger = logging.get_logger(__name__)
 
@@ -21,8 +21,7 @@ NOT_THE_BACKBONES = (
     *HEADS_OPTIONS,
     "generation_config",
     "trust_remote_code",
-    "adapter_kwargs",
-    "_from_auto",
+    *AUTO_OPTIONS,
 )
 SAME_SIZES = ("hidden_size", "vocab_size", "num_hidden_layers")
 

@@ -18,9 +18,8 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from .backbone_lmtp import unembedding_inputs, unembedding_size
+from .configuration_lmtp import LAST, WEIGHTED
 from .zero_lmtp import ZeroLinear
-
-LAST, WEIGHTED = HEAD_INPUTS = "last", "weighted"  # the values of `head_input`
 
 
 def states_per_token(backbone: PreTrainedModel, head_input: str) -> int:

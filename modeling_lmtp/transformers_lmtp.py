@@ -310,7 +310,15 @@ def mask_kinds(backbone: PreTrainedModel, cache: Cache, num_rows: int) -> list[s
     return list(masks) if isinstance(masks, dict) else []
 
 
-# --- Generation settings, devices, provenance
+# --- Generation settings, loading, devices, provenance
+
+# What AutoModel adds to the arguments of `from_pretrained`
+AUTO_OPTIONS = ("adapter_kwargs", "_from_auto")
+
+
+def drop_place(config_dict: dict[str, Any]) -> None:
+    """Drop from a configuration's dict where on this machine it was loaded from."""
+    config_dict.pop("_name_or_path", None)
 
 
 def pad_token_id(generation_config: GenerationConfig) -> int:

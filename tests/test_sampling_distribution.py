@@ -20,6 +20,7 @@ import pytest
 import torch
 from architectures import tiny_causal_lm
 from batches import padded
+from torch.nn.functional import pad
 from transformers import LogitsProcessorList
 from transformers.generation import logits_process as processors
 
@@ -110,16 +111,33 @@ def sampled(model: LMTPForCausalLM, draft: str, setting: str) -> list[list[tuple
     return samples
 
 
+def counts_padding(model: LMTPForCausalLM) -> bool:
+    """Whether this release of Transformers penalises padding as if it had been said (until 5.20)."""
+    outputs = model.backbone.generate(
+        torch.tensor([[PAD, 1]]),
+        attention_mask=torch.tensor([[0, 1]]),
+        repetition_penalty=2.0,
+        max_new_tokens=1,
+        do_sample=False,
+        return_dict_in_generate=True,
+        output_scores=True,
+        output_logits=True,
+    )
+    return bool(outputs.scores[0][0, PAD] != outputs.logits[0][0, PAD])
+
+
 @torch.no_grad()
 def exact(model: LMTPForCausalLM, prompt: Sequence[int], setting: str) -> Probabilities:
     """Return the probability of every continuation, by plain passes over every prefix."""
     options, used = SETTINGS[setting]
+    padding = max(map(len, PROMPTS)) - len(prompt) if counts_padding(model) else 0
     has_end = "eos_token_id" in options
     probabilities: Probabilities = {(): 1.0}
     for _ in range(NEW_TOKENS):
         prefixes = list(probabilities)
         input_ids = torch.tensor([[*prompt, *prefix] for prefix in prefixes])
-        scores = LogitsProcessorList(used)(input_ids, model.backbone(input_ids).logits[:, -1])
+        logits = model.backbone(input_ids).logits[:, -1]
+        scores = LogitsProcessorList(used)(pad(input_ids, (padding, 0), value=PAD), logits)
         longer: Probabilities = {}
         for prefix, row in zip(prefixes, scores.softmax(dim=-1).tolist(), strict=True):
             if has_end and EOS in prefix:
