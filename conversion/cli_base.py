@@ -5,7 +5,7 @@ from functools import wraps
 from typing import Annotated, Any
 
 import typer
-from huggingface_hub.errors import StrictDataclassError
+from huggingface_hub.errors import HTTPError, StrictDataclassError
 from rich.console import Console
 
 app = typer.Typer(
@@ -33,14 +33,22 @@ def reports_errors(command: Callable[..., None]) -> Callable[..., None]:
             command(*args, **kwargs)
         except typer.Exit:  # a RuntimeError, but no error to print
             raise
-        except (ValueError, OSError, RuntimeError, StrictDataclassError) as error:
-            # A configuration's own error is wrapped in the name of its validator
-            shown = error.__cause__ if isinstance(error, StrictDataclassError) else error
-            message = f"error: {shown}"
+        except (ValueError, OSError, RuntimeError, StrictDataclassError, HTTPError) as error:
+            message = f"error: {_shown(error)}"
             Console(stderr=True).print(message, style="red", markup=False, soft_wrap=True)
             raise typer.Exit(1) from error
 
     return wrapped
+
+
+def _shown(error: Exception) -> str:
+    if isinstance(
+        error, StrictDataclassError
+    ):  # wraps a configuration's own in its validator's name
+        return str(error.__cause__)
+    if isinstance(error, HTTPError) and not isinstance(error, OSError):  # no answer came at all
+        return f"The connection to the Hub failed: {error}"
+    return str(error)
 
 
 def parse_head_context(text: str) -> int | str:

@@ -1,13 +1,16 @@
-"""The commands that show models to others: card and publish."""
+"""The commands that show models to others: card, publish and refresh."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.table import Table
 
 from modeling_lmtp.conversion.cli_base import app, console, reports_errors
 from modeling_lmtp.conversion.forms import Form
+
+if TYPE_CHECKING:
+    from modeling_lmtp.conversion.refreshing import Refreshed
 
 License = Annotated[str, typer.Option(help="The Hub's identifier, such as apache-2.0.")]
 Languages = Annotated[list[str], typer.Option(help="ISO 639 code; may be given several times.")]
@@ -86,6 +89,75 @@ def publish(
         console.print(f"Nothing was uploaded. With --yes, these files go to {repo_id}.")
     else:
         console.print(f"{commit.commit_url}\nrevision {commit.oid}, tagged {tag}", soft_wrap=True)
+
+
+@app.command()
+@reports_errors
+def refresh(
+    source: Annotated[
+        str,
+        typer.Argument(
+            metavar="REPO_OR_FOLDER", help="A repository, such as me/model, or a folder."
+        ),
+    ],
+    revision: Annotated[str | None, typer.Option(help="The branch; main by default.")] = None,
+    tag: Annotated[str | None, typer.Option(help="A new tag for the new commit.")] = None,
+    base_folder: Annotated[
+        Path | None,
+        typer.Option(help="Of leap heads only, a copy of the base model to check with."),
+    ] = None,
+    token: Annotated[str | None, typer.Option(help="That of `hf auth login` by default.")] = None,
+    yes: Annotated[bool, typer.Option("--yes", help="Replace the code.")] = False,
+) -> None:
+    """Try the installed code in a published checkpoint, and with --yes replace the code there."""
+    from modeling_lmtp import __version__
+    from modeling_lmtp.conversion.refreshing import Branch
+    from modeling_lmtp.conversion.refreshing import refresh as refresh_checkpoint
+
+    done = refresh_checkpoint(
+        source,
+        branch=Branch(revision, tag, token),
+        base_folder=base_folder,
+        write=yes,
+        show=_print_changes,
+    )
+    if not done.changes:
+        _print(f"{source} has the code of modeling-lmtp {__version__} already. Nothing to do.")
+    elif not yes:
+        _print(f"Nothing was changed. Add --yes to change these files of {source}.")
+    elif done.commit is None:
+        _print(f"{source} now has the code of modeling-lmtp {__version__}.")
+    else:
+        tagged = f", tagged {tag}" if tag else ""
+        _print(f"{done.commit.commit_url}\nrevision {done.commit.oid}{tagged}")
+    if done.old_tags:
+        _print(_about_old_tags(source, done, tag))
+
+
+def _about_old_tags(repo_id: str, done: "Refreshed", tag: str | None) -> str:
+    commit = done.commit.oid if done.commit else done.head
+    if tag and done.changes:
+        advice = f"name {tag} there instead"
+    elif done.changes and not done.commit:
+        advice = "tag the new commit with --tag NAME and name that tag there instead"
+    else:
+        command = f"hf repos tag create {repo_id} NAME --revision {commit}"
+        advice = f"tag the new code with `{command}` and name that tag there instead"
+    return (
+        f"Tags are not moved, and still have other code: {', '.join(done.old_tags)}. If the card tells "
+        f"readers to load one of them, {advice}."
+    )
+
+
+def _print(text: str) -> None:
+    console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+def _print_changes(changes: dict[str, str]) -> None:
+    table = Table("file", "change")
+    for name, change in changes.items():
+        table.add_row(name, change)
+    console.print(table)
 
 
 def _print_files(sizes: dict[str, int]) -> None:

@@ -16,8 +16,12 @@ class Form(str, Enum):
     ADAPTER = "adapter"
 
 
-def form_of(folder: Path) -> Form:
+def form_of(folder: Path, name: str | None = None) -> Form:
     """Return the form of a checkpoint in a folder.
+
+    Args:
+        folder: holds at least the checkpoint's configuration.
+        name: what to call it in an error; the folder's path by default.
 
     Raises:
         ValueError: it holds neither a checkpoint with leap heads nor an adapter.
@@ -27,7 +31,7 @@ def form_of(folder: Path) -> Form:
     config = read_json(folder / "config.json") if (folder / "config.json").exists() else {}
     if config.get("model_type") != "lmtp":
         raise ValueError(
-            f"{folder} holds neither a checkpoint with leap heads nor an adapter. Make one with "
+            f"{name or folder} holds neither a checkpoint with leap heads nor an adapter. Make one with "
             "`lmtp wrap`, `lmtp train` or `lmtp convert`."
         )
     return Form.HEADS if config.get("heads_only") else Form.FULL

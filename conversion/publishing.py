@@ -9,8 +9,9 @@ from huggingface_hub import CommitInfo, HfApi
 
 from modeling_lmtp.conversion.cards import CardFacts, build_card, write_card
 from modeling_lmtp.conversion.forms import Form, check_hub_id, form_of
-from modeling_lmtp.conversion.repository import assemble, check_repository
+from modeling_lmtp.conversion.repository import CHECK_PROMPT, assemble, check_repository
 from modeling_lmtp.conversion.uploading import upload
+from modeling_lmtp.training.prompts import render_prompt
 
 
 @dataclass(frozen=True)
@@ -72,7 +73,8 @@ def publish(
             max_shard_size=max_shard_size,
         )
         write_card(folder, build_card(folder, facts, results))
-        check_repository(folder, form, model, tokenizer, base_folder)
+        prompt_ids = render_prompt(tokenizer, CHECK_PROMPT)
+        check_repository(folder, form, model, prompt_ids, base_folder)
         del model
         show({path.name: path.stat().st_size for path in sorted(folder.iterdir())})
         if destination is None:

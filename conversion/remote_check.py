@@ -1,6 +1,7 @@
 """Load a checkpoint as its users will: in a fresh process, as remote code, without this package."""
 
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -101,6 +102,8 @@ def generate_as_remote_code(
             capture_output=True,
             text=True,
             check=False,
+            # Transformers keeps a copy of remote code, here only as long as the check lasts
+            env={**os.environ, "HF_MODULES_CACHE": str(Path(scratch) / "modules")},
         )
         if done.returncode:
             raise RuntimeError(

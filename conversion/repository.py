@@ -16,11 +16,14 @@ from modeling_lmtp.conversion.forms import Form, check_hub_id, form_of
 from modeling_lmtp.conversion.loading import load_tokenizer
 from modeling_lmtp.conversion.remote_check import generate_as_remote_code
 from modeling_lmtp.modeling_lmtp import LMTPForCausalLM
-from modeling_lmtp.training.prompts import render_prompt
 from modeling_lmtp.training.saving import PROVENANCE, file_sha256, read_json, versions
 
 CHECK_PROMPT = "Why is the sky blue?"
 CHECK_TOKENS = 24
+OTHER_BACKBONE = (
+    "If its backbone was trained, publish it with --form full; else check --base-model and "
+    "--base-revision."
+)
 COMMIT = re.compile("[0-9a-f]{40}")
 
 
@@ -168,23 +171,24 @@ def check_repository(
     folder: Path,
     form: Form,
     model: Any,
-    tokenizer: PreTrainedTokenizerBase,
+    prompt_ids: list[int],
     base_folder: Path | None = None,
+    advice: str = OTHER_BACKBONE,
 ) -> None:
     """Load a repository in a clean process without this package, and compare it with the model.
 
     Args:
         folder, form: what to check.
         model: what the repository must hold.
-        tokenizer: for the prompt.
+        prompt_ids: what to continue.
         base_folder: of heads or an adapter, a copy of their base model.
+        advice: what to do if the logits differ.
 
     Raises:
         ValueError: it gives other logits or other text than the model, or other text with leap heads
             than without.
         RuntimeError: it does not load.
     """
-    prompt_ids = render_prompt(tokenizer, CHECK_PROMPT)
     base = str(base_folder) if base_folder is not None and form is not Form.FULL else None
     found = generate_as_remote_code(folder, prompt_ids, CHECK_TOKENS, form=form, base=base)
     input_ids = torch.tensor([prompt_ids])
@@ -195,9 +199,8 @@ def check_repository(
             torch.testing.assert_close(found["tensors"][name], logits)
         except AssertionError as error:
             raise ValueError(
-                f"What was assembled is not the model: loaded anew, its {name} are others. If its "
-                "backbone was trained, publish it with --form full; else check --base-model and "
-                f"--base-revision.\n{error}"
+                f"What was assembled is not the model: loaded anew, its {name} are others. {advice}\n"
+                f"{error}"
             ) from error
     ids = model.generate(
         input_ids=input_ids,

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi
-from huggingface_hub.hf_api import RepoFile
+from huggingface_hub.hf_api import GitRefs, RepoFile
 from huggingface_hub.utils.sha import git_hash
 
 from modeling_lmtp.training.saving import file_sha256
@@ -51,10 +51,7 @@ def upload(
             api.create_repo(repo_id, private=private)
             undo.append(lambda: api.delete_repo(repo_id))
         refs = api.list_repo_refs(repo_id)
-        if tag in {known.name for known in refs.tags}:
-            raise ValueError(
-                f"{repo_id} has a tag {tag!r} already, and cards rely on it. Choose another with --tag."
-            )
+        check_new_tag(refs, repo_id, tag)
         if branch not in {known.name for known in refs.branches}:
             api.create_branch(repo_id, branch=branch)
             undo.append(lambda: api.delete_branch(repo_id, branch=branch))
@@ -79,13 +76,65 @@ def upload(
     return commit
 
 
+def check_new_tag(refs: GitRefs, repo_id: str, tag: str | None) -> None:
+    """Raise a ValueError if a repository has a tag of that name."""
+    if tag in {known.name for known in refs.tags}:
+        raise ValueError(
+            f"{repo_id} has a tag {tag!r} already, and cards rely on it. Choose another with --tag."
+        )
+
+
+def upload_changes(
+    folder: Path,
+    repo_id: str,
+    changes: dict[str, str],
+    *,
+    branch: str,
+    head: str,
+    message: str,
+    tag: str | None = None,
+    token: str | None = None,
+) -> CommitInfo:
+    """Change some files of a branch in one commit, if nobody has committed to it since.
+
+    Args:
+        folder: holds the new files.
+        repo_id, branch: where they go.
+        changes: of each file that changes, by name, whether it is added, replaced or removed.
+        head: the commit that the branch must still be at.
+        message: of the commit.
+        tag: names the commit; must be new.
+        token: the one that was saved with `hf auth login` by default.
+
+    Returns:
+        huggingface_hub's account of the commit.
+
+    Raises:
+        OSError: huggingface_hub's own errors.
+        RuntimeError: the commit is there, but not its tag.
+    """
+    api = HfApi(token=token)
+    operations = [
+        CommitOperationDelete(name)
+        if change == "removed"
+        else CommitOperationAdd(name, folder / name)
+        for name, change in changes.items()
+    ]
+    commit = api.create_commit(
+        repo_id, operations, commit_message=message, revision=branch, parent_commit=head
+    )
+    if tag is not None:
+        _tag(api, repo_id, commit, tag)
+    return commit
+
+
 def _tag(api: HfApi, repo_id: str, commit: CommitInfo, tag: str) -> None:
     try:
         api.create_tag(repo_id, tag=tag, revision=commit.oid)
     except Exception as error:
         raise RuntimeError(
-            f"The commit {commit.oid} is in {repo_id}, but the tag {tag!r} that its card names is not "
-            f"({error}). Make it with `hf repo tag create {repo_id} {tag} --revision {commit.oid}`."
+            f"The commit {commit.oid} is in {repo_id}, but the tag {tag!r} is not ({error}). Make it with "
+            f"`hf repos tag create {repo_id} {tag} --revision {commit.oid}`."
         ) from error
 
 

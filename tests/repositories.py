@@ -77,6 +77,7 @@ def hub_in_use(scratch: Path) -> Iterator[Hub]:
         patch.setattr("huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE", files)
         patch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_XET", True)
         patch.setattr("huggingface_hub.repocard.get_session", lambda: _Redirected(hub.url))
+        patch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(scratch / "hf" / "hub"))
         environment = {
             "HF_ENDPOINT": hub.url,
             "HF_HUB_DISABLE_XET": "1",
