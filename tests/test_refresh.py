@@ -293,6 +293,7 @@ torch.save(results, output)
 """
 
 
+@pytest.mark.slow
 def test_checkpoints_of_released_versions_work_again_and_write_the_same_text(
     tmp_path, unchecked, monkeypatch
 ):

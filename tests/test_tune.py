@@ -306,6 +306,7 @@ def test_the_fastest_draft_is_written_and_nothing_where_all_lost(tmp_path):
     assert len(saved.draft_conditions["tried"]["1"]) == 2
 
 
+@pytest.mark.slow
 def test_the_command_tunes_a_folder(tmp_path, monkeypatch):
     monkeypatch.setattr(tune_run, "TRIAL_PROMPTS", 2)
     monkeypatch.setattr(tune_run, "TRIAL_TOKENS", 8)

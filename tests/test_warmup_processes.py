@@ -109,6 +109,7 @@ def assert_same_checkpoint(actual_folder, expected_folder):
     assert not list(actual_folder.parent.glob("*checkpoint.*"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["ddp", "fsdp"])
 def test_two_processes_train_what_one_does(alone, tmp_path, kind):
     shutil.copytree(alone / "stopped_in_one", tmp_path / kind / "stopped_in_one")
