@@ -15,6 +15,7 @@ from modeling_lmtp.checkpoints_lmtp import TAGS
 from modeling_lmtp.conversion.forms import Form, check_hub_id, form_of
 from modeling_lmtp.conversion.measured import read_measured
 from modeling_lmtp.training.saving import PROVENANCE, read_json
+from modeling_lmtp.transformers_lmtp import TESTED
 
 TEMPLATES = Path(__file__).parent.parent / "hub_cards"
 LIBRARIES = {Form.FULL: "transformers", Form.HEADS: "transformers", Form.ADAPTER: "peft"}
@@ -86,6 +87,7 @@ def build_card(folder: Path, facts: CardFacts, results: Sequence[Path] = ()) -> 
             "base_model": base_model,
             "base_revision": base_revision,
             "requires": needed_packages(form),
+            "tested": TESTED,
             "heads": describe_heads(config, folder),
             "measured": [read_measured(path, config) for path in results],
             "training": describe_training(folder, facts.datasets),

@@ -147,6 +147,7 @@ def compile_model(model: LMTPForCausalLM) -> Any:
     return torch.compile(model, backend="eager")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("compiled", "plain_first"),
     [(compile_forward, True), (compile_backbone, False), (compile_model, True)],
@@ -175,6 +176,7 @@ def test_compiled_code_gives_plain_text_and_its_states_to_the_drafter(compiled, 
     torch.compiler.reset()
 
 
+@pytest.mark.slow
 def test_a_backbone_that_is_a_compiled_module_is_taken_as_it_is():
     plain = generate(tiny_causal_lm("llama"), max_new_tokens=12).sequences
     backbone = torch.compile(tiny_causal_lm("llama"), backend="eager")

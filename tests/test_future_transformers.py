@@ -72,7 +72,7 @@ def in_layers(name: str) -> Future:
 
 
 FUTURES = {
-    "the cache": Future({rf"\b{CACHE}\b": "kv_store"}, OF_THE_CACHE),
+    "the cache": Future({rf"(?<!continuous_batching\.)\b{CACHE}\b": "kv_store"}, OF_THE_CACHE),
     "custom_generate": Future({r"\bcustom_generate\b": "decoding_loop"}, ("generation/utils.py",)),
     "next_sequence_length": renamed("next_sequence_length"),
     "_prefill": renamed("_prefill"),

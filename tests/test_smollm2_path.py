@@ -3,10 +3,12 @@
 import io
 import json
 import re
+from unittest import mock
 
 import pytest
 from rich.console import Console
 
+from modeling_lmtp.conversion import demo as conversion_demo
 from modeling_lmtp.conversion.demo import run_demo
 from modeling_lmtp.conversion.demo_training import Recipe
 from modeling_lmtp.conversion.exactness import verify_exactness
@@ -20,6 +22,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),
 ]
 
+FEW_TOKENS = 16
 SMALL = Recipe(num_prompts=8, held_out=2, answer_tokens=24, epochs=1.0)
 
 
@@ -27,7 +30,8 @@ SMALL = Recipe(num_prompts=8, held_out=2, answer_tokens=24, epochs=1.0)
 def demo(tmp_path_factory):
     folder = tmp_path_factory.mktemp("demo") / "out"
     screen = io.StringIO()
-    comparison = run_demo(folder, Console(file=screen, width=100), SMALL)
+    with mock.patch.object(conversion_demo, "NEW_TOKENS", FEW_TOKENS):
+        comparison = run_demo(folder, Console(file=screen, width=100), SMALL)
     return folder, comparison, screen.getvalue()
 
 
@@ -52,7 +56,8 @@ def test_demo_uses_what_it_made_before(demo):
     folder, _, _ = demo
     before = (folder / "checkpoint" / "model.safetensors").stat().st_mtime
     screen = io.StringIO()
-    run_demo(folder, Console(file=screen, width=100), SMALL)
+    with mock.patch.object(conversion_demo, "NEW_TOKENS", FEW_TOKENS):
+        run_demo(folder, Console(file=screen, width=100), SMALL)
     assert "Using the checkpoint made before" in screen.getvalue()
     assert (folder / "checkpoint" / "model.safetensors").stat().st_mtime == before
 
@@ -75,7 +80,7 @@ def test_l_mtp_generates_what_plain_decoding_generates(demo, request):
     tensors = prompt_tensors(
         load_tokenizer(demo[0] / "checkpoint"), [prompt.text for prompt in prompts], model.device
     )
-    results = verify_exactness(model, tensors, max_new_tokens=40, progress=False)
+    results = verify_exactness(model, tensors, max_new_tokens=24, progress=False)
     assert set(results) == {
         f"{mode}, {draft}"
         for mode in ("greedy", "sampling")
