@@ -193,6 +193,7 @@ VALUES = {
     "base_model": "me/base",
     "base_revision": REVISION,
     "requires": "torch",
+    "tested": "5.15 to 5.24",
     "heads": [("leap offsets", "2, 3")],
     "measured": [],
     "training": [("command", "lmtp train")],
