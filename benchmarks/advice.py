@@ -4,13 +4,14 @@ from collections.abc import Mapping
 from math import hypot
 
 from modeling_lmtp.leaps_lmtp import evenly_spaced_offsets
-from modeling_lmtp.training.analysis import CHAIN, HeadAnalysis
-from modeling_lmtp.training.attenuation import (
+
+from .analysis import CHAIN, HeadAnalysis
+from .attenuation import (
     Attenuation,
     expected_tokens_per_step,
     leap_break_even,
 )
-from modeling_lmtp.training.resampling import Estimate
+from .resampling import Estimate
 
 NUM_HEADS = 3  # of the paper, for a backbone that has no heads yet
 CERTAIN = 2.0  # standard errors apart, to call one thing better than another

@@ -17,7 +17,6 @@ from modeling_lmtp.context_lmtp import num_visible
 from modeling_lmtp.leaps_lmtp import Draft, drafts
 from modeling_lmtp.losses_lmtp import IGNORE_INDEX
 from modeling_lmtp.modeling_lmtp import LMTPForCausalLM
-from modeling_lmtp.training.attenuation import Attenuation, fit_attenuation
 from modeling_lmtp.training.evaluation import (
     MAX_RANK,
     answer_states,
@@ -25,10 +24,12 @@ from modeling_lmtp.training.evaluation import (
     simulated_steps,
 )
 from modeling_lmtp.training.examples import Example
-from modeling_lmtp.training.marginalization import Marginals
-from modeling_lmtp.training.resampling import Estimate, ratio
 from modeling_lmtp.tree_lmtp import DraftTree, grow_tree
 from modeling_lmtp.vocabulary_lmtp import draft_labels
+
+from .attenuation import Attenuation, fit_attenuation
+from .marginalization import Marginals
+from .resampling import Estimate, ratio
 
 TOP_KS = (1, 3, 10)
 CHAIN = "chain"

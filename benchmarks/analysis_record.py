@@ -6,21 +6,22 @@ from typing import Any
 
 from rich.table import Table
 
-from modeling_lmtp.training.advice import advise
-from modeling_lmtp.training.analysis import (
+from modeling_lmtp.conversion.saving import versions
+
+from .advice import advise
+from .analysis import (
     HeadAnalysis,
     marginal_attenuations,
     marginal_estimates,
 )
-from modeling_lmtp.training.attenuation import (
+from .attenuation import (
     SCHEDULES,
     Attenuation,
     expected_tokens_per_step,
     leap_break_even,
 )
-from modeling_lmtp.training.marginalization import Marginals
-from modeling_lmtp.training.resampling import Estimate
-from modeling_lmtp.training.saving import versions
+from .marginalization import Marginals
+from .resampling import Estimate
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,6 @@ from typing import Any
 
 import torch
 
-from modeling_lmtp.conversion.analysis_record import Measured, analysis_record
-from modeling_lmtp.conversion.answers import load_answers, unseen_answers
 from modeling_lmtp.conversion.loading import (
     has_leap_heads,
     load_backbone,
@@ -17,14 +15,17 @@ from modeling_lmtp.conversion.loading import (
     load_tokenizer,
     names_of,
 )
-from modeling_lmtp.training.analysis import HeadAnalysis, analyze_heads
+from modeling_lmtp.conversion.saving import check_output_folder, file_sha256
+from modeling_lmtp.training.answer_files import load_answers, unseen_answers
 from modeling_lmtp.training.examples import Example, split_examples
 from modeling_lmtp.training.fingerprints import model_fingerprint
-from modeling_lmtp.training.marginalization import Marginals, marginalize
-from modeling_lmtp.training.pictures import draw_pictures, pictures_available
-from modeling_lmtp.training.saving import check_output_folder, file_sha256
 from modeling_lmtp.transformers_lmtp import attention_implementation
 from modeling_lmtp.tree_lmtp import MAX_NODES
+
+from .analysis import HeadAnalysis, analyze_heads
+from .analysis_record import Measured, analysis_record
+from .marginalization import Marginals, marginalize
+from .pictures import draw_pictures, pictures_available
 
 # Of the model's own greedy answers nearly all tokens are its first choice; rounding takes a few
 OWN_ANSWERS = 0.9
@@ -151,7 +152,8 @@ def _measure(
     progress: bool,
 ) -> Measured:
     heads: dict[str, HeadAnalysis] = {}
-    marginals, notes, conditions = None, [], {}
+    marginals, conditions = None, {}
+    notes: list[str] = []
     examples: list[Example] = []
     first_backbone = ""
     for name, source in sources.items():

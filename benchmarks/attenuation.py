@@ -15,7 +15,8 @@ from dataclasses import dataclass
 import torch
 
 from modeling_lmtp.leaps_lmtp import drafts, evenly_spaced_offsets
-from modeling_lmtp.training.resampling import resample, resampled_ratios, standard_error
+
+from .resampling import resample, resampled_ratios, standard_error
 
 MAX_GAMMA = 10.0  # from one position to the next, exp(-10) of the certainty is left
 GRID = 201
@@ -109,7 +110,7 @@ def fit_attenuation(
     )
 
 
-def probability(gamma: float, distance: int) -> float:
+def probability(gamma: float, distance: float) -> float:
     """Return `exp(-γ (d - 1))`."""
     return math.exp(-gamma * (distance - 1))
 

@@ -11,11 +11,12 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 
-from modeling_lmtp.conversion.bench_methods import Method
-from modeling_lmtp.conversion.divergence import Divergence, judge
-from modeling_lmtp.conversion.exactness import SAMPLING
-from modeling_lmtp.conversion.pass_clock import PassClock
 from modeling_lmtp.modeling_lmtp import LMTPForCausalLM
+
+from .bench_methods import Method
+from .divergence import Divergence, judge
+from .exactness import SAMPLING
+from .pass_clock import PassClock
 
 GREEDY_MODE, SAMPLING_MODE = MODES = "greedy", "sampling"
 WARMUP_TOKENS = 8

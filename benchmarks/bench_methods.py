@@ -4,11 +4,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from modeling_lmtp.conversion.exactness import drafts_to_try, saved_shape
 from modeling_lmtp.leaps_lmtp import drafts
 from modeling_lmtp.lookup_lmtp import PromptLookupDrafter
 from modeling_lmtp.modeling_lmtp import LMTPForCausalLM
 from modeling_lmtp.support_lmtp import Tier, decoding_tier
+
+from .exactness import drafts_to_try, saved_shape
 
 PLAIN = "plain"
 

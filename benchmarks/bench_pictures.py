@@ -1,11 +1,11 @@
-"""A result of `lmtp bench` as a picture, in the manner of `training.pictures`."""
+"""A result of `lmtp bench` as a picture, in the manner of `pictures`."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from modeling_lmtp.conversion.bench_record import ALL_KINDS
-from modeling_lmtp.training.pictures import COLOURS, GREY, pictures_available
+from .bench_record import ALL_KINDS
+from .pictures import COLOURS, GREY, pictures_available
 
 PANELS = (
     ("speed_up", "speed-up"),

@@ -7,8 +7,8 @@ from typing import Any
 
 from rich.table import Table
 
-from modeling_lmtp.conversion.bench import Measured, Run
-from modeling_lmtp.conversion.quiet import quartiles
+from .bench import Measured, Run
+from .quiet import quartiles
 
 FIGURES = ("tokens_per_step", "step_cost", "speed_up")
 ALL_KINDS = "all"

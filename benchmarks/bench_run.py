@@ -1,86 +1,34 @@
 """One run of `lmtp bench`: load, check the machine, measure, and put the record together."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
 
-from modeling_lmtp.conversion.bench import GREEDY_MODE, MODES, make_batches, measure
-from modeling_lmtp.conversion.bench_methods import Method, methods_to_compare
-from modeling_lmtp.conversion.bench_record import rows, table
-from modeling_lmtp.conversion.bench_sweeps import SWEEPS, Point, check_sweep, points
-from modeling_lmtp.conversion.exactness import SAMPLING
 from modeling_lmtp.conversion.loading import (
     best_device,
-    check_dtype,
     load_backbone,
     load_lmtp,
     load_tokenizer,
     names_of,
 )
-from modeling_lmtp.conversion.quiet import measure_quietness, quiet_record
+from modeling_lmtp.conversion.prompts import read_prompts, render_prompt
+from modeling_lmtp.conversion.saving import file_sha256, versions
 from modeling_lmtp.modeling_lmtp import LMTPForCausalLM
-from modeling_lmtp.training.prompts import read_prompts, render_prompt
-from modeling_lmtp.training.saving import file_sha256, versions
 from modeling_lmtp.transformers_lmtp import attention_implementation
-from modeling_lmtp.tree_lmtp import MAX_NODES
+
+from .bench import make_batches, measure
+from .bench_methods import Method, methods_to_compare
+from .bench_record import rows, table
+from .bench_settings import BenchSettings
+from .bench_sweeps import Point, points
+from .exactness import SAMPLING
+from .quiet import measure_quietness, quiet_record
 
 NO_KIND = "prompts"
-
-
-@dataclass(frozen=True)
-class BenchSettings:
-    """What to measure.
-
-    Args:
-        batch_sizes, dtypes, modes: each with each.
-        max_new_tokens: per answer.
-        rounds: how often each answer is decoded in each way.
-        per_kind: use so many prompts of each kind, the first ones; None is all.
-        draft_nodes, lookup_tokens: see `methods_to_compare`.
-        only: ways of decoding to measure beside plain decoding, by name; None is all. Sweeps over heads
-            and nodes measure their own way alone.
-        stop_at_end: end where the model ends.
-        seed: for every call.
-        sweep, at: vary one thing over some values, see `bench_sweeps`.
-    """
-
-    batch_sizes: tuple[int, ...] = (1,)
-    dtypes: tuple[str, ...] = ("bfloat16",)
-    modes: tuple[str, ...] = (GREEDY_MODE,)
-    max_new_tokens: int = 128
-    rounds: int = 3
-    per_kind: int | None = None
-    draft_nodes: int = 8
-    lookup_tokens: int = 10
-    only: tuple[str, ...] | None = None
-    stop_at_end: bool = True
-    seed: int = 0
-    sweep: str | None = None
-    at: tuple[int, ...] | None = None
-
-    def __post_init__(self) -> None:
-        """Check the ranges, and that there is a sweep for its values."""
-        for dtype in self.dtypes:
-            check_dtype(dtype)
-        for mode in self.modes:
-            if mode not in MODES:
-                raise ValueError(f"mode must be one of {', '.join(MODES)}, got {mode!r}.")
-        check_sweep(self.sweep)
-        if self.at is not None and self.sweep is None:
-            raise ValueError(
-                f"at={self.at} are values of a sweep, and sweep is None. Say what to sweep, one of "
-                f"{', '.join(SWEEPS)}, or leave them out."
-            )
-        if min(self.batch_sizes) < 1:
-            raise ValueError(f"A batch size must be 1 or more, got {min(self.batch_sizes)}.")
-        if not 0 <= self.draft_nodes < MAX_NODES:
-            raise ValueError(
-                f"draft_nodes must be from 0 to {MAX_NODES - 1}, got {self.draft_nodes}."
-            )
 
 
 def read_kinds(paths: Sequence[Path], per_kind: int | None) -> dict[str, list[str]]:

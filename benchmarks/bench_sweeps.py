@@ -3,15 +3,13 @@
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain, cycle, islice
-from typing import TYPE_CHECKING
 
-from modeling_lmtp.conversion.bench_methods import Method
 from modeling_lmtp.leaps_lmtp import drafts
 from modeling_lmtp.modeling_lmtp import LMTPForCausalLM
 from modeling_lmtp.tree_lmtp import MAX_NODES
 
-if TYPE_CHECKING:
-    from modeling_lmtp.conversion.bench_run import BenchSettings
+from .bench_methods import Method
+from .bench_settings import BenchSettings
 
 Prompts = Mapping[str, Sequence[list[int]]]
 LONG_PROMPTS = 2  # per length
@@ -31,7 +29,7 @@ class Point:
     at: int | None
     methods: Sequence[Method]
     prompts: Prompts
-    settings: "BenchSettings"
+    settings: BenchSettings
 
 
 def _context(point: Point, at: int) -> Point:
@@ -69,7 +67,7 @@ def _nodes(point: Point, at: int) -> Point:
     return replace(point, methods=[point.methods[0], method])
 
 
-SWEEPS: dict[str, tuple[Callable[[Point, int], Point], tuple[int, ...]]] = {
+POINTS: dict[str, tuple[Callable[[Point, int], Point], tuple[int, ...]]] = {
     "context": (_context, (128, 512, 2048, 8000)),
     "output": (_output, (128, 512, 2048)),
     "batch": (_batch, (1, 2, 4, 8)),
@@ -78,27 +76,20 @@ SWEEPS: dict[str, tuple[Callable[[Point, int], Point], tuple[int, ...]]] = {
 }
 
 
-def check_sweep(sweep: str | None) -> None:
-    """Raise a ValueError unless there is such a sweep."""
-    if sweep is not None and sweep not in SWEEPS:
-        raise ValueError(f"sweep must be one of {', '.join(SWEEPS)}, got {sweep!r}.")
-
-
 def points(start: Point, sweep: str | None, values: Sequence[int] | None = None) -> list[Point]:
     """Return what is measured: the starting point itself, or one point per value.
 
     Args:
         start: what does not vary.
-        sweep: a key of `SWEEPS`, or None.
+        sweep: one of `SWEEPS`, or None.
         values: in place of the sweep's own; without them, chains stop where the heads do.
 
     Raises:
         ValueError: a value is out of range.
     """
-    check_sweep(sweep)
     if sweep is None:
         return [start]
-    make, usual = SWEEPS[sweep]
+    make, usual = POINTS[sweep]
     if values is None and sweep == "heads":
         usual = usual[: _horizon(start.methods[0].model)]
     values = values or usual

@@ -30,8 +30,8 @@ def analyze(
     dtype: Dtype = "auto",
 ) -> None:
     """Show how far heads see, what they could see at best, and which schedule to use."""
-    from modeling_lmtp.conversion.analysis_record import tables
-    from modeling_lmtp.conversion.analyzing import AnalysisSettings, run_analysis, whole_numbers
+    from .analysis_record import tables
+    from .analyzing import AnalysisSettings, run_analysis, whole_numbers
 
     settings = AnalysisSettings(
         num_answers=num_answers,

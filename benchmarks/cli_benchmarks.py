@@ -1,4 +1,4 @@
-"""The commands that measure speed: bench, compare and tune."""
+"""The commands that measure speed: bench and tune."""
 
 import json
 from pathlib import Path
@@ -33,9 +33,11 @@ def bench(
     seed: int = 0,
 ) -> None:
     """Measure ways of decoding side by side; exits with 1 if a text differs that must not."""
-    from modeling_lmtp.conversion.bench_pictures import check_pictures, draw_bench
-    from modeling_lmtp.conversion.bench_run import BenchSettings, run_bench
-    from modeling_lmtp.training.saving import check_output_file
+    from modeling_lmtp.conversion.saving import check_output_file
+
+    from .bench_pictures import check_pictures, draw_bench
+    from .bench_run import run_bench
+    from .bench_settings import BenchSettings
 
     settings = BenchSettings(
         batch_sizes=parse_numbers("--batch-sizes", batch_sizes),
@@ -79,19 +81,6 @@ def bench(
 
 @app.command()
 @reports_errors
-def compare(
-    old: Annotated[Path, typer.Argument(help="A result of `lmtp bench`.")],
-    new: Annotated[Path, typer.Argument(help="Another one.")],
-    everything: Annotated[bool, typer.Option("--all", help="Show what did not move too.")] = False,
-) -> None:
-    """Say what moved between two results beyond noise."""
-    from modeling_lmtp.conversion.bench_changes import report_changes
-
-    report_changes(old, new, console, everything=everything)
-
-
-@app.command()
-@reports_errors
 def tune(
     checkpoint: Annotated[str, typer.Argument(help="Folder or Hub id with leap heads.")],
     answers: Annotated[Path, typer.Option(help="Held-out answers of `lmtp distill`.")],
@@ -102,7 +91,7 @@ def tune(
     output: Annotated[Path | None, typer.Option(help="Folder, if not the checkpoint's.")] = None,
 ) -> None:
     """Find the draft that is fastest on this device, per batch size, or none where drafting loses."""
-    from modeling_lmtp.conversion.tune_run import run_tune
+    from .tune_run import run_tune
 
     run_tune(
         checkpoint,

@@ -20,8 +20,8 @@ def demo(
     ] = False,
 ) -> None:
     """Give SmolLM2-135M-Instruct leap heads and compare: in a minute, once it is downloaded."""
-    from modeling_lmtp.conversion.demo import run_demo
-    from modeling_lmtp.conversion.demo_training import Recipe
+    from .demo import run_demo
+    from .demo_training import Recipe
 
     run_demo(output, console, Recipe() if train else None)
 
@@ -38,7 +38,7 @@ def generate(
     dtype: Dtype = "auto",
 ) -> None:
     """Stream the answer to a prompt."""
-    from modeling_lmtp.conversion.streaming import stream_answer
+    from .streaming import stream_answer
 
     figures = stream_answer(
         checkpoint,
@@ -69,16 +69,17 @@ def verify(
     In 16 bits, tokens may differ where the plain model's two best logits nearly tie; each such place
     is reported, and told from an error.
     """
-    from modeling_lmtp.conversion.exactness import exactness_record, verify_exactness
     from modeling_lmtp.conversion.loading import (
         first_prompts,
         load_lmtp,
         load_tokenizer,
         prompt_tensors,
     )
+    from modeling_lmtp.conversion.saving import check_output_file
     from modeling_lmtp.support_lmtp import Tier, decoding_support
-    from modeling_lmtp.training.saving import check_output_file
     from modeling_lmtp.transformers_lmtp import attention_implementation
+
+    from .exactness import exactness_record, verify_exactness
 
     if output is not None:
         check_output_file(output)

@@ -15,8 +15,9 @@ import torch
 from tqdm.auto import tqdm
 from transformers.generation.streamers import BaseStreamer
 
-from modeling_lmtp.conversion.divergence import Divergence, divergences, judge
 from modeling_lmtp.modeling_lmtp import LMTPForCausalLM
+
+from .divergence import Divergence, divergences, judge
 
 
 class TokenClock(BaseStreamer):

@@ -16,8 +16,6 @@ from rich.table import Table
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import SAFE_WEIGHTS_NAME
 
-from modeling_lmtp.conversion.comparison import Comparison, compare
-from modeling_lmtp.conversion.demo_training import Recipe, train_checkpoint
 from modeling_lmtp.conversion.loading import (
     best_device,
     load_lmtp,
@@ -25,15 +23,18 @@ from modeling_lmtp.conversion.loading import (
     prompt_tensors,
 )
 from modeling_lmtp.conversion.remote_check import generate_as_remote_code
-from modeling_lmtp.conversion.smollm2 import smollm2_path
-from modeling_lmtp.modeling_lmtp import LMTPForCausalLM
-from modeling_lmtp.training.saving import (
+from modeling_lmtp.conversion.saving import (
     PROVENANCE,
     check_output_folder,
     file_sha256,
     save_checkpoint,
     versions,
 )
+from modeling_lmtp.modeling_lmtp import LMTPForCausalLM
+
+from .comparison import Comparison, compare
+from .demo_training import Recipe, train_checkpoint
+from .smollm2 import smollm2_path
 
 SHIPPED_HEADS = Path(__file__).parents[1] / "hub_cards" / "smollm2-135m-instruct-lmtp"
 DTYPE = "bfloat16"  # the fast one on most machines; equality is judged in float32

@@ -8,14 +8,16 @@ from rich.console import Console
 from transformers import PreTrainedTokenizerBase
 
 from modeling_lmtp.conversion.loading import load_backbone
-from modeling_lmtp.conversion.smollm2 import HUB_REPOSITORY
-from modeling_lmtp.conversion.training import HeadShape, add_heads
-from modeling_lmtp.conversion.tune_run import set_drafts, tune, verdict_table
+from modeling_lmtp.conversion.prompts import answer_end_id, read_prompts
+from modeling_lmtp.conversion.saving import save_checkpoint
 from modeling_lmtp.training.distill import DistillSettings, append_rows, distill
 from modeling_lmtp.training.examples import read_examples, split_examples
-from modeling_lmtp.training.prompts import answer_end_id, read_prompts, self_written_prompts
-from modeling_lmtp.training.saving import save_checkpoint
+from modeling_lmtp.training.self_written import self_written_prompts
+from modeling_lmtp.training.train_command import HeadShape, add_heads
 from modeling_lmtp.training.warmup import WarmupSettings, warm_up
+
+from .smollm2 import HUB_REPOSITORY
+from .tune_run import set_drafts, tune, verdict_table
 
 
 @dataclass(frozen=True)

@@ -5,14 +5,15 @@ from typing import Any
 
 import torch
 
-from modeling_lmtp.conversion.comparison import Comparison, compare
+from modeling_lmtp.conversion.saving import versions
 from modeling_lmtp.leaps_lmtp import drafts
 from modeling_lmtp.modeling_lmtp import LMTPForCausalLM
 from modeling_lmtp.settings_lmtp import DRAFT_SHAPES
 from modeling_lmtp.support_lmtp import Tier, decoding_support, decoding_tier
-from modeling_lmtp.training.saving import versions
 from modeling_lmtp.transformers_lmtp import attention_implementation
 from modeling_lmtp.tree_lmtp import DraftTree, grow_tree
+
+from .comparison import Comparison, compare
 
 SAMPLING = {"do_sample": True, "temperature": 0.8, "top_p": 0.95, "top_k": 50}
 # A tree with branches at every depth, for checkpoints whose generation_config names no tree

@@ -9,7 +9,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from modeling_lmtp.training.attenuation import (
+from .attenuation import (
     SCHEDULES,
     expected_tokens_per_step,
     leap_break_even,

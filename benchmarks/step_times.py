@@ -3,10 +3,11 @@
 import statistics
 from collections.abc import Sequence
 
-from modeling_lmtp.conversion.bench import make_batches
-from modeling_lmtp.conversion.pass_clock import PassClock
 from modeling_lmtp.modeling_lmtp import LMTPForCausalLM
 from modeling_lmtp.tree_lmtp import DraftTree
+
+from .bench import make_batches
+from .pass_clock import PassClock
 
 ROUNDS = 2
 NEW_TOKENS = 24

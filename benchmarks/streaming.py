@@ -5,8 +5,9 @@ from typing import Any
 import torch
 from transformers import TextStreamer
 
-from modeling_lmtp.conversion.comparison import TokenClock
 from modeling_lmtp.conversion.loading import load_lmtp, load_tokenizer, prompt_tensors
+
+from .comparison import TokenClock
 
 
 class ClockedTextStreamer(TextStreamer):
@@ -37,16 +38,18 @@ def stream_answer(
     [input_ids] = prompt_tensors(tokenizer, [prompt], torch.device("cpu"))
     model = load_lmtp(checkpoint, dtype)
     streamer = ClockedTextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
-    sampling = {"do_sample": True, "temperature": temperature} if temperature else {}
+    sampling: dict[str, Any] = {"do_sample": False}
+    if temperature:
+        sampling = {"do_sample": True, "temperature": temperature}
     torch.manual_seed(seed)
-    output = model.generate(
+    output: Any = model.generate(
         input_ids.to(model.device),
         attention_mask=torch.ones_like(input_ids, device=model.device),
         streamer=streamer,
         use_lmtp=use_lmtp,
         max_new_tokens=max_new_tokens,
         return_dict_in_generate=True,
-        **(sampling or {"do_sample": False}),
+        **sampling,
     )
     new_tokens = output.sequences.shape[1] - input_ids.shape[1]
     seconds = streamer.clock.decoding_seconds

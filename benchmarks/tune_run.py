@@ -10,19 +10,20 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from modeling_lmtp.conversion.answers import load_answers, unseen_answers, warn
-from modeling_lmtp.conversion.bench import GREEDY_MODE, make_batches, measure
-from modeling_lmtp.conversion.bench_methods import Method, plain_method
-from modeling_lmtp.conversion.bench_record import rows
-from modeling_lmtp.conversion.bench_run import device_name, pad_id
 from modeling_lmtp.conversion.loading import adapter_config, load_lmtp, load_tokenizer
-from modeling_lmtp.conversion.quiet import measure_quietness
-from modeling_lmtp.conversion.tuning import NOTHING, TunedDraft, choose_drafts
 from modeling_lmtp.modeling_lmtp import LMTPForCausalLM
 from modeling_lmtp.settings_lmtp import DRAFT_SHAPES
+from modeling_lmtp.training.answer_files import load_answers, unseen_answers, warn
 from modeling_lmtp.training.evaluation import evaluate_heads
 from modeling_lmtp.training.examples import Example, evenly
 from modeling_lmtp.transformers_lmtp import attention_implementation
+
+from .bench import GREEDY_MODE, make_batches, measure
+from .bench_methods import Method, plain_method
+from .bench_record import rows
+from .bench_run import device_name, pad_id
+from .quiet import measure_quietness
+from .tuning import NOTHING, TunedDraft, choose_drafts
 
 TRIAL_PROMPTS = 12
 TRIAL_TOKENS = 64

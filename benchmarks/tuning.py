@@ -17,14 +17,15 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
-from modeling_lmtp.conversion.step_times import step_seconds
 from modeling_lmtp.modeling_lmtp import LMTPForCausalLM
 from modeling_lmtp.settings_lmtp import LMTPSettings
 from modeling_lmtp.support_lmtp import Support, Tier, decoding_support
 from modeling_lmtp.training.evaluation import HeadReport, answer_states, simulated_steps
 from modeling_lmtp.training.examples import Example, evenly
-from modeling_lmtp.training.simulation import Step, simulate
 from modeling_lmtp.tree_lmtp import DraftTree, grow_tree
+
+from .simulation import Step, simulate
+from .step_times import step_seconds
 
 NODE_COUNTS = (1, 2, 3, 4, 6, 8, 12, 16, 32)
 # A flatter tree of as many nodes is cheaper to draft, but cannot make up for more than this

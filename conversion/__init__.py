@@ -1,1 +1,1 @@
-"""The command line and what it does: demo, checks, conversion."""
+"""Checkpoints in and out: wrapping, converting, merging, exporting, cards, publishing."""

@@ -12,10 +12,11 @@ from safetensors import safe_open
 from transformers import AutoConfig
 
 from modeling_lmtp.checkpoints_lmtp import TAGS
-from modeling_lmtp.conversion.forms import Form, check_hub_id, form_of
-from modeling_lmtp.conversion.measured import read_measured
-from modeling_lmtp.training.saving import PROVENANCE, read_json
 from modeling_lmtp.transformers_lmtp import TESTED
+
+from .forms import Form, check_hub_id, form_of
+from .measured import read_measured
+from .saving import PROVENANCE, read_json
 
 TEMPLATES = Path(__file__).parent.parent / "hub_cards"
 LIBRARIES = {Form.FULL: "transformers", Form.HEADS: "transformers", Form.ADAPTER: "peft"}

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from modeling_lmtp.conversion.cli_base import (
+from .cli_base import (
     Dtype,
     Offsets,
     app,
@@ -39,7 +39,7 @@ def convert(
     dtype: Dtype = "auto",
 ) -> None:
     """Make a checkpoint of Medusa heads, or of heads trained by the official L-MTP code."""
-    from modeling_lmtp.conversion.converting import convert_heads
+    from .converting import convert_heads
 
     report = convert_heads(
         source,
@@ -78,7 +78,7 @@ def merge(
     dtype: Dtype = "auto",
 ) -> None:
     """Fold an adapter into a full checkpoint, or drop the heads and keep the plain backbone."""
-    from modeling_lmtp.conversion.merging import merge as merge_checkpoint
+    from .merging import merge as merge_checkpoint
 
     merge_checkpoint(source, output, base=base, drop_heads=drop_heads, dtype=dtype)
     what = "the plain backbone" if drop_heads else "the merged checkpoint"
@@ -93,7 +93,7 @@ def export(
     format: Annotated[str, typer.Option(help="medusa or vllm.")] = "medusa",
 ) -> None:
     """Write heads in Medusa's layout, as serving engines read it."""
-    from modeling_lmtp.conversion.exporting import export_heads
+    from .exporting import export_heads
 
     notes = export_heads(checkpoint, output, format)
     for note in notes:

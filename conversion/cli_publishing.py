@@ -6,11 +6,11 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.table import Table
 
-from modeling_lmtp.conversion.cli_base import app, console, reports_errors
-from modeling_lmtp.conversion.forms import Form
+from .cli_base import app, console, reports_errors
+from .forms import Form
 
 if TYPE_CHECKING:
-    from modeling_lmtp.conversion.refreshing import Refreshed
+    from .refreshing import Refreshed
 
 License = Annotated[str, typer.Option(help="The Hub's identifier, such as apache-2.0.")]
 Languages = Annotated[list[str], typer.Option(help="ISO 639 code; may be given several times.")]
@@ -35,7 +35,7 @@ def card(
     tag: Tag = "v1",
 ) -> None:
     """Write the model card of a checkpoint as its README.md."""
-    from modeling_lmtp.conversion.cards import CardFacts, build_card, write_card
+    from .cards import CardFacts, build_card, write_card
 
     facts = CardFacts(repo_id, license, language, dataset or (), tag)
     console.print(f"Wrote {write_card(checkpoint, build_card(checkpoint, facts, results or ()))}.")
@@ -69,9 +69,9 @@ def publish(
     yes: Annotated[bool, typer.Option("--yes", help="Upload.")] = False,
 ) -> None:
     """Assemble a repository, try it in a clean process, and with --yes upload it in one commit."""
-    from modeling_lmtp.conversion.cards import CardFacts
-    from modeling_lmtp.conversion.publishing import Destination
-    from modeling_lmtp.conversion.publishing import publish as publish_checkpoint
+    from .cards import CardFacts
+    from .publishing import Destination
+    from .publishing import publish as publish_checkpoint
 
     commit = publish_checkpoint(
         source,
@@ -111,8 +111,9 @@ def refresh(
 ) -> None:
     """Try the installed code in a published checkpoint, and with --yes replace the code there."""
     from modeling_lmtp import __version__
-    from modeling_lmtp.conversion.refreshing import Branch
-    from modeling_lmtp.conversion.refreshing import refresh as refresh_checkpoint
+
+    from .refreshing import Branch
+    from .refreshing import refresh as refresh_checkpoint
 
     done = refresh_checkpoint(
         source,

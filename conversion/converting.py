@@ -9,13 +9,14 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from modeling_lmtp.backbone_lmtp import unembedding_size
-from modeling_lmtp.conversion.foreign_files import ForeignFiles, find_files
-from modeling_lmtp.conversion.foreign_heads import ForeignHeads, read_heads
-from modeling_lmtp.conversion.leap_check import PROMPTS, fit_leaps, own_texts
-from modeling_lmtp.conversion.loading import first_prompts, load_backbone, load_tokenizer
 from modeling_lmtp.leaps_lmtp import evenly_spaced_offsets, resolve_offsets
 from modeling_lmtp.modeling_lmtp import LMTPForCausalLM
-from modeling_lmtp.training.saving import check_output_folder, file_sha256, save_checkpoint
+
+from .foreign_files import ForeignFiles, find_files
+from .foreign_heads import ForeignHeads, read_heads
+from .leap_check import PROMPTS, fit_leaps, own_texts
+from .loading import first_prompts, load_backbone, load_tokenizer
+from .saving import check_output_folder, file_sha256, save_checkpoint
 
 
 @dataclass(frozen=True)

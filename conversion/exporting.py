@@ -8,7 +8,10 @@ import torch
 from safetensors.torch import save_file
 
 from modeling_lmtp.backbone_lmtp import unembedding_size
-from modeling_lmtp.conversion.key_maps import (
+from modeling_lmtp.leaps_lmtp import evenly_spaced_offsets
+from modeling_lmtp.modeling_lmtp import LMTPForCausalLM
+
+from .key_maps import (
     BIAS,
     MEDUSA,
     UNEMBEDDING,
@@ -18,10 +21,8 @@ from modeling_lmtp.conversion.key_maps import (
     Place,
     their_name,
 )
-from modeling_lmtp.conversion.loading import load_lmtp
-from modeling_lmtp.leaps_lmtp import evenly_spaced_offsets
-from modeling_lmtp.modeling_lmtp import LMTPForCausalLM
-from modeling_lmtp.training.saving import check_output_folder, new_folder, write_record
+from .loading import load_lmtp
+from .saving import check_output_folder, new_folder, write_record
 
 FORMATS = {layout.name: layout for layout in (MEDUSA, VLLM)}
 

@@ -11,7 +11,7 @@ from huggingface_hub import snapshot_download
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from modeling_lmtp.training.saving import read_json
+from .saving import read_json
 
 CONFIG = "config.json"
 INDEX = ".index.json"

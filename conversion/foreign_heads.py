@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from modeling_lmtp.conversion.key_maps import (
+from .key_maps import (
     BIAS,
     NO_BIAS,
     SHARED_BLOCKS,

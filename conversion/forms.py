@@ -5,7 +5,7 @@ from pathlib import Path
 
 from huggingface_hub.utils import validate_repo_id
 
-from modeling_lmtp.training.saving import read_json
+from .saving import read_json
 
 
 class Form(str, Enum):

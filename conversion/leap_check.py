@@ -13,9 +13,9 @@ from typing import Any
 import torch
 
 from modeling_lmtp.modeling_lmtp import LMTPForCausalLM
-from modeling_lmtp.training.batch_generation import Sampling, generate_ids
-from modeling_lmtp.training.examples import Example
-from modeling_lmtp.training.prompts import end_ids, render_prompt
+
+from .batch_generation import Sampling, generate_ids
+from .prompts import Example, end_ids, render_prompt
 
 PROMPTS = (
     "Why is the sky blue?",

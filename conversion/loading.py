@@ -11,9 +11,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from transformers.tokenization_utils_base import TOKENIZER_CONFIG_FILE
 from transformers.utils import find_adapter_config_file, has_file
 
-from modeling_lmtp.conversion.folding import fold_in
 from modeling_lmtp.modeling_lmtp import LMTPForCausalLM
-from modeling_lmtp.training.prompts import read_prompts, render_prompt
+
+from .folding import fold_in
+from .prompts import read_prompts, render_prompt
 
 DTYPES = ("auto", "bfloat16", "float16", "float32")
 

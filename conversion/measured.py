@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from modeling_lmtp.training.saving import read_json
+from .saving import read_json
 
 FIGURES = ("tokens_per_step", "step_cost", "speed_up")
 OF_EACH_ROW = ("prompts", "decoding", "dtype", "mode", "batch_size")

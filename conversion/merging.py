@@ -6,17 +6,18 @@ from typing import Any
 
 from transformers import GenerationConfig
 
-from modeling_lmtp.conversion.folding import fold_in
-from modeling_lmtp.conversion.loading import adapter_config, load_lmtp, load_tokenizer
 from modeling_lmtp.modeling_lmtp import LMTPForCausalLM
 from modeling_lmtp.settings_lmtp import LMTPSettings
-from modeling_lmtp.training.saving import (
+from modeling_lmtp.transformers_lmtp import commit_of
+
+from .folding import fold_in
+from .loading import adapter_config, load_lmtp, load_tokenizer
+from .saving import (
     check_output_folder,
     new_folder,
     save_checkpoint,
     write_record,
 )
-from modeling_lmtp.transformers_lmtp import commit_of
 
 
 def merge(
@@ -51,13 +52,15 @@ def merge(
         )
     if adapter is None and base is not None:
         raise ValueError(f"base={base!r} is the checkpoint of an adapter, but {source!r} is none.")
-    checkpoint, revision = source, None
+    checkpoint: str | None = source
+    revision: str | None = None
     if adapter is not None:
         checkpoint = base or adapter.base_model_name_or_path
         revision = None if base else adapter.revision
     if not checkpoint:
         raise ValueError(f"{source!r} does not name its checkpoint. Pass --base.")
-    model = load_lmtp(checkpoint, dtype, **({"revision": revision} if revision else {}))
+    pinned: dict[str, Any] = {"revision": revision} if revision else {}
+    model = load_lmtp(checkpoint, dtype, **pinned)
     if adapter is not None:
         model = fold_in(model, source)
     record = {

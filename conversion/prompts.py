@@ -8,31 +8,23 @@ from __future__ import annotations
 
 import gzip
 import json
-import math
-import warnings
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from accelerate.utils import gather_object
-from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from modeling_lmtp.training.batch_generation import Sampling, derived_seed, generate_ids
-from modeling_lmtp.training.processes import on_main, processes
+SENTINEL = "lmtpsentinel"
 
-if TYPE_CHECKING:
-    from modeling_lmtp.training.distill import DistillSettings
-    from modeling_lmtp.training.sample_log import SampleLog
 
-SELF_WRITTEN = "self-written"
-# A sampled user turn is dropped when it is empty, cut off or known already. Far more samples than
-# prompts asked for means that the model repeats itself.
-MAX_SAMPLES_PER_PROMPT = 10
+@dataclass(frozen=True)
+class Example:
+    """One prompt and its answer as token ids; the answer starts at `answer_start`."""
 
-_SENTINEL = "lmtpsentinel"
+    input_ids: list[int]
+    answer_start: int
 
 
 @dataclass(frozen=True)
@@ -145,11 +137,11 @@ def render_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
     """
     if not tokenizer.chat_template:
         return list(tokenizer(prompt)["input_ids"])
-    text = _render_turns(tokenizer, prompt, add_generation_prompt=True)
-    return _encode(tokenizer, text)
+    text = render_turns(tokenizer, prompt, add_generation_prompt=True)
+    return encode(tokenizer, text)
 
 
-def _render_turns(
+def render_turns(
     tokenizer: PreTrainedTokenizerBase, *turns: str, add_generation_prompt: bool
 ) -> str:
     """Render turns of user and assistant, by turns."""
@@ -164,7 +156,8 @@ def _render_turns(
     )
 
 
-def _encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """Return the token ids of rendered text, without special tokens of the tokenizer's own."""
     return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
@@ -193,152 +186,6 @@ def _closing_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Return what the chat template writes behind an answer; nothing where it does not show."""
     if not tokenizer.chat_template:
         return []
-    rendered = _render_turns(tokenizer, "?", _SENTINEL, add_generation_prompt=False)
-    _, found, tail = rendered.rpartition(_SENTINEL)
-    return _encode(tokenizer, tail) if found else []
-
-
-def self_written_prompts(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    count: int,
-    settings: DistillSettings,
-    *,
-    log: SampleLog | None = None,
-    progress: bool = False,
-) -> list[Prompt]:
-    """Let the model write `count` different user turns (Magpie, arXiv 2406.08464).
-
-    The model continues the bare header of a user turn of its chat template, until it closes the
-    turn. Empty, cut-off and repeated turns are dropped and sampled anew, up to
-    `MAX_SAMPLES_PER_PROMPT` samples for each prompt asked for; then a warning says how many were
-    found. The same model, settings and count give the same prompts, on any number of processes.
-
-    Args:
-        model, tokenizer: what writes.
-        count: how many prompts to write.
-        settings: how to sample (`magpie_…`, `batch_size`, `seed`).
-        log: keeps the samples, so that a stopped run goes on after them.
-        progress: show a bar.
-
-    Raises:
-        ValueError: if `count` is below 1, or the tokenizer's chat template is missing or does not
-            show where a user turn begins and ends, or `log` was made differently.
-        RuntimeError: if no usable turn was sampled at all.
-    """
-    if count < 1:
-        raise ValueError(f"count: expected at least 1, got {count}")
-    turn = _user_turn(tokenizer)
-    found: dict[str, None] = {}  # a dict keeps the order
-    bar = tqdm(total=count, unit="prompt", disable=not (progress and processes().is_main_process))
-    limit = math.ceil(count * MAX_SAMPLES_PER_PROMPT / settings.batch_size)
-    with bar:
-        for texts in _sampled_batches(model, tokenizer, turn, limit, settings, log):
-            for text in texts:
-                if text and len(found) < count:
-                    found.setdefault(text)
-            bar.update(len(found) - bar.n)
-            if len(found) == count:
-                break
-    shortage = f"{len(found)} of {count} prompts in {count * MAX_SAMPLES_PER_PROMPT} samples"
-    if not found:
-        raise RuntimeError(
-            f"{shortage}: the model closes no user turn within magpie_max_tokens="
-            f"{settings.magpie_max_tokens}; raise it, or read the prompts from a file"
-        )
-    if len(found) < count:
-        warnings.warn(f"the model wrote only {shortage}; going on with those", stacklevel=2)
-    return [Prompt(text, SELF_WRITTEN) for text in found]
-
-
-@dataclass(frozen=True)
-class _UserTurn:
-    """A user turn of a chat template: the ids before its text and what closes it."""
-
-    header_ids: list[int]
-    end: str
-    end_id: int | None  # the id of `end` where that is one special token
-
-
-def _user_turn(tokenizer: PreTrainedTokenizerBase) -> _UserTurn:
-    if not tokenizer.chat_template:
-        raise ValueError(
-            "tokenizer: has no chat template, so a user turn has no header to continue; "
-            "read the prompts from a file instead"
-        )
-    rendered = _render_turns(tokenizer, _SENTINEL, add_generation_prompt=False)
-    if rendered.endswith(_SENTINEL):  # some templates close the turn with the answer's header
-        rendered = _render_turns(tokenizer, _SENTINEL, add_generation_prompt=True)
-    header, _, tail = rendered.partition(_SENTINEL)
-    # A trailing space belongs to the first word of the turn, as tokenizers cut text.
-    header_ids = _encode(tokenizer, header.rstrip(" "))
-    if not header_ids or not tail or _SENTINEL in tail:
-        raise ValueError(
-            "tokenizer: its chat template does not show where a user turn begins and ends "
-            f"(rendered: {rendered!r}); read the prompts from a file instead"
-        )
-    end = tail.strip() or tail
-    first = _encode(tokenizer, end)[0]
-    if first not in _special_ids(tokenizer):
-        return _UserTurn(header_ids, end, None)
-    return _UserTurn(header_ids, str(tokenizer.convert_ids_to_tokens(first)), first)
-
-
-def _special_ids(tokenizer: PreTrainedTokenizerBase) -> set[int]:
-    added = tokenizer.added_tokens_decoder
-    return {*tokenizer.all_special_ids, *(i for i, token in added.items() if token.special)}
-
-
-def _sampled_batches(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    turn: _UserTurn,
-    limit: int,
-    settings: DistillSettings,
-    log: SampleLog | None,
-) -> Iterator[list[str]]:
-    """Yield batch 0, 1, … of sampled turns, `limit` of them: the logged ones, then new ones."""
-    state = processes()
-    logged = on_main(log.read)[:limit] if log else []
-    yield from logged
-    for start in range(len(logged), limit, state.num_processes):
-        # In each round every process samples one batch and gets those of the others.
-        batch = start + state.process_index
-        texts = _sample_user_turns(model, tokenizer, turn, batch, settings)
-        batches = gather_object([texts])[: limit - start]
-        if log and state.is_main_process:
-            log.append(batches)
-        yield from batches
-
-
-def _sample_user_turns(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    turn: _UserTurn,
-    batch: int,
-    settings: DistillSettings,
-) -> list[str]:
-    """Sample one batch of user turns; what was not closed, or is not plain text, comes empty."""
-    sampling = Sampling(
-        settings.magpie_max_tokens,
-        settings.magpie_temperature,
-        settings.magpie_top_p,
-        derived_seed(settings.seed, SELF_WRITTEN, batch),
-    )
-    own_end = [] if turn.end_id is None else [turn.end_id]
-    rows = generate_ids(
-        model,
-        tokenizer,
-        [turn.header_ids] * settings.batch_size,
-        sampling,
-        stop_ids=[*own_end, *end_ids(model, tokenizer)],
-        stop_string=turn.end if turn.end_id is None else None,
-    )
-    special = tokenizer.convert_ids_to_tokens(sorted(_special_ids(tokenizer)))
-    texts = []
-    for row in rows:
-        whole = str(tokenizer.decode(row, clean_up_tokenization_spaces=False))
-        text, closed, _ = whole.partition(turn.end)
-        plain = closed and not any(token in text for token in special)
-        texts.append(text.strip() if plain else "")
-    return texts
+    rendered = render_turns(tokenizer, "?", SENTINEL, add_generation_prompt=False)
+    _, found, tail = rendered.rpartition(SENTINEL)
+    return encode(tokenizer, tail) if found else []

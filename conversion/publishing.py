@@ -7,11 +7,11 @@ from pathlib import Path
 
 from huggingface_hub import CommitInfo, HfApi
 
-from modeling_lmtp.conversion.cards import CardFacts, build_card, write_card
-from modeling_lmtp.conversion.forms import Form, check_hub_id, form_of
-from modeling_lmtp.conversion.repository import CHECK_PROMPT, assemble, check_repository
-from modeling_lmtp.conversion.uploading import upload
-from modeling_lmtp.training.prompts import render_prompt
+from .cards import CardFacts, build_card, write_card
+from .forms import Form, check_hub_id, form_of
+from .prompts import render_prompt
+from .repository import CHECK_PROMPT, assemble, check_repository
+from .uploading import upload
 
 
 @dataclass(frozen=True)

@@ -12,10 +12,13 @@ from huggingface_hub.hf_api import GitRefs
 from transformers.tokenization_utils_base import TOKENIZER_CONFIG_FILE
 
 from modeling_lmtp import LMTPForCausalLM, __version__
-from modeling_lmtp.conversion.forms import Form, form_of
-from modeling_lmtp.conversion.loading import load_tokenizer
-from modeling_lmtp.conversion.repository import CHECK_PROMPT, check_repository, check_tokenizer
-from modeling_lmtp.conversion.shipped_code import (
+
+from .forms import Form, form_of
+from .loading import load_tokenizer
+from .prompts import render_prompt
+from .repository import CHECK_PROMPT, check_repository, check_tokenizer
+from .saving import read_json
+from .shipped_code import (
     CONFIG,
     changes_between,
     code_only,
@@ -25,9 +28,7 @@ from modeling_lmtp.conversion.shipped_code import (
     replace_files,
     write_code,
 )
-from modeling_lmtp.conversion.uploading import check_new_tag, upload_changes
-from modeling_lmtp.training.prompts import render_prompt
-from modeling_lmtp.training.saving import read_json
+from .uploading import check_new_tag, upload_changes
 
 ADAPTER_CONFIG = "adapter_config.json"
 # Subfolders, and the same weights in formats of other programs

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from modeling_lmtp.conversion.forms import Form
+from .forms import Form
 
 SCRIPT = """
 import json, sys

@@ -12,11 +12,12 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from transformers.tokenization_utils_base import TOKENIZER_CONFIG_FILE
 
 from modeling_lmtp.backbone_lmtp import unembedding_size
-from modeling_lmtp.conversion.forms import Form, check_hub_id, form_of
-from modeling_lmtp.conversion.loading import load_tokenizer
-from modeling_lmtp.conversion.remote_check import generate_as_remote_code
 from modeling_lmtp.modeling_lmtp import LMTPForCausalLM
-from modeling_lmtp.training.saving import PROVENANCE, file_sha256, read_json, versions
+
+from .forms import Form, check_hub_id, form_of
+from .loading import load_tokenizer
+from .remote_check import generate_as_remote_code
+from .saving import PROVENANCE, file_sha256, read_json, versions
 
 CHECK_PROMPT = "Why is the sky blue?"
 CHECK_TOKENS = 24

@@ -12,7 +12,8 @@ from transformers.dynamic_module_utils import custom_object_save
 
 from modeling_lmtp import LMTPConfig, LMTPForCausalLM
 from modeling_lmtp.checkpoints_lmtp import AUTO_MAP
-from modeling_lmtp.training.saving import read_json
+
+from .saving import read_json
 
 CODE = "_lmtp.py"  # how the names of shipped files end
 CONFIG = "config.json"

@@ -9,7 +9,7 @@ from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelet
 from huggingface_hub.hf_api import GitRefs, RepoFile
 from huggingface_hub.utils.sha import git_hash
 
-from modeling_lmtp.training.saving import file_sha256
+from .saving import file_sha256
 
 THE_HUBS_OWN = ".gitattributes"  # in every repository from the start
 

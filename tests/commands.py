@@ -8,7 +8,7 @@ from typing import Any
 from click.testing import Result
 from typer.testing import CliRunner
 
-from modeling_lmtp.conversion.cli import app
+from modeling_lmtp.__main__ import app
 
 
 def lmtp(*arguments: Any) -> Result:

@@ -21,8 +21,8 @@ from torch.nn.functional import pad
 from transformers.utils import logging
 
 from modeling_lmtp import LMTPForCausalLM
+from modeling_lmtp.conversion.saving import versions
 from modeling_lmtp.support_lmtp import Tier, decoding_support
-from modeling_lmtp.training.saving import versions
 from modeling_lmtp.tree_lmtp import DraftTree
 
 # On matrices this small, more threads only wait for each other.

@@ -20,7 +20,7 @@ from peft import LoraConfig, get_peft_model
 from tiny import tiny_llama, tiny_tokenizer
 
 from modeling_lmtp import LMTPForCausalLM
-from modeling_lmtp.training.saving import save_checkpoint, write_record
+from modeling_lmtp.conversion.saving import save_checkpoint, write_record
 
 BASE_ID, FULL_ID, HEADS_ID, ADAPTER_ID = "me/base", "me/full", "me/heads", "me/adapter"
 RECORD = {"command": "lmtp train", "examples": 4, "settings": {"epochs": 1.0, "seed": 0}}

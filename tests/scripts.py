@@ -1,4 +1,4 @@
-"""The scripts in `benchmarks/`, as modules; some import each other as neighbours."""
+"""The scripts in `benchmarks/scripts/`, as modules; some import each other as neighbours."""
 
 import importlib
 from pathlib import Path
@@ -6,11 +6,11 @@ from types import ModuleType
 
 import pytest
 
-BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+SCRIPTS = Path(__file__).parent.parent / "benchmarks" / "scripts"
 
 
 def load_script(name: str) -> ModuleType:
-    """Import `benchmarks/NAME.py`."""
+    """Import `benchmarks/scripts/NAME.py`."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(BENCHMARKS)
+        patch.syspath_prepend(SCRIPTS)
         return importlib.import_module(name)

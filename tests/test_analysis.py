@@ -5,9 +5,8 @@ import torch
 from tiny import tiny_llama
 
 from modeling_lmtp import LMTPForCausalLM
-from modeling_lmtp.leaps_lmtp import drafts
-from modeling_lmtp.training.advice import advise, leap_verdict
-from modeling_lmtp.training.analysis import (
+from modeling_lmtp.benchmarks.advice import advise, leap_verdict
+from modeling_lmtp.benchmarks.analysis import (
     CHAIN,
     HeadAnalysis,
     analyze_heads,
@@ -19,11 +18,12 @@ from modeling_lmtp.training.analysis import (
     marginal_estimates,
     rank_shares,
 )
-from modeling_lmtp.training.attenuation import Attenuation
+from modeling_lmtp.benchmarks.attenuation import Attenuation
+from modeling_lmtp.benchmarks.marginalization import Marginals
+from modeling_lmtp.benchmarks.resampling import Estimate
+from modeling_lmtp.leaps_lmtp import drafts
 from modeling_lmtp.training.evaluation import MAX_RANK, draft_ranks, evaluate_heads
 from modeling_lmtp.training.examples import Example
-from modeling_lmtp.training.marginalization import Marginals
-from modeling_lmtp.training.resampling import Estimate
 
 VOCAB = 24
 

@@ -9,9 +9,9 @@ from commands import error_of, lmtp
 from tiny import tiny_llama, tiny_tokenizer
 
 from modeling_lmtp import LMTPForCausalLM
-from modeling_lmtp.training import pictures
-from modeling_lmtp.training.pictures import draw_pictures, spread
-from modeling_lmtp.training.saving import file_sha256
+from modeling_lmtp.benchmarks import pictures
+from modeling_lmtp.benchmarks.pictures import draw_pictures, spread
+from modeling_lmtp.conversion.saving import file_sha256
 
 PROMPTS = ["What is the sea?", "Write a poem.", "A spider asks", "Paris", "The wind", "France?"]
 QUICK = ["--num-answers", "4", "--marginalize-positions", "8", "--nodes", "2,4"]

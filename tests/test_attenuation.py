@@ -5,8 +5,7 @@ import math
 import pytest
 import torch
 
-from modeling_lmtp.leaps_lmtp import evenly_spaced_offsets
-from modeling_lmtp.training.attenuation import (
+from modeling_lmtp.benchmarks.attenuation import (
     break_even,
     expected_tokens_per_step,
     fit_attenuation,
@@ -14,7 +13,8 @@ from modeling_lmtp.training.attenuation import (
     leap_break_even,
     probability,
 )
-from modeling_lmtp.training.resampling import Estimate, ratio
+from modeling_lmtp.benchmarks.resampling import Estimate, ratio
+from modeling_lmtp.leaps_lmtp import evenly_spaced_offsets
 
 # (γ, MTP, L-MTP at leap 2), both with three heads
 PROMISED = [

@@ -8,16 +8,16 @@ from bench_runs import KINDS, PROMPTS, tiny_model, write_checkpoint, write_promp
 from test_cli import error_of, lmtp
 from tiny import tiny_llama, tiny_tokenizer
 
-from modeling_lmtp.conversion import bench as bench_module
-from modeling_lmtp.conversion import bench_run
-from modeling_lmtp.conversion.bench import Measured, Run, make_batches, measure
-from modeling_lmtp.conversion.bench_methods import Method, methods_to_compare, plain_method
-from modeling_lmtp.conversion.bench_record import figures, rows
-from modeling_lmtp.conversion.pass_clock import PassClock
-from modeling_lmtp.conversion.quiet import Quietness, quartiles, quiet_record
+from modeling_lmtp.benchmarks import bench as bench_module
+from modeling_lmtp.benchmarks import bench_run
+from modeling_lmtp.benchmarks.bench import Measured, Run, make_batches, measure
+from modeling_lmtp.benchmarks.bench_methods import Method, methods_to_compare, plain_method
+from modeling_lmtp.benchmarks.bench_record import figures, rows
+from modeling_lmtp.benchmarks.pass_clock import PassClock
+from modeling_lmtp.benchmarks.quiet import Quietness, quartiles, quiet_record
+from modeling_lmtp.conversion.prompts import render_prompt
 from modeling_lmtp.drafting_lmtp import Candidates, Drafter
 from modeling_lmtp.support_lmtp import decoding_support
-from modeling_lmtp.training.prompts import render_prompt
 from modeling_lmtp.tree_lmtp import DraftTree
 
 CPU = torch.device("cpu")
@@ -186,7 +186,7 @@ def test_the_command_writes_rows_and_conditions(folder):
 def test_answers_of_one_token_have_no_speed(folder, monkeypatch):
     output = folder / "short.json"
     monkeypatch.setattr(
-        "modeling_lmtp.conversion.bench_run.load_lmtp", lambda *_: ends_at_once(tiny_model())
+        "modeling_lmtp.benchmarks.bench_run.load_lmtp", lambda *_: ends_at_once(tiny_model())
     )
     result = lmtp(
         "bench", folder / "checkpoint", "--prompts", folder / "prompts.jsonl", "--output", output,
@@ -278,7 +278,7 @@ def test_a_place_for_the_result_is_made_sure_of_before_anything_is_loaded(folder
         nowhere = error_of(*common, option, folder / "nowhere" / "result")
         assert f"cannot be written: there is no folder {folder / 'nowhere'}." in nowhere
         assert f"{folder} is a folder" in error_of(*common, option, folder)
-    monkeypatch.setattr("modeling_lmtp.conversion.bench_pictures.pictures_available", lambda: False)
+    monkeypatch.setattr("modeling_lmtp.benchmarks.bench_pictures.pictures_available", lambda: False)
     without = error_of(*common, "--picture", folder / "picture.png")
     assert "Pictures need matplotlib, which is not installed: pip install" in without
 

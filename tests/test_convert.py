@@ -24,7 +24,7 @@ from transformers import PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
 from modeling_lmtp import LMTPForCausalLM
-from modeling_lmtp.conversion.cli import app
+from modeling_lmtp.__main__ import app
 from modeling_lmtp.conversion.converting import convert_heads
 
 PROMPT = torch.tensor([[5, 17, 60, 33, 41, 9]])

@@ -14,7 +14,7 @@ import pytest
 from tiny import tiny_llama, tiny_tokenizer
 from typer.testing import CliRunner
 
-from modeling_lmtp.conversion.cli import app
+from modeling_lmtp.__main__ import app
 from modeling_lmtp.training.distill_files import claimed, manifest_path, part_path
 
 TEXTS = ["What is the sea?", "Write a poem.", "A spider asks", "Paris", "The wind", "France?"]
@@ -91,13 +91,13 @@ def test_self_written_prompts_survive_a_stop_at_any_time(folder, tmp_path, monke
         assert "out.jsonl.samples.jsonl" in {path.name for path in tmp_path.iterdir()}
         # What was sampled is not sampled again
         with monkeypatch.context() as patch:
-            patch.setattr("modeling_lmtp.training.prompts.generate_ids", None)
+            patch.setattr("modeling_lmtp.conversion.prompts.generate_ids", None)
             patch.setattr(f"modeling_lmtp.{stage}", stopped)
             distill(folder, output, "--self-written", 3)
     assert distill(folder, output, "--self-written", 3).exit_code == 0
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == whole
     with monkeypatch.context() as patch:
-        patch.setattr("modeling_lmtp.training.prompts.generate_ids", None)
+        patch.setattr("modeling_lmtp.conversion.prompts.generate_ids", None)
         assert "0 of them new" in distill(folder, output, "--self-written", 3).stdout
 
 
@@ -124,7 +124,7 @@ def test_an_output_without_self_written_prompts_is_refused_before_any_are_sample
 ):
     output = tmp_path / "out.jsonl"
     distill(folder, output, "--prompts", folder / "prompts.jsonl")
-    monkeypatch.setattr("modeling_lmtp.training.prompts.generate_ids", None)
+    monkeypatch.setattr("modeling_lmtp.conversion.prompts.generate_ids", None)
     message = error_of(folder, output, "--self-written", 2)
     assert "was made without out.jsonl.prompts.jsonl" in message
 

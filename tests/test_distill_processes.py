@@ -11,6 +11,7 @@ from accelerate import PartialState, debug_launcher
 from tiny import tiny_llama, tiny_tokenizer
 from torch.multiprocessing import ProcessExitedException, ProcessRaisedException
 
+from modeling_lmtp.conversion.prompts import Prompt
 from modeling_lmtp.training import distill as distill_module
 from modeling_lmtp.training.distill import (
     DistillSettings,
@@ -22,8 +23,8 @@ from modeling_lmtp.training.distill import (
 )
 from modeling_lmtp.training.distill_files import AnswerFiles, claimed, find_parts, part_path
 from modeling_lmtp.training.processes import MainProcessFailed, on_main, processes
-from modeling_lmtp.training.prompts import Prompt, self_written_prompts
 from modeling_lmtp.training.sample_log import SampleLog
+from modeling_lmtp.training.self_written import self_written_prompts
 
 # Python 3.12 and later warn of every fork beside other threads; torch keeps some. Accelerate warns
 # where it chooses the number of threads.
@@ -320,7 +321,7 @@ def test_a_stopped_sampling_goes_on_after_what_it_logged(model, tokenizer, tmp_p
 def test_a_finished_sampling_asks_the_model_no_more(model, tokenizer, tmp_path, monkeypatch):
     path = tmp_path / "log.jsonl"
     prompts = write(model, tokenizer, path)
-    monkeypatch.setattr("modeling_lmtp.training.prompts.generate_ids", None)
+    monkeypatch.setattr("modeling_lmtp.conversion.prompts.generate_ids", None)
     assert write(model, tokenizer, path) == prompts
     assert write(model, tokenizer, path, count=1) == prompts[:1]
 

@@ -13,11 +13,11 @@ import pytest
 from tiny import tiny_tokenizer
 from typer.testing import CliRunner
 
-from modeling_lmtp.conversion.cli import app
+from modeling_lmtp.__main__ import app
+from modeling_lmtp.conversion.prompts import Prompt
 from modeling_lmtp.training.answers import read_examples
 from modeling_lmtp.training.distill import DistillSettings, manifest_path, read_rows
 from modeling_lmtp.training.distill_server import Server, distill_from_server
-from modeling_lmtp.training.prompts import Prompt
 
 TEXTS = ["Hi", "the sea", "A spider asks", "é?", "Paris", "What is the capital of France?"]
 PROMPTS = [Prompt(text, "tiny") for text in TEXTS]

@@ -7,8 +7,8 @@ import torch
 from architectures import tiny_causal_lm
 
 from modeling_lmtp import LMTPForCausalLM
-from modeling_lmtp.conversion.comparison import compare
-from modeling_lmtp.conversion.divergence import Divergence, judge
+from modeling_lmtp.benchmarks.comparison import compare
+from modeling_lmtp.benchmarks.divergence import Divergence, judge
 
 PROMPT = torch.tensor([[3, 17, 5, 9, 44]])
 OPTIONS = {"do_sample": False, "max_new_tokens": 24, "eos_token_id": None, "progress": False}

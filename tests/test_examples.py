@@ -3,6 +3,7 @@ import json
 import pytest
 from tiny import tiny_tokenizer
 
+from modeling_lmtp.conversion.prompts import render_prompt
 from modeling_lmtp.training.examples import (
     AnswerDataset,
     Example,
@@ -11,7 +12,6 @@ from modeling_lmtp.training.examples import (
     read_examples,
     split_examples,
 )
-from modeling_lmtp.training.prompts import render_prompt
 
 END = 7
 

@@ -11,8 +11,8 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 from modeling_lmtp import LMTPForCausalLM
+from modeling_lmtp.benchmarks.pass_clock import PassClock
 from modeling_lmtp.cache_lmtp import MIN_ROOM, GrowingLayer, start_rollback, stop_rollback
-from modeling_lmtp.conversion.pass_clock import PassClock
 from modeling_lmtp.transformers_lmtp import cache_of
 
 SHAPE = (2, 3, 5, 4)  # rows, heads, slots, head dimension

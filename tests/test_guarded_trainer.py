@@ -14,10 +14,10 @@ from safetensors.torch import load_file
 from tiny import tiny_tokenizer
 from transformers import Trainer
 
+from modeling_lmtp.conversion.saving import save_checkpoint
 from modeling_lmtp.training.examples import Example
 from modeling_lmtp.training.guarded_trainer import last_whole_checkpoint
 from modeling_lmtp.training.joint import joint_tune
-from modeling_lmtp.training.saving import save_checkpoint
 from modeling_lmtp.training.warmup import warm_up
 
 pytestmark = [

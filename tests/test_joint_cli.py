@@ -12,7 +12,7 @@ from tiny import tiny_llama, tiny_tokenizer
 
 from modeling_lmtp import LMTPForCausalLM
 from modeling_lmtp.conversion.loading import load_lmtp
-from modeling_lmtp.training.saving import file_sha256
+from modeling_lmtp.conversion.saving import file_sha256
 
 # PEFT asks for what Transformers has renamed
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")
@@ -97,11 +97,13 @@ def test_a_disk_that_fills_in_the_last_step_is_made_room_on_and_the_command_give
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr("modeling_lmtp.conversion.joint.save_training_log", no_room)
+        patch.setattr("modeling_lmtp.training.joint_command.save_training_log", no_room)
         assert "No space left on device" in error_of("joint", *arguments)
     assert [path.name for path in tmp_path.iterdir()] == ["out.training"]
     with monkeypatch.context() as patch:
-        patch.setattr("modeling_lmtp.conversion.joint.shutil", SimpleNamespace(rmtree=no_room))
+        patch.setattr(
+            "modeling_lmtp.training.joint_command.shutil", SimpleNamespace(rmtree=no_room)
+        )
         assert "No space left on device" in error_of("joint", *arguments)
     assert (tmp_path / "out" / "training_log.json").exists()
     message = error_of("joint", *arguments)
@@ -153,9 +155,7 @@ def test_errors_are_one_line_that_says_what_to_do(folder, tmp_path):
 
 
 def test_without_bitsandbytes_a_quantized_backbone_is_refused(folder, tmp_path, monkeypatch):
-    monkeypatch.setattr(
-        "modeling_lmtp.conversion.quantized.is_bitsandbytes_available", lambda: False
-    )
+    monkeypatch.setattr("modeling_lmtp.training.quantized.is_bitsandbytes_available", lambda: False)
     arguments = [folder / "checkpoint", folder / "answers.jsonl", tmp_path / "out"]
     message = error_of("joint", *arguments, "--bits", 4)
     assert "bits=4 needs bitsandbytes" in message

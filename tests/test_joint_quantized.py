@@ -7,8 +7,8 @@ from peft import PeftModel
 from tiny import tiny_llama, tiny_tokenizer
 
 from modeling_lmtp import LMTPForCausalLM
-from modeling_lmtp.conversion.quantized import load_quantized
 from modeling_lmtp.training.joint import joint_tune
+from modeling_lmtp.training.quantized import load_quantized
 
 bitsandbytes = pytest.importorskip("bitsandbytes")
 

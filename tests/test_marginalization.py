@@ -5,9 +5,9 @@ import torch
 from tiny import tiny_llama
 from transformers import DynamicCache
 
+from modeling_lmtp.benchmarks.marginalization import marginalize, marginals_after, sample_roots
 from modeling_lmtp.training.evaluation import MAX_RANK
 from modeling_lmtp.training.examples import Example
-from modeling_lmtp.training.marginalization import marginalize, marginals_after, sample_roots
 from modeling_lmtp.transformers_lmtp import with_cache
 
 VOCAB = 12

@@ -15,11 +15,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from typer.testing import CliRunner
 
 from modeling_lmtp import LMTPForCausalLM
-from modeling_lmtp.conversion.cli import app
+from modeling_lmtp.__main__ import app
+from modeling_lmtp.benchmarks.tune_run import set_drafts
 from modeling_lmtp.conversion.converting import convert_heads
 from modeling_lmtp.conversion.exporting import export_heads
 from modeling_lmtp.conversion.merging import merge
-from modeling_lmtp.conversion.tune_run import set_drafts
 from modeling_lmtp.training.adapters import add_adapters
 
 # PEFT asks for what Transformers has renamed

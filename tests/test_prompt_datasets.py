@@ -10,7 +10,7 @@ import pytest
 from tiny import tiny_llama, tiny_tokenizer
 from typer.testing import CliRunner
 
-from modeling_lmtp.conversion.cli import app
+from modeling_lmtp.__main__ import app
 from modeling_lmtp.training.distill import manifest_path, read_rows
 from modeling_lmtp.training.prompt_datasets import DatasetSource, read_dataset_prompts
 

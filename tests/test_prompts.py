@@ -11,18 +11,18 @@ import pytest
 from tiny import CHAT_TEMPLATE, END_OF_TEXT, END_OF_TURN, START_OF_TURN, tiny_llama, tiny_tokenizer
 from tokenizers.processors import TemplateProcessing
 
-from modeling_lmtp.training import prompts as prompts_module
-from modeling_lmtp.training.distill import (
-    DistillSettings,
-)
-from modeling_lmtp.training.prompts import (
+from modeling_lmtp.conversion import prompts as prompts_module
+from modeling_lmtp.conversion.prompts import (
     Prompt,
     answer_end_id,
     read_json_lines,
     read_prompts,
     render_prompt,
-    self_written_prompts,
 )
+from modeling_lmtp.training.distill import (
+    DistillSettings,
+)
+from modeling_lmtp.training.self_written import self_written_prompts
 
 
 @pytest.fixture(scope="module")

@@ -24,7 +24,7 @@ from tiny import tiny_tokenizer
 from modeling_lmtp import LMTPForCausalLM
 from modeling_lmtp.conversion.forms import Form
 from modeling_lmtp.conversion.repository import assemble
-from modeling_lmtp.training.saving import write_record
+from modeling_lmtp.conversion.saving import write_record
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")
 REVISION = "0123456789abcdef0123456789abcdef01234567"

@@ -13,8 +13,8 @@ import torch
 from huggingface_hub.errors import LocalEntryNotFoundError, OfflineModeIsEnabled
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
-from modeling_lmtp.conversion import smollm2
-from modeling_lmtp.conversion.smollm2 import FOLDER, PROVENANCE, REQUIRED_FILES, smollm2_path
+from modeling_lmtp.benchmarks import smollm2
+from modeling_lmtp.benchmarks.smollm2 import FOLDER, PROVENANCE, REQUIRED_FILES, smollm2_path
 
 GGUF = b"weights in four bits"
 

@@ -8,12 +8,12 @@ from unittest import mock
 import pytest
 from rich.console import Console
 
-from modeling_lmtp.conversion import demo as conversion_demo
-from modeling_lmtp.conversion.demo import run_demo
-from modeling_lmtp.conversion.demo_training import Recipe
-from modeling_lmtp.conversion.exactness import verify_exactness
+from modeling_lmtp.benchmarks import demo as conversion_demo
+from modeling_lmtp.benchmarks.demo import run_demo
+from modeling_lmtp.benchmarks.demo_training import Recipe
+from modeling_lmtp.benchmarks.exactness import verify_exactness
 from modeling_lmtp.conversion.loading import load_lmtp, load_tokenizer, prompt_tensors
-from modeling_lmtp.training.prompts import read_prompts
+from modeling_lmtp.conversion.prompts import read_prompts
 
 pytestmark = [
     pytest.mark.slow,

@@ -51,7 +51,7 @@ def test_a_disk_that_fills_in_the_last_step_is_made_room_on_and_the_command_give
 ):
     options = ["--leap-offsets", "2,3", "--batch-size", 2, "--save-steps", 1]
     with monkeypatch.context() as patch:
-        patch.setattr("modeling_lmtp.conversion.training.save_training_log", no_room)
+        patch.setattr("modeling_lmtp.training.train_command.save_training_log", no_room)
         result, output = train(*options)
     assert "No space left on device" in result.output
     assert [path.name for path in output.parent.glob("*out*")] == ["out.training"]
@@ -68,7 +68,9 @@ def test_what_a_kill_leaves_of_the_run_beside_the_checkpoint_is_said_to_be_left_
     train, monkeypatch
 ):
     with monkeypatch.context() as patch:
-        patch.setattr("modeling_lmtp.conversion.training.shutil", SimpleNamespace(rmtree=no_room))
+        patch.setattr(
+            "modeling_lmtp.training.train_command.shutil", SimpleNamespace(rmtree=no_room)
+        )
         train("--leap-offsets", "2,3")
     result, output = train("--leap-offsets", "2,3")
     assert result.exit_code == 1
@@ -137,7 +139,7 @@ def test_heads_start_alike_whatever_was_drawn_before(train, monkeypatch):
         started.append(model.state_dict())
         raise ValueError("Enough.")
 
-    monkeypatch.setattr("modeling_lmtp.conversion.training.warm_up", note)
+    monkeypatch.setattr("modeling_lmtp.training.train_command.warm_up", note)
     for drawn in (1, 2):
         torch.manual_seed(drawn)
         train("--leap-offsets", "2,3", "--lm-head-rank", 4)

@@ -12,10 +12,11 @@ from transformers import GenerationConfig
 from transformers.utils import logging
 
 from modeling_lmtp import LMTPForCausalLM
-from modeling_lmtp.conversion import tune_run
-from modeling_lmtp.conversion.step_times import step_seconds
-from modeling_lmtp.conversion.tune_run import Trial, Verdict, set_drafts
-from modeling_lmtp.conversion.tuning import (
+from modeling_lmtp.benchmarks import tune_run
+from modeling_lmtp.benchmarks.simulation import simulate
+from modeling_lmtp.benchmarks.step_times import step_seconds
+from modeling_lmtp.benchmarks.tune_run import Trial, Verdict, set_drafts
+from modeling_lmtp.benchmarks.tuning import (
     NOTHING,
     TunedDraft,
     _Costs,
@@ -25,12 +26,11 @@ from modeling_lmtp.conversion.tuning import (
     of_tree,
     steps_together,
 )
+from modeling_lmtp.conversion.saving import file_sha256
 from modeling_lmtp.settings_lmtp import LMTPSettings
 from modeling_lmtp.support_lmtp import Tier
 from modeling_lmtp.training.evaluation import answer_states, evaluate_heads, tokens_per_step
 from modeling_lmtp.training.examples import Example, split_examples
-from modeling_lmtp.training.saving import file_sha256
-from modeling_lmtp.training.simulation import simulate
 from modeling_lmtp.tree_lmtp import DraftTree
 
 GREEDY = {"do_sample": False, "max_new_tokens": 12, "eos_token_id": None}

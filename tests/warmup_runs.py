@@ -17,9 +17,9 @@ from tiny import tiny_llama, tiny_tokenizer
 from transformers import TrainerCallback
 
 from modeling_lmtp import LMTPForCausalLM
-from modeling_lmtp.conversion.training import HeadShape, train_heads
 from modeling_lmtp.training.examples import Example
 from modeling_lmtp.training.sharding import USE_FSDP, is_sharded
+from modeling_lmtp.training.train_command import HeadShape, train_heads
 from modeling_lmtp.training.trainer import LeapTrainer
 from modeling_lmtp.training.warmup import WarmupReport, WarmupSettings, warm_up
 

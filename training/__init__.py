@@ -1,1 +1,1 @@
-"""Training of leap heads: self-distillation and head warm-up."""
+"""From prompts to leap heads: self-distillation, warm-up, joint tuning."""

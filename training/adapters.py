@@ -5,11 +5,11 @@ from typing import Any, Literal, get_args
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 
+from modeling_lmtp.conversion.folding import HEADS
 from modeling_lmtp.modeling_lmtp import LMTPForCausalLM
 from modeling_lmtp.transformers_lmtp import commit_of
 
 HeadTraining = Literal["lora", "full", "none"]
-HEADS = "leap_heads"  # the name of the module
 
 
 def add_adapters(

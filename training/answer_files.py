@@ -9,14 +9,15 @@ from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from modeling_lmtp.backbone_lmtp import unembedding_size
+from modeling_lmtp.conversion.prompts import Example, answer_end_id
+from modeling_lmtp.conversion.saving import PROVENANCE, file_sha256, read_json
 from modeling_lmtp.support_lmtp import num_positions
-from modeling_lmtp.training.answers import Answers, Example, read_answers
-from modeling_lmtp.training.distill_files import manifest_path
-from modeling_lmtp.training.examples import split_examples
-from modeling_lmtp.training.fingerprints import is_model_of
-from modeling_lmtp.training.processes import processes
-from modeling_lmtp.training.prompts import answer_end_id
-from modeling_lmtp.training.saving import PROVENANCE, file_sha256, read_json
+
+from .answers import Answers, read_answers
+from .distill_files import manifest_path
+from .examples import split_examples
+from .fingerprints import is_model_of
+from .processes import processes
 
 logger = logging.get_logger(__name__)
 

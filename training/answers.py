@@ -7,18 +7,10 @@ from typing import Any, Literal, get_args
 
 from transformers import PreTrainedTokenizerBase
 
-from modeling_lmtp.training.prompts import read_json_lines, render_prompt
+from modeling_lmtp.conversion.prompts import Example, read_json_lines, render_prompt
 
 BadRows = Literal["refuse", "skip"]
 NUM_SHOWN = 3  # skipped rows that a note tells one by one
-
-
-@dataclass(frozen=True)
-class Example:
-    """One prompt and its answer as token ids; the answer starts at `answer_start`."""
-
-    input_ids: list[int]
-    answer_start: int
 
 
 class SkippedRows:

@@ -2,7 +2,7 @@
 
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -41,8 +41,8 @@ def wrap(
 ) -> None:
     """Give a backbone fresh leap heads and save it as a checkpoint."""
     from modeling_lmtp.conversion.loading import load_backbone, load_tokenizer
+    from modeling_lmtp.conversion.saving import check_output_folder, save_checkpoint
     from modeling_lmtp.modeling_lmtp import LMTPForCausalLM
-    from modeling_lmtp.training.saving import check_output_folder, save_checkpoint
 
     check_output_folder(output)
     model = LMTPForCausalLM.from_backbone(
@@ -106,9 +106,9 @@ def distill(
     With --server no model is loaded: a server that holds the whole of MODEL, in the precision that
     the heads will run with, answers. The environment variable OPENAI_API_KEY holds the key, if any.
     """
-    from modeling_lmtp.conversion.distilling import choose_prompts, choose_server, distill_from
-    from modeling_lmtp.training.distill import DistillSettings
-    from modeling_lmtp.training.processes import MainProcessFailed, processes
+    from .distill_command import choose_prompts, choose_server, distill_from
+    from .distill_settings import DistillSettings
+    from .processes import MainProcessFailed, processes
 
     settings = DistillSettings(
         max_new_tokens=max_new_tokens,
@@ -200,9 +200,9 @@ def train(
     `accelerate launch --multi_gpu --num_processes 2 --no_python lmtp train …` (on CPUs too);
     `--use_fsdp` in place of `--multi_gpu` is --shard-backbone.
     """
-    from modeling_lmtp.conversion.training import HeadShape, train_heads
-    from modeling_lmtp.training.processes import processes
-    from modeling_lmtp.training.warmup import WarmupSettings
+    from .processes import processes
+    from .train_command import HeadShape, train_heads
+    from .warmup import WarmupSettings
 
     settings = WarmupSettings(
         epochs=epochs,
@@ -290,9 +290,10 @@ def joint(
     dtype: Dtype = "auto",
 ) -> None:
     """Tune backbone and leap heads together with LoRA (stage 2), and save the adapter."""
-    from modeling_lmtp.conversion.joint import tune_jointly
-    from modeling_lmtp.training.joint_settings import JointSettings
+    from .joint_command import tune_jointly
+    from .joint_settings import JointSettings
 
+    checked_heads: Any = heads  # by the settings
     settings = JointSettings(
         epochs=epochs,
         batch_size=batch_size,
@@ -303,7 +304,7 @@ def joint(
         kl_weight=kl_weight,
         rank=rank,
         alpha=alpha,
-        heads=heads,
+        heads=checked_heads,
         seed=seed,
         save_steps=save_steps,
         activation_checkpointing=activation_checkpointing,

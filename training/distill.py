@@ -9,15 +9,18 @@ never been stopped.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from modeling_lmtp.conversion.batch_generation import Sampling, derived_seed, generate_ids
+from modeling_lmtp.conversion.prompts import Prompt, end_ids, render_prompt
 from modeling_lmtp.support_lmtp import num_positions
-from modeling_lmtp.training.batch_generation import Sampling, derived_seed, generate_ids
-from modeling_lmtp.training.distill_files import (
+from modeling_lmtp.transformers_lmtp import commit_of
+
+from .distill_files import (
     AnswerFiles,
     Row,
     append_rows,
@@ -25,7 +28,7 @@ from modeling_lmtp.training.distill_files import (
     package_versions,
     read_rows,
 )
-from modeling_lmtp.training.distill_run import (
+from .distill_run import (
     Batch,
     DistillReport,
     Item,
@@ -34,9 +37,8 @@ from modeling_lmtp.training.distill_run import (
     plan_items,
     prompts_sha256,
 )
-from modeling_lmtp.training.fingerprints import model_fingerprint, tokenizer_sha256
-from modeling_lmtp.training.prompts import Prompt, end_ids, render_prompt
-from modeling_lmtp.transformers_lmtp import commit_of
+from .distill_settings import DistillSettings
+from .fingerprints import model_fingerprint, tokenizer_sha256
 
 __all__ = [
     "DistillReport",
@@ -47,42 +49,6 @@ __all__ = [
     "model_fingerprint",
     "read_rows",
 ]
-
-
-@dataclass(frozen=True)
-class DistillSettings:
-    """How prompts are answered and, for self-written ones (`magpie_…`), sampled.
-
-    Raises ValueError naming the argument, the value and what is allowed.
-    """
-
-    max_new_tokens: int = 320  # a longer answer is cut; its row says `finished: false`
-    temperature: float = 0.0  # 0 answers greedily
-    top_p: float = 1.0
-    num_answers: int = 1  # per prompt; more than one only when sampling
-    batch_size: int = 16
-    seed: int = 0
-    magpie_temperature: float = 1.0
-    magpie_top_p: float = 0.95
-    magpie_max_tokens: int = 128  # a longer prompt is dropped
-
-    def __post_init__(self) -> None:
-        """Refuse values that mean nothing."""
-        for name in ("max_new_tokens", "num_answers", "batch_size", "magpie_max_tokens"):
-            self._require(name, getattr(self, name) >= 1, "at least 1")
-        for name in ("top_p", "magpie_top_p"):
-            self._require(name, 0 < getattr(self, name) <= 1, "above 0 and at most 1")
-        self._require("seed", self.seed >= 0, "0 or more")
-        self._require("temperature", self.temperature >= 0, "0 (greedy) or more")
-        self._require("magpie_temperature", self.magpie_temperature > 0, "more than 0")
-        if self.temperature == 0:
-            hint = " with temperature=0 (greedy); raise temperature to sample"
-            self._require("num_answers", self.num_answers == 1, "1" + hint)
-            self._require("top_p", self.top_p == 1, "1.0" + hint)
-
-    def _require(self, name: str, holds: bool, allowed: str) -> None:
-        if not holds:
-            raise ValueError(f"{name}: expected {allowed}, got {getattr(self, name)!r}")
 
 
 def distill(

@@ -13,20 +13,22 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from modeling_lmtp.conversion.loading import load_backbone, load_tokenizer
-from modeling_lmtp.training.answers import SkippedRows
-from modeling_lmtp.training.distill import DistillReport, DistillSettings, distill, run_identity
-from modeling_lmtp.training.distill_files import (
+from modeling_lmtp.conversion.prompts import Prompt, read_prompts
+from modeling_lmtp.conversion.saving import file_sha256
+
+from .answers import SkippedRows
+from .distill import DistillReport, DistillSettings, distill, run_identity
+from .distill_files import (
     check_output_name,
     check_same_run,
     claimed,
     replace_rows,
 )
-from modeling_lmtp.training.distill_server import Server, distill_from_server
-from modeling_lmtp.training.processes import on_main, processes
-from modeling_lmtp.training.prompt_datasets import DatasetSource, read_dataset_prompts
-from modeling_lmtp.training.prompts import Prompt, read_prompts, self_written_prompts
-from modeling_lmtp.training.sample_log import SampleLog
-from modeling_lmtp.training.saving import file_sha256
+from .distill_server import Server, distill_from_server
+from .processes import on_main, processes
+from .prompt_datasets import DatasetSource, read_dataset_prompts
+from .sample_log import SampleLog
+from .self_written import self_written_prompts
 
 logger = logging.get_logger(__name__)
 

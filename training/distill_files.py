@@ -22,8 +22,8 @@ import torch
 import transformers
 from filelock import FileLock, Timeout
 
-from modeling_lmtp.training.prompts import read_json_lines
-from modeling_lmtp.training.saving import read_json
+from modeling_lmtp.conversion.prompts import read_json_lines
+from modeling_lmtp.conversion.saving import read_json
 
 Row = dict[str, Any]
 

@@ -16,10 +16,11 @@ from typing import NoReturn
 
 from tqdm import tqdm
 
-from modeling_lmtp.training.distill_files import AnswerFiles, Row, claimed, row_id
-from modeling_lmtp.training.fingerprints import json_sha256
-from modeling_lmtp.training.processes import on_main, processes
-from modeling_lmtp.training.prompts import Prompt
+from modeling_lmtp.conversion.prompts import Prompt
+
+from .distill_files import AnswerFiles, Row, claimed, row_id
+from .fingerprints import json_sha256
+from .processes import on_main, processes
 
 
 @dataclass(frozen=True)

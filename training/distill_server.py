@@ -22,10 +22,11 @@ from pathlib import Path
 from threading import Event
 from typing import Any
 
-from modeling_lmtp.training.batch_generation import derived_seed
-from modeling_lmtp.training.distill import DistillSettings
-from modeling_lmtp.training.distill_files import AnswerFiles, Row, package_versions
-from modeling_lmtp.training.distill_run import (
+from modeling_lmtp.conversion.batch_generation import derived_seed
+from modeling_lmtp.conversion.prompts import Prompt
+
+from .distill_files import AnswerFiles, Row, package_versions
+from .distill_run import (
     Batch,
     DistillReport,
     Item,
@@ -34,7 +35,7 @@ from modeling_lmtp.training.distill_run import (
     plan_items,
     prompts_sha256,
 )
-from modeling_lmtp.training.prompts import Prompt
+from .distill_settings import DistillSettings
 
 logger = logging.getLogger(__name__)
 

@@ -18,7 +18,8 @@ from torch.utils.checkpoint import checkpoint
 from tqdm.auto import tqdm
 
 from modeling_lmtp.losses_lmtp import leap_positions
-from modeling_lmtp.training.examples import AnswerDataset, Example, collate
+
+from .examples import AnswerDataset, Example, collate
 
 CHUNK_SIZE = 256  # tokens whose float32 distributions exist at a time
 

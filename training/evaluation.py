@@ -17,9 +17,10 @@ from modeling_lmtp.backbone_lmtp import unembedding_size
 from modeling_lmtp.leaps_lmtp import drafts
 from modeling_lmtp.losses_lmtp import IGNORE_INDEX
 from modeling_lmtp.modeling_lmtp import LMTPForCausalLM
-from modeling_lmtp.training.examples import Example
 from modeling_lmtp.tree_lmtp import DraftTree
 from modeling_lmtp.vocabulary_lmtp import draft_labels
+
+from .examples import Example
 
 MAX_RANK = 10  # ranks beyond count as "not among the candidates"
 

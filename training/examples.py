@@ -11,8 +11,10 @@ from typing import Any, TypeVar
 import torch
 from torch.utils.data import Dataset
 
+from modeling_lmtp.conversion.prompts import Example
 from modeling_lmtp.losses_lmtp import IGNORE_INDEX
-from modeling_lmtp.training.answers import Example, read_examples
+
+from .answers import read_examples
 
 __all__ = [
     "AnswerDataset",

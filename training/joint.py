@@ -14,17 +14,18 @@ from peft import PeftModel
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments, set_seed
 
 from modeling_lmtp.modeling_lmtp import LMTPForCausalLM
-from modeling_lmtp.training.adapters import add_adapters, cast_trained, check_trainable
-from modeling_lmtp.training.drift import DriftReport, measure_drift
-from modeling_lmtp.training.evaluation import HeadReport, evaluate_heads
-from modeling_lmtp.training.examples import AnswerDataset, Example, check_targets, collate
-from modeling_lmtp.training.fingerprints import model_fingerprint
-from modeling_lmtp.training.guarded_trainer import last_whole_checkpoint, take_off_autocast
-from modeling_lmtp.training.joint_settings import JointSettings
-from modeling_lmtp.training.joint_trainer import JointTrainer
-from modeling_lmtp.training.runs import claim_run_folder, examples_sha256
-from modeling_lmtp.training.trainer import HeldOutCallback
-from modeling_lmtp.training.warmup import HEAD_SETTINGS
+
+from .adapters import add_adapters, cast_trained, check_trainable
+from .drift import DriftReport, measure_drift
+from .evaluation import HeadReport, evaluate_heads
+from .examples import AnswerDataset, Example, check_targets, collate
+from .fingerprints import model_fingerprint
+from .guarded_trainer import last_whole_checkpoint, take_off_autocast
+from .joint_settings import JointSettings
+from .joint_trainer import JointTrainer
+from .runs import claim_run_folder, examples_sha256
+from .trainer import HeldOutCallback
+from .warmup import HEAD_SETTINGS
 
 # Transformers has renamed it, and warns of the older name
 RECOMPUTE = next(

@@ -5,16 +5,17 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from modeling_lmtp.conversion.answers import load_answers, warn
 from modeling_lmtp.conversion.loading import adapter_config, load_lmtp, load_tokenizer
-from modeling_lmtp.conversion.quantized import load_quantized
-from modeling_lmtp.training.examples import split_examples
-from modeling_lmtp.training.joint import JointReport, joint_tune
-from modeling_lmtp.training.joint_settings import JointSettings
-from modeling_lmtp.training.processes import processes
-from modeling_lmtp.training.saving import file_sha256, run_folder_of, save_checkpoint
-from modeling_lmtp.training.training_log import save_training_log
+from modeling_lmtp.conversion.saving import file_sha256, run_folder_of, save_checkpoint
 from modeling_lmtp.transformers_lmtp import commit_of
+
+from .answer_files import load_answers, warn
+from .examples import split_examples
+from .joint import JointReport, joint_tune
+from .joint_settings import JointSettings
+from .processes import processes
+from .quantized import load_quantized
+from .training_log import save_training_log
 
 COMMAND = "lmtp joint"
 

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from modeling_lmtp.training.adapters import HeadTraining
+from .adapters import HeadTraining
 
 
 @dataclass(frozen=True)

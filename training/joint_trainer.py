@@ -5,11 +5,12 @@ from typing import Any
 import torch
 
 from modeling_lmtp.losses_lmtp import IGNORE_INDEX
-from modeling_lmtp.training.adapters import parameter_groups
-from modeling_lmtp.training.batches import GroupedSampler
-from modeling_lmtp.training.drift import next_token_kl, next_token_nll, original_model
-from modeling_lmtp.training.guarded_trainer import GuardedTrainer
-from modeling_lmtp.training.joint_settings import JointSettings
+
+from .adapters import parameter_groups
+from .batches import GroupedSampler
+from .drift import next_token_kl, next_token_nll, original_model
+from .guarded_trainer import GuardedTrainer
+from .joint_settings import JointSettings
 
 
 class JointTrainer(GuardedTrainer):

@@ -18,8 +18,9 @@ from torch.utils.data import Dataset
 from modeling_lmtp.backbone_lmtp import unembedding_inputs
 from modeling_lmtp.chunked_lmtp import at_least_float32
 from modeling_lmtp.losses_lmtp import IGNORE_INDEX
-from modeling_lmtp.training.examples import AnswerDataset, Row, padded_states
 from modeling_lmtp.transformers_lmtp import attention_implementation
+
+from .examples import AnswerDataset, Row, padded_states
 
 TRIED_LENGTHS = (7, 12, 9)
 # How far, relative to their size, states may lie from those of a part alone. Rounding in 16 bits

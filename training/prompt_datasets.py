@@ -11,7 +11,7 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from modeling_lmtp.training.prompts import Prompt, refuse
+from modeling_lmtp.conversion.prompts import Prompt, refuse
 
 if TYPE_CHECKING:
     from datasets import Dataset, DatasetDict

@@ -5,10 +5,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from modeling_lmtp.training.distill_files import replace_file
-from modeling_lmtp.training.examples import Example
-from modeling_lmtp.training.fingerprints import json_sha256
-from modeling_lmtp.training.saving import read_json
+from modeling_lmtp.conversion.saving import read_json
+
+from .distill_files import replace_file
+from .examples import Example
+from .fingerprints import json_sha256
 
 RECORD = "run.json"
 

@@ -6,13 +6,12 @@ It lets a stopped run go on. Its first line says what made it, each further one 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from modeling_lmtp.training.distill_files import append_rows, cut_partial_line, refuse_differences
-from modeling_lmtp.training.prompts import read_json_lines
+from modeling_lmtp.conversion.prompts import read_json_lines
 
-if TYPE_CHECKING:
-    from modeling_lmtp.training.distill import DistillSettings
+from .distill_files import append_rows, cut_partial_line, refuse_differences
+from .distill_settings import DistillSettings
 
 # Answers may follow other settings than the prompts: these alone shape the prompts.
 SETTINGS = ("seed", "batch_size", "magpie_temperature", "magpie_top_p", "magpie_max_tokens")

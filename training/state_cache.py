@@ -15,10 +15,11 @@ from safetensors.torch import load_file, save_file
 from tqdm.auto import tqdm
 
 from modeling_lmtp.modeling_lmtp import LMTPForCausalLM
-from modeling_lmtp.training.examples import AnswerDataset, Example, collate
-from modeling_lmtp.training.fingerprints import json_sha256, model_fingerprint
-from modeling_lmtp.training.processes import processes
-from modeling_lmtp.training.runs import claim_run_folder
+
+from .examples import AnswerDataset, Example, collate
+from .fingerprints import json_sha256, model_fingerprint
+from .processes import processes
+from .runs import claim_run_folder
 
 TOKENS_PER_BATCH = 4096  # padding included
 

@@ -10,7 +10,6 @@ import torch
 from transformers import set_seed
 
 from modeling_lmtp.backbone_lmtp import unembedding_size
-from modeling_lmtp.conversion.answers import load_answers, warn
 from modeling_lmtp.conversion.loading import (
     best_device,
     has_leap_heads,
@@ -18,13 +17,15 @@ from modeling_lmtp.conversion.loading import (
     load_lmtp,
     load_tokenizer,
 )
+from modeling_lmtp.conversion.saving import file_sha256, run_folder_of, save_checkpoint
 from modeling_lmtp.modeling_lmtp import LMTPForCausalLM
-from modeling_lmtp.training.examples import Example, draft_vocabulary, split_examples
-from modeling_lmtp.training.processes import processes
-from modeling_lmtp.training.saving import file_sha256, run_folder_of, save_checkpoint
-from modeling_lmtp.training.sharding import take_over_fsdp
-from modeling_lmtp.training.training_log import save_training_log
-from modeling_lmtp.training.warmup import WarmupReport, WarmupSettings, warm_up
+
+from .answer_files import load_answers, warn
+from .examples import Example, draft_vocabulary, split_examples
+from .processes import processes
+from .sharding import take_over_fsdp
+from .training_log import save_training_log
+from .warmup import WarmupReport, WarmupSettings, warm_up
 
 COMMAND = "lmtp train"
 

@@ -12,13 +12,14 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.utils import SAFE_WEIGHTS_NAME
 
 from modeling_lmtp.modeling_lmtp import LMTPForCausalLM
-from modeling_lmtp.training.batches import GroupedSampler
-from modeling_lmtp.training.curriculum import NONE, active_heads
-from modeling_lmtp.training.evaluation import evaluate_heads
-from modeling_lmtp.training.examples import Example
-from modeling_lmtp.training.guarded_trainer import GuardedTrainer
-from modeling_lmtp.training.objective import HeadObjective
-from modeling_lmtp.training.sharding import distribute_heads, is_sharded
+
+from .batches import GroupedSampler
+from .curriculum import NONE, active_heads
+from .evaluation import evaluate_heads
+from .examples import Example
+from .guarded_trainer import GuardedTrainer
+from .objective import HeadObjective
+from .sharding import distribute_heads, is_sharded
 
 
 class LeapTrainer(GuardedTrainer):

@@ -13,17 +13,18 @@ import torch
 from transformers import TrainingArguments, set_seed
 
 from modeling_lmtp.modeling_lmtp import LMTPForCausalLM
-from modeling_lmtp.training.curriculum import CURRICULA, NONE
-from modeling_lmtp.training.evaluation import HeadReport, evaluate_heads
-from modeling_lmtp.training.examples import AnswerDataset, Example, check_targets, collate
-from modeling_lmtp.training.fingerprints import model_fingerprint
-from modeling_lmtp.training.guarded_trainer import last_whole_checkpoint, take_off_autocast
-from modeling_lmtp.training.objective import HeadObjective
-from modeling_lmtp.training.packing import PackedDataset, check_isolation, collate_packs
-from modeling_lmtp.training.runs import claim_run_folder, examples_sha256
-from modeling_lmtp.training.sharding import shard_backbone, take_over_fsdp
-from modeling_lmtp.training.state_cache import StateCache
-from modeling_lmtp.training.trainer import HeldOutCallback, LeapTrainer
+
+from .curriculum import CURRICULA, NONE
+from .evaluation import HeadReport, evaluate_heads
+from .examples import AnswerDataset, Example, check_targets, collate
+from .fingerprints import model_fingerprint
+from .guarded_trainer import last_whole_checkpoint, take_off_autocast
+from .objective import HeadObjective
+from .packing import PackedDataset, check_isolation, collate_packs
+from .runs import claim_run_folder, examples_sha256
+from .sharding import shard_backbone, take_over_fsdp
+from .state_cache import StateCache
+from .trainer import HeldOutCallback, LeapTrainer
 
 HEAD_SETTINGS = (
     "leap_offsets",

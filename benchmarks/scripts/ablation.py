@@ -1,6 +1,6 @@
 """Which heads are worth having: the same answers, steps and recipe for every kind of head.
 
-    python benchmarks/ablation.py BACKBONE --answers answers.jsonl --held-out held_out.jsonl \\
+    python benchmarks/scripts/ablation.py BACKBONE --answers answers.jsonl --held-out held_out.jsonl \\
         --state-folder states --output benchmarks/results/ablation.json
 
 Each row of `ROWS` is trained, for each of its seeds, on the same answers in the same order, and judged on
@@ -24,26 +24,30 @@ import torch
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
+from modeling_lmtp.benchmarks.analysis import (
+    cross_validated,
+    rank_shares,
+    simulated_tokens_per_step,
+)
+from modeling_lmtp.benchmarks.resampling import ratio
+from modeling_lmtp.conversion.batch_generation import Sampling, generate_ids
 from modeling_lmtp.conversion.loading import load_backbone, load_tokenizer
-from modeling_lmtp.conversion.training import HeadShape, add_heads
+from modeling_lmtp.conversion.prompts import answer_end_id
+from modeling_lmtp.conversion.saving import file_sha256, versions
 from modeling_lmtp.modeling_lmtp import LMTPForCausalLM
-from modeling_lmtp.training.analysis import cross_validated, rank_shares, simulated_tokens_per_step
-from modeling_lmtp.training.batch_generation import Sampling, generate_ids
 from modeling_lmtp.training.drift import measure_drift
 from modeling_lmtp.training.evaluation import draft_ranks
 from modeling_lmtp.training.examples import Example, read_examples
 from modeling_lmtp.training.joint import joint_tune
 from modeling_lmtp.training.joint_settings import JointSettings
-from modeling_lmtp.training.prompts import answer_end_id
-from modeling_lmtp.training.resampling import ratio
-from modeling_lmtp.training.saving import file_sha256, versions
 from modeling_lmtp.training.state_cache import StateCache
+from modeling_lmtp.training.train_command import HeadShape, add_heads
 from modeling_lmtp.training.warmup import WarmupSettings, warm_up
 from modeling_lmtp.tree_lmtp import DraftTree
 
 NODE_COUNTS = (8, 16, 32)
 MAX_NEW_TOKENS = 256  # of the held-out answers
-PAGE = Path(__file__).with_suffix(".md")
+PAGE = Path(__file__).parents[1] / "ablation.md"
 MARK = "<!-- tables: written by ablation.py -->"
 
 
@@ -229,7 +233,10 @@ class Laboratory:
 def run(arguments: argparse.Namespace) -> None:
     """Train and judge what is missing in the output file."""
     laboratory = Laboratory(arguments)
-    record = {"command": "python benchmarks/ablation.py", "conditions": laboratory.conditions()}
+    record: dict[str, Any] = {
+        "command": "python benchmarks/scripts/ablation.py",
+        "conditions": laboratory.conditions(),
+    }
     record["results"] = []
     if arguments.output.exists():
         found = json.loads(arguments.output.read_text())

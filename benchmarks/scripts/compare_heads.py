@@ -1,6 +1,6 @@
 """How many tokens trained heads draft beside others: the same held-out answers, in float32.
 
-    python benchmarks/compare_heads.py shipped=FOLDER k1=FOLDER k2=FOLDER \\
+    python benchmarks/scripts/compare_heads.py shipped=FOLDER k1=FOLDER k2=FOLDER \\
         --answers held_out.jsonl --output benchmarks/results/heads_side_by_side.json
 
 Each checkpoint drafts for the same answers (the backbone's own, greedy), as a chain and as trees grown on
@@ -19,19 +19,23 @@ import torch
 from ablation import NODE_COUNTS
 from tuned_backbones import read_models
 
-from modeling_lmtp.conversion.loading import load_lmtp, load_tokenizer
-from modeling_lmtp.training.analysis import cross_validated, rank_shares, simulated_tokens_per_step
-from modeling_lmtp.training.evaluation import draft_ranks
-from modeling_lmtp.training.examples import read_examples
-from modeling_lmtp.training.prompts import answer_end_id
-from modeling_lmtp.training.resampling import (
+from modeling_lmtp.benchmarks.analysis import (
+    cross_validated,
+    rank_shares,
+    simulated_tokens_per_step,
+)
+from modeling_lmtp.benchmarks.resampling import (
     Estimate,
     ratio,
     resample,
     resampled_ratios,
     standard_error,
 )
-from modeling_lmtp.training.saving import file_sha256, versions
+from modeling_lmtp.conversion.loading import load_lmtp, load_tokenizer
+from modeling_lmtp.conversion.prompts import answer_end_id
+from modeling_lmtp.conversion.saving import file_sha256, versions
+from modeling_lmtp.training.evaluation import draft_ranks
+from modeling_lmtp.training.examples import read_examples
 from modeling_lmtp.tree_lmtp import DraftTree
 
 Counts = tuple[torch.Tensor, torch.Tensor]  # tokens and steps per answer, each (N,)
@@ -73,7 +77,7 @@ def compare(models: dict[str, str], answers: Path) -> dict[str, Any]:
     judged = {name: judge(folder, answers) for name, folder in models.items()}
     first, *others = judged
     return {
-        "command": "python benchmarks/compare_heads.py",
+        "command": "python benchmarks/scripts/compare_heads.py",
         "answers_sha256": file_sha256(answers),
         "answers": len(judged[first][1]["chain"][0]),
         "judged_in": "float32",

@@ -1,6 +1,6 @@
 """Write people's own answers as rows to learn or to be judged on: GSM8K's form to `prompt`, `response`.
 
-    python benchmarks/gold_answers.py gsm8k_train.jsonl gold.jsonl --num-answers 1000
+    python benchmarks/scripts/gold_answers.py gsm8k_train.jsonl gold.jsonl --num-answers 1000
 
 Takes rows evenly spread over the file. The notes that GSM8K's answers give a calculator (`<<48/2=24>>`) are
 left out; the last line stays `#### NUMBER`.
@@ -11,8 +11,8 @@ import json
 import re
 from pathlib import Path
 
+from modeling_lmtp.conversion.prompts import read_json_lines
 from modeling_lmtp.training.examples import evenly
-from modeling_lmtp.training.prompts import read_json_lines
 
 CALCULATOR = re.compile(r"<<[^<>]*>>")
 

@@ -3,7 +3,7 @@
 Maths, code and chat are the first rows, evenly spread, of public test sets; the retrieval prompts, whose
 answers quote a passage, were written for this project and stand in `retrieval.jsonl`.
 
-    python benchmarks/held_out.py --gsm8k gsm8k_test.jsonl --humaneval humaneval.jsonl.gz \
+    python benchmarks/scripts/held_out.py --gsm8k gsm8k_test.jsonl --humaneval humaneval.jsonl.gz \
         --instructions user_oriented_instructions.jsonl
 """
 
@@ -13,12 +13,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from modeling_lmtp.conversion.prompts import read_json_lines
 from modeling_lmtp.training.examples import evenly
-from modeling_lmtp.training.prompts import read_json_lines
 
 PER_KIND = 8
 LONGEST = 900  # characters of a prompt
-HERE = Path(__file__).parent
+HERE = Path(__file__).parents[1]
 
 
 def maths(row: dict[str, Any]) -> str:

@@ -4,7 +4,7 @@ Three ways take turns, prompt by prompt: plain `generate`; L-MTP with the drafte
 time per step over plain's is the cost of the loop; and L-MTP with a drafter that knows the text and
 proposes a chain of 8, whose speed-up is what the loop can give at best.
 
-    python benchmarks/loop_cost.py CHECKPOINT --output benchmarks/results/loop_cost.json
+    python benchmarks/scripts/loop_cost.py CHECKPOINT --output benchmarks/results/loop_cost.json
 """
 
 import argparse
@@ -13,19 +13,20 @@ import os
 import statistics
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from modeling_lmtp import LMTPForCausalLM
-from modeling_lmtp.conversion.comparison import TokenClock
+from modeling_lmtp.benchmarks.comparison import TokenClock
 from modeling_lmtp.conversion.loading import (
     first_prompts,
     load_lmtp,
     load_tokenizer,
     prompt_tensors,
 )
+from modeling_lmtp.conversion.saving import versions
 from modeling_lmtp.drafting_lmtp import Candidates, Drafter
-from modeling_lmtp.training.saving import versions
 from modeling_lmtp.tree_lmtp import DraftTree
 
 CHAIN_LENGTH = 8
@@ -57,11 +58,11 @@ class Nothing(Drafter):
 
 
 def seconds_per_token(
-    model: LMTPForCausalLM, prompt: torch.Tensor, **options: object
+    model: LMTPForCausalLM, prompt: torch.Tensor, **options: Any
 ) -> tuple[float, torch.Tensor]:
     """Generate greedily; return the seconds per token after the first, and the sequence."""
     clock = TokenClock()
-    tokens = model.generate(
+    tokens: Any = model.generate(
         prompt,
         attention_mask=torch.ones_like(prompt),
         do_sample=False,
@@ -126,7 +127,7 @@ def main() -> None:
     """Measure one checkpoint and write the figures."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("checkpoint")
-    parser.add_argument("--prompts", type=Path, default=Path(__file__).parent / "prompts.jsonl")
+    parser.add_argument("--prompts", type=Path, default=Path(__file__).parents[1] / "prompts.jsonl")
     parser.add_argument("--num-prompts", type=int, default=4)
     parser.add_argument("--new-tokens", type=int, default=97)
     parser.add_argument("--rounds", type=int, default=3)
@@ -141,7 +142,7 @@ def main() -> None:
         measure(model, prompts[:1], 16, 1)  # warm-up
         results[dtype] = measure(model, prompts, arguments.new_tokens, arguments.rounds)
     record = {
-        "command": "benchmarks/loop_cost.py",
+        "command": "benchmarks/scripts/loop_cost.py",
         "base_model": model.config.base_model_name_or_path,
         "prompts": arguments.prompts.name,
         "num_prompts": arguments.num_prompts,

@@ -1,6 +1,6 @@
 """Writes the tables of `speed.md` from the result files of `lmtp bench` and `step_profile.py`.
 
-    python benchmarks/speed.py
+    python benchmarks/scripts/speed.py
 
 Text between the marks in `speed.md` is replaced, everything else stays. A mark names its file:
 `<!-- results/NAME.json -->` … `<!-- end -->`.
@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-PAGE = Path(__file__).with_suffix(".md")
+PAGE = Path(__file__).parents[1] / "speed.md"
 BLOCK = re.compile(r"(<!-- results/(\S+)\.json -->\n).*?(<!-- end -->)", re.DOTALL)
 GROUP = ("dtype", "mode", "batch_size")
 PARTS = ("pass_ms", "draft_ms", "arrange_ms", "walk_ms", "commit_ms", "emit_ms")

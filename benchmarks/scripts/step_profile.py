@@ -1,6 +1,6 @@
 """Where a decoding step's time goes: the backbone's pass, and what stands around it.
 
-    python benchmarks/step_profile.py CHECKPOINT --output FILE
+    python benchmarks/scripts/step_profile.py CHECKPOINT --output FILE
 
 Each way of drafting decodes the same prompts, and takes turns with the *bare pass*: the backbone over as
 many tokens behind as many cached ones, with Transformers' own cache and mask and nothing around it.
@@ -22,23 +22,23 @@ from unittest import mock
 
 import torch
 
+from modeling_lmtp.benchmarks.bench_run import base_name, device_name
+from modeling_lmtp.benchmarks.exactness import drafts_to_try
+from modeling_lmtp.benchmarks.pass_clock import synchronize
+from modeling_lmtp.benchmarks.quiet import measure_quietness, quiet_record
 from modeling_lmtp.cache_lmtp import new_cache
-from modeling_lmtp.conversion.bench_run import base_name, device_name
-from modeling_lmtp.conversion.exactness import drafts_to_try
 from modeling_lmtp.conversion.loading import first_prompts, load_lmtp, load_tokenizer
-from modeling_lmtp.conversion.pass_clock import synchronize
-from modeling_lmtp.conversion.quiet import measure_quietness, quiet_record
+from modeling_lmtp.conversion.prompts import render_prompt
+from modeling_lmtp.conversion.saving import versions
 from modeling_lmtp.decoding_lmtp import Decoder
 from modeling_lmtp.modeling_lmtp import LMTPForCausalLM
 from modeling_lmtp.rows_lmtp import Rows
 from modeling_lmtp.texts_lmtp import Texts
-from modeling_lmtp.training.prompts import render_prompt
-from modeling_lmtp.training.saving import versions
 from modeling_lmtp.transformers_lmtp import forward_with_cache
 from modeling_lmtp.verification_lmtp import Verifier
 from modeling_lmtp.walking_lmtp import GreedyWalker
 
-PROMPTS = Path(__file__).parent / "held_out.jsonl"
+PROMPTS = Path(__file__).parents[1] / "held_out.jsonl"
 WARM_STEPS = 3
 PARTS: dict[str, tuple[type, str]] = {
     "draft": (Decoder, "_draft"),
@@ -193,7 +193,7 @@ def main() -> None:
     with torch.no_grad():
         rows = profile(model, prompts, ways_of(model), arguments.new_tokens, arguments.rounds)
     record = {
-        "command": "python benchmarks/step_profile.py",
+        "command": "python benchmarks/scripts/step_profile.py",
         "conditions": {
             "base_model": base_name(model),
             "leap_offsets": list(model.config.leap_offsets),

@@ -11,7 +11,7 @@ moment.
 
 Weights are random: neither depends on them.
 
-    python benchmarks/training_cost.py time memory
+    python benchmarks/scripts/training_cost.py time memory
 """
 
 import argparse
@@ -29,11 +29,11 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from modeling_lmtp import LMTPForCausalLM
 from modeling_lmtp.chunked_lmtp import sum_of_means, token_cross_entropy
+from modeling_lmtp.conversion.saving import versions
 from modeling_lmtp.training.adapters import add_adapters
 from modeling_lmtp.training.objective import HeadObjective
-from modeling_lmtp.training.saving import versions
 
-RESULTS = Path(__file__).parent / "results" / "training_cost.json"
+RESULTS = Path(__file__).parents[1] / "results" / "training_cost.json"
 SMOLLM2 = {
     "vocab_size": 49152,
     "hidden_size": 576,
@@ -180,7 +180,7 @@ def main() -> None:
     for name in options.measures:
         load = round(os.getloadavg()[0], 2)
         record[name] = {
-            "command": f"benchmarks/training_cost.py {name}",
+            "command": f"benchmarks/scripts/training_cost.py {name}",
             "device": "cpu",
             "dtype": "float32",
             "threads": torch.get_num_threads(),

@@ -5,7 +5,7 @@ backward pass, optimizer). Memory is counted, not sampled: the most bytes that t
 step hold at one moment, weights not among them; so it is the same on every machine, and what a kernel
 needs inside is not in it.
 
-    python benchmarks/training_scaling.py
+    python benchmarks/scripts/training_scaling.py
 """
 
 import argparse
@@ -23,11 +23,11 @@ from peak_bytes import MEGABYTE, PeakBytes
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from modeling_lmtp import LMTPForCausalLM
+from modeling_lmtp.conversion.saving import versions
 from modeling_lmtp.training.objective import HeadObjective
-from modeling_lmtp.training.saving import versions
 
-RESULTS = Path(__file__).parent / "results" / "training_scaling.json"
-NOTE = Path(__file__).parent / "training_scaling.md"
+RESULTS = Path(__file__).parents[1] / "results" / "training_scaling.json"
+NOTE = Path(__file__).parents[1] / "training_scaling.md"
 MARKER = "<!-- tables: written by training_scaling.py -->"
 BATCH_SIZE = 1
 STEPS = 3
@@ -80,7 +80,7 @@ def build(setup: Setup) -> LMTPForCausalLM:
         setup.heads,
         1,
         share_lm_head=setup.share_lm_head,
-        draft_token_ids=setup.draft_vocab_size and range(setup.draft_vocab_size),
+        draft_token_ids=range(setup.draft_vocab_size) if setup.draft_vocab_size else None,
     )
     return model.train()
 
@@ -179,7 +179,7 @@ def main() -> None:
     load = round(os.getloadavg()[0], 2)
     results = {name: [measure(setup) for setup in setups] for name, setups in VARIED.items()}
     record = {
-        "command": "benchmarks/training_scaling.py",
+        "command": "benchmarks/scripts/training_scaling.py",
         "device": "cpu",
         "threads": torch.get_num_threads(),
         "load_before": load,

@@ -4,7 +4,7 @@ The paper's other claim (arXiv 2505.17505, its accuracy table): the auxiliary lo
 better model even when it decodes without them. Give the backbones tuned with NTP, MTP and L-MTP losses,
 and the one that they came from; each is compared with the first:
 
-    python benchmarks/tuned_backbones.py NTP=FOLDER MTP=FOLDER L-MTP=FOLDER original=FOLDER \
+    python benchmarks/scripts/tuned_backbones.py NTP=FOLDER MTP=FOLDER L-MTP=FOLDER original=FOLDER \
         --answers held_out.jsonl --arithmetic gsm8k_test.jsonl --functions humaneval.jsonl \
         --run-written-code --output benchmarks/results/tuned_backbones.json
 
@@ -26,13 +26,13 @@ import torch
 from local_tasks import SCORE, arithmetic, functions
 from tqdm.auto import tqdm
 
+from modeling_lmtp.benchmarks.resampling import resample, resampled_ratios
 from modeling_lmtp.conversion.loading import DTYPES, load_backbone, load_tokenizer
+from modeling_lmtp.conversion.prompts import answer_end_id
+from modeling_lmtp.conversion.saving import PROVENANCE, file_sha256, versions
 from modeling_lmtp.training.examples import Example, read_examples
-from modeling_lmtp.training.prompts import answer_end_id
-from modeling_lmtp.training.resampling import resample, resampled_ratios
-from modeling_lmtp.training.saving import PROVENANCE, file_sha256, versions
 
-PAGE = Path(__file__).with_suffix(".md")
+PAGE = Path(__file__).parents[1] / "tuned_backbones.md"
 MARK = "<!-- tables: written by tuned_backbones.py -->"
 
 
@@ -220,7 +220,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     """Measure the models that the output file does not have yet, and return the record."""
     tasks_of(arguments)  # refuses before anything is loaded
     record: dict[str, Any] = {
-        "command": "python benchmarks/tuned_backbones.py",
+        "command": "python benchmarks/scripts/tuned_backbones.py",
         "conditions": conditions(arguments),
         "models": {},
     }

@@ -1,18 +1,17 @@
-"""`lmtp compare`, sweeps and pictures: from result files that are made up, and a tiny model."""
+"""Sweeps and pictures of `lmtp bench`, on a tiny model."""
 
 import copy
 import json
 
 import pytest
 from bench_runs import tiny_model, write_checkpoint, write_prompts
-from test_cli import error_of, lmtp
+from test_cli import lmtp
 
-from modeling_lmtp.conversion.bench_changes import changes, differing_conditions, read_result
-from modeling_lmtp.conversion.bench_methods import methods_to_compare
-from modeling_lmtp.conversion.bench_pictures import draw_bench
-from modeling_lmtp.conversion.bench_run import BenchSettings
-from modeling_lmtp.conversion.bench_sweeps import SWEEPS, Point, points
-from modeling_lmtp.training.pictures import pictures_available
+from modeling_lmtp.benchmarks.bench_methods import methods_to_compare
+from modeling_lmtp.benchmarks.bench_pictures import draw_bench
+from modeling_lmtp.benchmarks.bench_settings import SWEEPS, BenchSettings
+from modeling_lmtp.benchmarks.bench_sweeps import Point, points
+from modeling_lmtp.benchmarks.pictures import pictures_available
 
 
 def result(speed_ups, noise=0.01, decoding="chain", kind="maths", sha="a"):
@@ -35,88 +34,6 @@ def result(speed_ups, noise=0.01, decoding="chain", kind="maths", sha="a"):
         "threads": 2, "checkpoint": "c", "quiet": True,
     }  # fmt: skip
     return {"conditions": conditions, "rows": [row]}
-
-
-def moved(old, new):
-    return {change.figure: change.by for change in changes(old, new) if change.moved}
-
-
-def test_a_move_that_all_prompts_share_is_found_however_much_they_differ():
-    old = result([1.1, 1.5, 1.9])
-    new = result([1.21, 1.65, 2.09])
-    assert moved(old, new) == {
-        "speed_up": pytest.approx(0.1),
-        "step_cost": pytest.approx(1 / 1.1 - 1),
-    }
-
-
-@pytest.mark.parametrize(
-    ("old", "new"),
-    [
-        (result([1.1, 1.5, 1.9]), result([1.1, 1.5, 1.9])),
-        (result([1.1, 1.5, 1.9]), result([1.3, 1.5, 1.5])),
-        (result([1.1, 1.5, 1.9], noise=0.3), result([1.21, 1.65, 2.09])),
-        (result([1.1, 1.5, 1.9]), result([1.21, 1.65, 2.09], sha="b")),
-        (result([1.1]), result([1.5], decoding="tree")),
-        (result([1.1], decoding="plain"), result([1.5], decoding="plain")),
-    ],
-    ids=["equal", "each its own way", "noisy", "other prompts", "another way", "plain"],
-)
-def test_noise_is_no_move(old, new):
-    assert moved(old, new) == {}
-
-
-def test_results_on_other_prompts_are_compared_by_their_spread():
-    assert moved(result([1.1, 1.1, 1.2]), result([1.6, 1.7, 1.7, 1.7], sha="b"))["speed_up"] > 0.4
-
-
-def test_the_command_says_what_moved_and_what_was_not_the_same(tmp_path):
-    old, new = result([1.1, 1.5, 1.9]), result([1.2, 1.6, 2.05])
-    new["conditions"] |= {"threads": 4, "quiet": False}
-    assert differing_conditions(old, new) == ["threads: 2 before, 4 after"]
-    for name, record in (("old", old), ("new", new)):
-        (tmp_path / f"{name}.json").write_text(json.dumps(record))
-    found = lmtp("compare", tmp_path / "old.json", tmp_path / "new.json")
-    assert found.exit_code == 0
-    shown = " ".join(found.output.split())
-    assert "2 of 3 figures moved beyond noise" in shown
-    assert "threads: 2 before, 4 after" in shown
-    assert "new.json was measured on a machine that was not quiet" in shown
-    (tmp_path / "new.json").write_text("[]")
-    message = error_of("compare", tmp_path / "old.json", tmp_path / "new.json")
-    assert "no result of `lmtp bench`" in message
-
-
-@pytest.mark.parametrize(
-    ("change", "lacking"),
-    [
-        (lambda record: record["rows"][0].pop("prompts"), "row 1 lacks prompts"),
-        (lambda record: record["rows"][0].pop("step_cost"), "row 1 lacks step_cost"),
-        (lambda record: record["rows"][0].pop("by_batch"), "row 1 lacks by_batch"),
-        (lambda record: record["rows"].append("maths"), "row 2 is no JSON object"),
-        (lambda record: record.update(rows={}), "its rows are no list"),
-        (lambda record: record.update(conditions=[]), "its conditions are no JSON object"),
-        (lambda record: record.pop("rows"), "it lacks rows"),
-    ],
-    ids=["label", "figure", "batches", "row", "rows", "conditions", "no rows"],
-)
-def test_files_of_other_commands_are_not_compared(tmp_path, change, lacking):
-    path, other = tmp_path / "old.json", tmp_path / "other.json"
-    record = result([1.1])
-    path.write_text(json.dumps(record))
-    assert read_result(path) == record
-    change(record)
-    other.write_text(json.dumps(record))
-    message = error_of("compare", path, other)
-    assert f"other.json is no result of `lmtp bench`: {lacking}" in message
-
-
-def test_the_results_of_this_repository_are_read(request):
-    folder = request.config.rootpath / "benchmarks" / "results"
-    for path in [*folder.glob("bench_*.json"), *folder.glob("sweep_*.json")]:
-        assert read_result(path)["command"] == "lmtp bench"
-    with pytest.raises(ValueError, match="row 1 lacks prompts, decoding"):
-        read_result(folder / "step_profile.json")
 
 
 def start_point():

@@ -1,0 +1,1 @@
+"""What is measured: speed, exactness, analysis of a model, and the demo."""
