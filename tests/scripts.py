@@ -6,7 +6,8 @@ from types import ModuleType
 
 import pytest
 
-SCRIPTS = Path(__file__).parent.parent / "benchmarks" / "scripts"
+BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+SCRIPTS = BENCHMARKS / "scripts"
 
 
 def load_script(name: str) -> ModuleType:

@@ -11,8 +11,8 @@ from tiny import tiny_llama, tiny_tokenizer
 from transformers import GenerationConfig, GPT2Config, GPT2LMHeadModel
 
 from modeling_lmtp import LMTPForCausalLM
-from modeling_lmtp.conversion import prompts as prompts_module
 from modeling_lmtp.conversion.prompts import Prompt, render_prompt
+from modeling_lmtp.training import self_written as prompts_module
 from modeling_lmtp.training.distill import (
     DistillSettings,
     append_rows,

@@ -84,20 +84,20 @@ def test_self_written_prompts_survive_a_stop_at_any_time(folder, tmp_path, monke
     def stopped(*args, **kwargs):
         raise KeyboardInterrupt
 
-    for stage in ("conversion.distilling.replace_rows", "conversion.distilling.distill"):
+    for stage in ("training.distill_command.replace_rows", "training.distill_command.distill"):
         with monkeypatch.context() as patch:
             patch.setattr(f"modeling_lmtp.{stage}", stopped)
             distill(folder, output, "--self-written", 3)
         assert "out.jsonl.samples.jsonl" in {path.name for path in tmp_path.iterdir()}
         # What was sampled is not sampled again
         with monkeypatch.context() as patch:
-            patch.setattr("modeling_lmtp.conversion.prompts.generate_ids", None)
+            patch.setattr("modeling_lmtp.training.self_written.generate_ids", None)
             patch.setattr(f"modeling_lmtp.{stage}", stopped)
             distill(folder, output, "--self-written", 3)
     assert distill(folder, output, "--self-written", 3).exit_code == 0
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == whole
     with monkeypatch.context() as patch:
-        patch.setattr("modeling_lmtp.conversion.prompts.generate_ids", None)
+        patch.setattr("modeling_lmtp.training.self_written.generate_ids", None)
         assert "0 of them new" in distill(folder, output, "--self-written", 3).stdout
 
 
@@ -124,7 +124,7 @@ def test_an_output_without_self_written_prompts_is_refused_before_any_are_sample
 ):
     output = tmp_path / "out.jsonl"
     distill(folder, output, "--prompts", folder / "prompts.jsonl")
-    monkeypatch.setattr("modeling_lmtp.conversion.prompts.generate_ids", None)
+    monkeypatch.setattr("modeling_lmtp.training.self_written.generate_ids", None)
     message = error_of(folder, output, "--self-written", 2)
     assert "was made without out.jsonl.prompts.jsonl" in message
 

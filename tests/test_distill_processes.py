@@ -321,7 +321,7 @@ def test_a_stopped_sampling_goes_on_after_what_it_logged(model, tokenizer, tmp_p
 def test_a_finished_sampling_asks_the_model_no_more(model, tokenizer, tmp_path, monkeypatch):
     path = tmp_path / "log.jsonl"
     prompts = write(model, tokenizer, path)
-    monkeypatch.setattr("modeling_lmtp.conversion.prompts.generate_ids", None)
+    monkeypatch.setattr("modeling_lmtp.training.self_written.generate_ids", None)
     assert write(model, tokenizer, path) == prompts
     assert write(model, tokenizer, path, count=1) == prompts[:1]
 

@@ -11,7 +11,6 @@ import pytest
 from tiny import CHAT_TEMPLATE, END_OF_TEXT, END_OF_TURN, START_OF_TURN, tiny_llama, tiny_tokenizer
 from tokenizers.processors import TemplateProcessing
 
-from modeling_lmtp.conversion import prompts as prompts_module
 from modeling_lmtp.conversion.prompts import (
     Prompt,
     answer_end_id,
@@ -19,6 +18,7 @@ from modeling_lmtp.conversion.prompts import (
     read_prompts,
     render_prompt,
 )
+from modeling_lmtp.training import self_written as prompts_module
 from modeling_lmtp.training.distill import (
     DistillSettings,
 )
