@@ -7,6 +7,7 @@ from typing import Any
 from modeling_lmtp.leaps_lmtp import drafts
 from modeling_lmtp.lookup_lmtp import PromptLookupDrafter
 from modeling_lmtp.modeling_lmtp import LMTPForCausalLM
+from modeling_lmtp.settings_lmtp import STRICT
 from modeling_lmtp.support_lmtp import Tier, decoding_tier
 
 from .exactness import drafts_to_try, saved_shape
@@ -56,7 +57,7 @@ def methods_to_compare(
         lookup_tokens: candidates of prompt lookup.
     """
     theirs = {"use_lmtp": False, "prompt_lookup_num_tokens": lookup_tokens}
-    alone = {"use_lmtp": True, "drafter": PromptLookupDrafter(lookup_tokens)}
+    alone = {"use_lmtp": STRICT, "drafter": PromptLookupDrafter(lookup_tokens)}
     methods = [
         plain_method(model),
         Method("prompt lookup (Transformers)", model, theirs, is_ours=False, takes_batches=False),
@@ -87,6 +88,6 @@ def _of_heads(
     if saved_shape(model):
         tried["as saved"] = {}
     return [
-        Method(prefix + name, model, {"use_lmtp": True, **options})
+        Method(prefix + name, model, {"use_lmtp": STRICT, **options})
         for name, options in tried.items()
     ]

@@ -6,6 +6,7 @@ from itertools import chain, cycle, islice
 
 from modeling_lmtp.leaps_lmtp import drafts
 from modeling_lmtp.modeling_lmtp import LMTPForCausalLM
+from modeling_lmtp.settings_lmtp import STRICT
 from modeling_lmtp.tree_lmtp import MAX_NODES
 
 from .bench_methods import Method
@@ -55,7 +56,7 @@ def _heads(point: Point, at: int) -> Point:
     model = point.methods[0].model
     if at > _horizon(model):
         raise ValueError(f"These heads draft {_horizon(model)} tokens, and not {at}.")
-    method = Method("chain", model, {"use_lmtp": True, "draft_length": at})
+    method = Method("chain", model, {"use_lmtp": STRICT, "draft_length": at})
     return replace(point, methods=[point.methods[0], method])
 
 
@@ -63,7 +64,7 @@ def _nodes(point: Point, at: int) -> Point:
     model = point.methods[0].model
     if at >= MAX_NODES:
         raise ValueError(f"At most {MAX_NODES - 1} candidates are verified at once, and not {at}.")
-    method = Method("dynamic tree", model, {"use_lmtp": True, "draft_nodes": at})
+    method = Method("dynamic tree", model, {"use_lmtp": STRICT, "draft_nodes": at})
     return replace(point, methods=[point.methods[0], method])
 
 

@@ -16,6 +16,7 @@ from tqdm.auto import tqdm
 from transformers.generation.streamers import BaseStreamer
 
 from modeling_lmtp.modeling_lmtp import LMTPForCausalLM
+from modeling_lmtp.settings_lmtp import STRICT
 
 from .divergence import Divergence, divergences, judge
 
@@ -156,7 +157,7 @@ def compare(
     for input_ids in tqdm(prompts, desc=description, unit="prompt", disable=not progress):
         plain = _generate(model, input_ids, seed, {**options, "use_lmtp": False})
         for name, way in ways.items():
-            lmtp = _generate(model, input_ids, seed, {**options, "use_lmtp": True, **way})
+            lmtp = _generate(model, input_ids, seed, {**options, "use_lmtp": STRICT, **way})
             pair = _pair(input_ids.shape[1], plain, lmtp)
             if not pair.is_equal:
                 found = _divergences(model, input_ids, pair, {**options, **way})

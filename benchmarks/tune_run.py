@@ -12,7 +12,7 @@ from rich.table import Table
 
 from modeling_lmtp.conversion.loading import adapter_config, load_lmtp, load_tokenizer
 from modeling_lmtp.modeling_lmtp import LMTPForCausalLM
-from modeling_lmtp.settings_lmtp import DRAFT_SHAPES
+from modeling_lmtp.settings_lmtp import DRAFT_SHAPES, STRICT
 from modeling_lmtp.training.answer_files import load_answers, unseen_answers, warn
 from modeling_lmtp.training.evaluation import evaluate_heads
 from modeling_lmtp.training.examples import Example, evenly
@@ -86,7 +86,7 @@ def try_out(
     batches = make_batches({"trial": prompts}, size, pad_id(model), model.device)
     methods = [plain_method(model)]
     methods += [
-        Method(str(number), model, {"use_lmtp": True, **draft.options})
+        Method(str(number), model, {"use_lmtp": STRICT, **draft.options})
         for number, draft in enumerate(hopeful)
     ]
     measured = measure(
