@@ -3,6 +3,7 @@
 # First, because it tells a Transformers that is too old from one that is not. This file imports no file
 # that imports others than these, which is as far as the loaders of old releases look.
 from .transformers_lmtp import (  # isort: split
+    CACHE_NAMES,
     attention_implementation,
     drop_place,
     implementations,
@@ -54,6 +55,8 @@ class LMTPConfig(PreTrainedConfig):
     model_type = "lmtp"
     sub_configs = {"backbone_config": AutoConfig}  # noqa: RUF012 (read by Transformers as it is)
     _auto_class = "AutoConfig"
+    # What `Trainer.predict` does not take for predictions
+    keys_to_ignore_at_inference = [*CACHE_NAMES, "leap_losses"]  # noqa: RUF012 (as Transformers has it)
 
     backbone_config: Any = None  # PreTrainedConfig; a dict is turned into one
     leap_offsets: list[int] | tuple[int, ...] = (3, 5, 7)

@@ -99,8 +99,9 @@ class LMTPGenerationMixin(GenerationMixin):
         try:
             check_call(self, kwargs)
             return self._generate_with_drafts(settings, drafter, positional, dict(kwargs))
-        except PlainDecoding as plain:
-            return self._generate_plainly(settings, plain, positional, kwargs)
+        except PlainDecoding as found:
+            why = found
+        return self._generate_plainly(settings, why, positional, kwargs)
 
     def _generate_with_drafts(
         self,

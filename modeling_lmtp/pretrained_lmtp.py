@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from torch import nn
-from transformers import CONFIG_MAPPING, PreTrainedModel
+from transformers import CONFIG_MAPPING, PreTrainedConfig, PreTrainedModel
 
 from .checkpoints_lmtp import AUTO_MAP, check_loaded
 from .configuration_lmtp import LMTPConfig
@@ -67,8 +67,9 @@ class LMTPPreTrainedModel(PreTrainedModel):
 
         Raises:
             ValueError: Transformers does not know the backbone's configuration, so that nothing could load
-                the checkpoint.
+                the checkpoint; or the folder holds another model, perhaps the backbone itself.
         """
+        _check_folder(save_directory, self.config.model_type)
         kind = self.config.backbone_config.model_type
         if kind not in CONFIG_MAPPING:
             raise ValueError(
@@ -78,3 +79,19 @@ class LMTPPreTrainedModel(PreTrainedModel):
             )
         self.config.auto_map = dict(AUTO_MAP)
         super().save_pretrained(save_directory, *args, **kwargs)
+
+
+def _check_folder(save_directory: str | Path, model_type: str) -> None:
+    """Raise a ValueError if saving would overwrite another model."""
+    folder = str(save_directory)
+    # So that a name cannot be taken for one on the Hub
+    folder = folder if folder.startswith(("/", "./", "../", "~")) else f"./{folder}"
+    try:
+        found, _ = PreTrainedConfig.get_config_dict(folder, local_files_only=True)
+    except OSError:  # no folder, or none with a configuration
+        return
+    if found.get("model_type", model_type) != model_type:
+        raise ValueError(
+            f"{str(save_directory)!r} holds a model of the kind {found['model_type']!r}, and saving there "
+            "would destroy it. Choose another folder."
+        )

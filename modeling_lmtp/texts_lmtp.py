@@ -58,5 +58,7 @@ class Texts:
 
     def sequences(self) -> torch.Tensor:
         """Return prompts and texts, `(B, L + …)`."""
-        emitted = torch.tensor(self.padded(), dtype=self.prompts.dtype).T
+        emitted = torch.tensor(
+            self.padded(), dtype=torch.long
+        ).T  # as plain decoding, whatever the prompts
         return torch.cat([self.prompts, emitted.to(self.prompts.device)], dim=-1)

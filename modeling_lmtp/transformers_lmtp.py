@@ -228,7 +228,8 @@ def extend(model_kwargs: dict[str, Any], num_new_tokens: int) -> dict[str, Any]:
         if value is None or num_new_tokens == 0:
             continue
         if name == "position_ids":
-            new = value[..., -1:] + torch.arange(1, 1 + num_new_tokens, device=value.device)
+            steps = torch.arange(1, 1 + num_new_tokens, dtype=value.dtype, device=value.device)
+            new = value[..., -1:] + steps
         elif name == "attention_mask":
             new = value.new_ones((value.shape[0], num_new_tokens))
         elif name.endswith("token_type_ids"):

@@ -368,3 +368,11 @@ def test_settings_may_stand_in_the_generation_config():
     assert 7 in drafted_depths(model, generation_config=one_call)
     assert drafted_depths(model, generation_config=one_call, draft_length=0) == {1}
     assert drafted_depths(model) == {2, 1}
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+def test_texts_have_plain_decoding_s_kind_of_integers(model, dtype):
+    plain = generate(model.backbone, PROMPT.to(dtype), **GREEDY).sequences
+    ours = generate(model, PROMPT.to(dtype), use_lmtp=True, **GREEDY).sequences
+    assert ours.dtype == plain.dtype
+    assert ours.tolist() == plain.tolist()

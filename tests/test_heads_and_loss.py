@@ -8,6 +8,7 @@ from collections import Counter
 import pytest
 import torch
 from tiny import tiny_llama
+from transformers import Trainer, TrainingArguments
 
 from modeling_lmtp import LMTPForCausalLM
 from modeling_lmtp.chunked_lmtp import CHUNK_SIZE, sum_of_means, token_cross_entropy
@@ -298,3 +299,14 @@ def test_stage_1_computes_one_chunk_of_logits_at_a_time():
     # One for the backbone, whose own are not wanted; then those of 3 heads, each once
     targets = sum(input_ids.shape[1] - offset for offset in (3, 5, 7))
     assert sum(num_logits) == 1 + targets
+
+
+@pytest.mark.filterwarnings("ignore:.*pin_memory.*:UserWarning")
+def test_predictions_of_a_trainer_are_logits_alone(tmp_path):
+    rows = [{"input_ids": (ids := torch.arange(3, 27) + n), "labels": ids} for n in range(5)]
+    model = LMTPForCausalLM.from_backbone(tiny_llama(96), leap_offsets=(2, 3), train_backbone=True)
+    arguments = TrainingArguments(
+        str(tmp_path), per_device_eval_batch_size=2, report_to=[], use_cpu=True, disable_tqdm=True
+    )
+    found = Trainer(model, arguments).predict(rows).predictions
+    assert found.shape == (5, 24, 96)

@@ -184,3 +184,20 @@ def test_loading_information_is_still_given(one):
     model, info = LMTPForCausalLM.from_pretrained(folder, output_loading_info=True)
     assert isinstance(model, LMTPForCausalLM)
     assert not info["missing_keys"]
+
+
+@pytest.mark.parametrize("heads_only", [True, False], ids=["heads only", "full"])
+@pytest.mark.parametrize("relative", [True, False], ids=["relative", "absolute"])
+def test_saving_never_destroys_the_backbone(tmp_path, monkeypatch, heads_only, relative):
+    tiny_llama().save_pretrained(tmp_path / "base")
+    before = {path.name: path.read_bytes() for path in (tmp_path / "base").iterdir()}
+    model = LMTPForCausalLM.from_backbone(tmp_path / "base", leap_offsets=(2, 3))
+    monkeypatch.chdir(tmp_path)
+    folder = "base" if relative else tmp_path / "base"
+    with pytest.raises(
+        ValueError, match="holds a model of the kind 'llama', and saving there would"
+    ):
+        model.save_pretrained(folder, heads_only=heads_only)
+    assert {path.name: path.read_bytes() for path in (tmp_path / "base").iterdir()} == before
+    model.save_pretrained("new", heads_only=heads_only)
+    model.save_pretrained("new", heads_only=heads_only)  # its own kind it may replace
