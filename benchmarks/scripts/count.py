@@ -1,4 +1,4 @@
-"""Count the house: files, lines, options of commands, the longest function and the one with most parameters.
+"""Count the house: files, lines, options of commands, the longest function, the most parameters.
 
     python benchmarks/scripts/count.py [FOLDER]
 
