@@ -134,6 +134,7 @@ def test_the_record_travels_along_with_hashes(published, hub):
         assert len(record["publication"]["sha256"]) == 1
 
 
+@pytest.mark.slow
 def test_the_cards_code_runs_as_pasted_and_gives_the_model(published, hub, scratch):
     repos = (FULL_ID, HEADS_ID, ADAPTER_ID)
     cards = {repo: code_of(hub.files(repo)["README.md"].decode()) for repo in repos}

@@ -34,6 +34,7 @@ from modeling_lmtp.checkpoints_lmtp import AUTO_MAP
 from modeling_lmtp.conversion import refreshing
 
 pytestmark = [
+    pytest.mark.slow,
     pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning"),
     # How huggingface_hub uploads
     pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning"),
@@ -293,7 +294,6 @@ torch.save(results, output)
 """
 
 
-@pytest.mark.slow
 def test_checkpoints_of_released_versions_work_again_and_write_the_same_text(
     tmp_path, unchecked, monkeypatch
 ):

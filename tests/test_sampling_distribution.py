@@ -28,6 +28,8 @@ from modeling_lmtp import LMTPForCausalLM
 from modeling_lmtp.drafting_lmtp import Candidates, Drafter
 from modeling_lmtp.tree_lmtp import DraftTree
 
+pytestmark = pytest.mark.slow  # thousands of samples
+
 VOCAB, NEW_TOKENS, EOS, PAD = 7, 4, 6, 0
 PROMPTS = ((3, 1, 4), (5,))
 ROWS_PER_CALL, NUM_CALLS = 384, 2

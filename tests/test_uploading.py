@@ -9,7 +9,10 @@ from repositories import files_of, hub_in_use
 from modeling_lmtp.conversion.uploading import upload
 
 # How huggingface_hub uploads
-pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning"),
+]
 REPO = "me/model"
 CARD = "---\nlicense: apache-2.0\nlanguage:\n- en\n---\n\n# A model\n"
 
