@@ -67,7 +67,7 @@ def merge(
         "command": "lmtp merge",
         "source": source,
         "checkpoint": checkpoint,
-        "checkpoint_revision": commit_of(model.config),
+        "checkpoint_revision": commit_of(model.config, revision or "main"),
         "drop_heads": drop_heads,
     }
     tokenizer = load_tokenizer(checkpoint)

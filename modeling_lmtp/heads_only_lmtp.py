@@ -165,8 +165,9 @@ def _load_backbone(
     config: Any, backbone: PreTrainedModel | str | Path | None, options: dict[str, Any]
 ) -> Any:
     named, revision = config.base_model_name_or_path, config.base_model_revision
+    loaded_from: str | None = "main"
     if isinstance(backbone, PreTrainedModel):
-        model = backbone
+        model, loaded_from = backbone, None
     elif backbone is not None:
         model = AutoModelForCausalLM.from_pretrained(backbone, **options)
     else:
@@ -179,9 +180,10 @@ def _load_backbone(
             f"The checkpoint holds leap heads only; loading their backbone {named!r}, revision "
             f"{revision or 'main (the checkpoint pins none)'}."
         )
-        model = AutoModelForCausalLM.from_pretrained(named, revision=revision or "main", **options)
+        loaded_from = revision or "main"
+        model = AutoModelForCausalLM.from_pretrained(named, revision=loaded_from, **options)
     check_backbone_sizes(config, model)
-    found = commit_of(model.config, None if isinstance(backbone, PreTrainedModel) else revision)
+    found = commit_of(model.config, loaded_from)
     if revision and found and found != revision:
         logger.warning_once(
             f"The leap heads are for revision {revision} of {named!r}, the backbone is revision "

@@ -115,8 +115,10 @@ class LMTPForCausalLM(HeadsOnlyMixin, LMTPGenerationMixin):
             StrictDataclassError: another value of the configuration is invalid.
         """
         offsets = resolve_offsets(num_leap_heads, leap_stride, leap_offsets)
+        loaded_from = None
         if isinstance(backbone, str | Path):
             revision = backbone_kwargs.get("revision")
+            loaded_from = revision or "main"
             backbone = AutoModelForCausalLM.from_pretrained(backbone, **backbone_kwargs)
         elif backbone_kwargs:
             raise ValueError(
@@ -138,7 +140,7 @@ class LMTPForCausalLM(HeadsOnlyMixin, LMTPGenerationMixin):
             leap_loss_weight=leap_loss_weight,
             train_backbone=train_backbone,
             base_model_name_or_path=backbone.config.name_or_path or None,
-            base_model_revision=commit_of(backbone.config, revision) or revision,
+            base_model_revision=commit_of(backbone.config, loaded_from) or revision,
             dtype=backbone.dtype,
         )
         model = cls(config, backbone=backbone)

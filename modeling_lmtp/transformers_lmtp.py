@@ -370,13 +370,13 @@ def commit_of(config: Any, revision: str | None = None) -> str | None:
 
     Args:
         config: knows the repository.
-        revision: that was asked for; `main` by default.
+        revision: that it was loaded from; None if unknown, because a guess might pin another commit.
     """
     noted = getattr(config, "_commit_hash", None)
     if noted:
         return noted
     name = getattr(config, "name_or_path", None)
-    if not name:
+    if not name or revision is None:
         return None
     try:
         path = try_to_load_from_cache(name, "config.json", revision=revision)

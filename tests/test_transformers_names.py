@@ -273,9 +273,10 @@ def test_the_commit_is_read_from_the_hub_s_cache(tmp_path, monkeypatch):
     (repo / "refs").mkdir()
     (repo / "refs" / "main").write_text(commit)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
-    assert commit_of(Named("me/base")) == commit
+    assert commit_of(Named("me/base"), revision="main") == commit
+    assert commit_of(Named("me/base")) is None, "it may have been loaded from another revision"
     assert commit_of(Named("me/base"), revision=commit) == commit
     assert commit_of(Named("me/base"), revision="another") is None
-    assert commit_of(Named("me/other")) is None
-    assert commit_of(Named(str(tmp_path))) is None
-    assert commit_of(Named(None)) is None
+    assert commit_of(Named("me/other"), revision="main") is None
+    assert commit_of(Named(str(tmp_path)), revision="main") is None
+    assert commit_of(Named(None), revision="main") is None
