@@ -71,3 +71,21 @@ def test_no_file_imports_itself_by_a_detour():
 
     for name in edges:
         visit(name, ())
+
+
+TESTS = sorted((ROOT / "tests").rglob("*.py"))
+
+
+def test_tests_lie_in_folders_that_mirror_the_source():
+    folders = {str(path.parent.relative_to(ROOT / "tests")) for path in TESTS}
+    assert folders == {".", "helpers", *ORDER}
+    beside = {path.name for path in (ROOT / "tests").glob("*.py")}
+    assert beside == {"conftest.py", "test_layout.py"}
+
+
+def test_no_test_imports_another():
+    tests = {path.stem for path in TESTS if path.name.startswith("test_")}
+    for path in TESTS:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom) and node.module is not None:
+                assert node.module.rpartition(".")[2] not in tests, f"{path} imports {node.module}"

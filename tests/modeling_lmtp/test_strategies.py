@@ -11,6 +11,7 @@ from drafters import CHAIN, TREE, Oracle
 from round_trips import count_round_trips
 from transformers import GenerationConfig
 from transformers.utils import logging
+from twelve_tokens import BATCH, BATCH_MASK, wrapped
 
 from modeling_lmtp import LMTPForCausalLM
 from modeling_lmtp.composition_lmtp import ForwardDrafter, MergedDrafter, merge_trees
@@ -23,20 +24,7 @@ from modeling_lmtp.tree_lmtp import MAX_NODES, DraftTree
 from modeling_lmtp.walking_lmtp import TypicalRule
 
 PROMPT = torch.tensor([[3, 17, 5, 9, 44, 3, 17, 5]])
-BATCH = torch.tensor([[0, 0, 3, 17, 5], [8, 31, 8, 31, 8]])
-BATCH_MASK = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1]])
 GREEDY = {"do_sample": False, "max_new_tokens": 40}
-
-
-def wrapped(architecture: str = "llama", **settings) -> LMTPForCausalLM:
-    """Random heads over twelve tokens, so that they are right now and then."""
-    model = LMTPForCausalLM.from_backbone(
-        tiny_causal_lm(architecture, vocab_size=12), leap_offsets=(2, 3, 5), **settings
-    )
-    generator = torch.Generator().manual_seed(6)
-    for parameter in model.leap_heads.parameters():
-        parameter.data += torch.randn(parameter.shape, generator=generator) * 0.2
-    return model
 
 
 def small(tokens: torch.Tensor) -> torch.Tensor:

@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from test_warmup import examples, new_model, settings
 from tiny import tiny_llama
+from tiny_training import examples, new_model, settings
 
 from modeling_lmtp import LMTPForCausalLM
 from modeling_lmtp.training.examples import AnswerDataset, Example, collate

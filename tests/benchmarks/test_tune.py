@@ -6,7 +6,7 @@ import json
 import pytest
 import torch
 from bench_runs import PROMPTS, tiny_model, write_checkpoint
-from test_cli import error_of, lmtp
+from commands import error_of, lmtp
 from tiny import tiny_tokenizer
 from transformers import GenerationConfig
 from transformers.utils import logging

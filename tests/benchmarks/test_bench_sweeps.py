@@ -5,7 +5,7 @@ import json
 
 import pytest
 from bench_runs import tiny_model, write_checkpoint, write_prompts
-from test_cli import lmtp
+from commands import lmtp
 
 from modeling_lmtp.benchmarks.bench_methods import methods_to_compare
 from modeling_lmtp.benchmarks.bench_pictures import draw_bench

@@ -5,10 +5,10 @@ import copy
 import pytest
 import torch
 from round_trips import count_round_trips
-from test_strategies import BATCH, BATCH_MASK
 from tiny import tiny_llama
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
+from twelve_tokens import BATCH, BATCH_MASK
 
 from modeling_lmtp import LMTPForCausalLM
 from modeling_lmtp.benchmarks.pass_clock import PassClock

@@ -6,6 +6,7 @@ import torch
 from architectures import tiny_causal_lm
 from safetensors.torch import load_file
 from tiny import tiny_llama
+from tiny_training import examples, new_model, settings
 from transformers import TrainerCallback
 
 from modeling_lmtp import LMTPForCausalLM
@@ -17,25 +18,6 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:.*:FutureWarning"),
     pytest.mark.filterwarnings("ignore:.*pin_memory.*:UserWarning"),
 ]
-
-
-def examples(count=24, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    rows = torch.randint(3, 60, (count, 20), generator=generator)
-    rows[:, 1::2] = rows[:, ::2]  # something to learn: every other token repeats the one before
-    return [Example(row.tolist(), 2) for row in rows]
-
-
-def new_model(dtype=torch.float32, **heads):
-    torch.manual_seed(1)
-    backbone = tiny_llama(vocab_size=64).to(dtype)
-    return LMTPForCausalLM.from_backbone(backbone, **{"leap_offsets": (2, 3), **heads})
-
-
-def settings(**changes):
-    return WarmupSettings(
-        **{"epochs": 2, "batch_size": 4, "logging_steps": 2, "save_steps": 3, **changes}
-    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

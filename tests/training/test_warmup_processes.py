@@ -21,7 +21,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:.*:FutureWarning"),
     pytest.mark.filterwarnings("ignore:.*pin_memory.*:UserWarning"),
 ]
-WORKER = Path(__file__).with_name("warmup_runs.py")
+WORKER = Path(__file__).parents[1] / "helpers" / "warmup_runs.py"
 
 
 def launch(options, *arguments):

@@ -1,4 +1,4 @@
-"""Save the checkpoints that later versions must load: `python tests/save_fixture.py`, once per release.
+"""Save the checkpoints that later versions must load: `python tests/helpers/save_fixture.py`.
 
 Code is not kept: what is tested is that new code reads old configurations, tensors and settings.
 """
@@ -14,7 +14,7 @@ from tiny import tiny_llama
 
 from modeling_lmtp import LMTPForCausalLM, __version__
 
-FIXTURES = Path(__file__).parent / "fixtures"
+FIXTURES = Path(__file__).parents[1] / "fixtures"
 PROMPT = [[3, 17, 5, 9, 44]]
 OPTIONS = {"max_new_tokens": 16, "do_sample": False, "eos_token_id": None}
 # By name, settings of the heads: every kind of tensor that a checkpoint may hold

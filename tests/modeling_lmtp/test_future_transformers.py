@@ -216,7 +216,7 @@ def test_a_checkpoint_gives_plain_text_in_a_release_with_other_names(name, check
 
 
 def test_the_names_are_those_of_the_file_that_knows_them():
-    source = (Path(__file__).parent.parent / "modeling_lmtp" / "transformers_lmtp.py").read_text()
+    source = (Path(__file__).parents[2] / "modeling_lmtp" / "transformers_lmtp.py").read_text()
     private = {
         name for name in re.findall(r'[."](_[a-z]\w+)\b', source) if hasattr(GenerationMixin, name)
     }

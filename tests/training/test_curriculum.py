@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from test_warmup import examples, new_model, settings
+from tiny_training import examples, new_model, settings
 
 from modeling_lmtp.training.curriculum import active_heads
 from modeling_lmtp.training.warmup import warm_up

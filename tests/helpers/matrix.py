@@ -1,4 +1,4 @@
-"""Is L-MTP's text plain decoding's, architecture by architecture? `python tests/matrix.py` writes it down.
+"""Compare L-MTP's text with plain decoding's for each architecture: `python tests/helpers/matrix.py`.
 
 It examines the tiny random models of `architectures`, and writes `benchmarks/architectures.md` and
 `benchmarks/results/architectures.json`. The tests use the same examination.
@@ -28,8 +28,8 @@ from modeling_lmtp.tree_lmtp import DraftTree
 # On matrices this small, more threads only wait for each other.
 torch.set_num_threads(1)
 
-COMMAND = "python tests/matrix.py"
-BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+COMMAND = "python tests/helpers/matrix.py"
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
 # Prompts within the windows of 16 tokens and beyond; all texts leave them behind
 PROMPT_LENGTHS = (5, 19, 11)
@@ -38,7 +38,7 @@ SAMPLING = {"do_sample": True, "temperature": 1.3, "top_k": 20}
 SEED = 5
 PADDING = 0
 CONDITIONS = {
-    "models": "2 to 4 layers, 96 tokens, from `tests/architectures.py`",
+    "models": "2 to 4 layers, 96 tokens, from `tests/helpers/architectures.py`",
     "dtype": "float32",
     "device": "CPU",
     "threads": 1,
@@ -246,7 +246,7 @@ Is the text of `generate(use_lmtp=True)` the text of the backbone's own `generat
 random model of each architecture ({models}), in {dtype},
 on one thread of a {device}, with Transformers {transformers} and torch {torch}. All details are in
 [results/architectures.json](results/architectures.json); `{command}` writes both files, and
-`tests/test_architectures.py` asserts what they say.
+`tests/modeling_lmtp/test_architectures.py` asserts what they say.
 
 - *Tier*: the most that one verification may hold and still be exact, found out by trying and not from
   a name. A draft **tree**, a **chain**, or nothing: **plain** means that `use_lmtp=True` decodes plainly,

@@ -28,10 +28,10 @@ from batches import (
 from drafters import RULES, TREE, Oracle, always, sometimes
 from plain_decoding import assert_decoded_plainly, warnings_said
 from round_trips import count_round_trips
-from test_strategies import wrapped as of_twelve_tokens
 from tiny import tiny_llama
 from transformers import CompileConfig, LogitsProcessorList, StaticCache
 from transformers.cache_utils import StaticLayer
+from twelve_tokens import wrapped as of_twelve_tokens
 
 from modeling_lmtp import LMTPForCausalLM
 from modeling_lmtp.static_lmtp import StaticSlots

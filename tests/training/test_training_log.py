@@ -5,7 +5,7 @@ import sys
 
 import pytest
 import torch
-from test_warmup import examples, new_model, settings
+from tiny_training import examples, new_model, settings
 
 from modeling_lmtp.training import training_log
 from modeling_lmtp.training.evaluation import evaluate_heads

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 from bench_runs import KINDS, PROMPTS, tiny_model, write_checkpoint, write_prompts
-from test_cli import error_of, lmtp
+from commands import error_of, lmtp
 from tiny import tiny_llama, tiny_tokenizer
 
 from modeling_lmtp.benchmarks import bench as bench_module
