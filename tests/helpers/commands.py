@@ -2,21 +2,31 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import re
-from typing import Any
+from typing import Any, NamedTuple
 
-from click.testing import Result
-from typer.testing import CliRunner
+from modeling_lmtp.__main__ import COMMANDS
+from modeling_lmtp.conversion.command_line import run
 
-from modeling_lmtp.__main__ import app
+
+class Result(NamedTuple):
+    exit_code: int
+    stdout: str
+    stderr: str
+
+    @property
+    def output(self) -> str:
+        return self.stdout + self.stderr
 
 
 def lmtp(*arguments: Any) -> Result:
     """Run `lmtp` with these arguments; an error that it does not report itself is raised."""
-    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
-    if result.exception is not None and not isinstance(result.exception, SystemExit):
-        raise result.exception
-    return result
+    stdout, stderr = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(stdout), contextlib.redirect_stderr(stderr):
+        status = run(COMMANDS, [str(argument) for argument in arguments])
+    return Result(status, stdout.getvalue(), stderr.getvalue())
 
 
 def error_of(*arguments: Any) -> str:

@@ -1,0 +1,96 @@
+"""Options of a command: the fields of dataclasses, declared once.
+
+From a field follow the option on the command line (`HfArgumentParser`), its line of help, the check of its
+value, and what a record says of it. Bounds are part of the type: `Annotated[int, Range(ge=1)]`.
+"""
+
+from dataclasses import MISSING, Field, fields
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple, get_args, get_origin, get_type_hints
+
+Dtype = Literal["auto", "bfloat16", "float16", "float32"]
+
+
+class Range(NamedTuple):
+    """Bounds of a number; the names are those of pydantic's fields."""
+
+    ge: float | None = None
+    gt: float | None = None
+    le: float | None = None
+    lt: float | None = None
+
+    def __contains__(self, value: Any) -> bool:
+        """Whether a number lies within the bounds."""
+        return (
+            (self.ge is None or value >= self.ge)
+            and (self.gt is None or value > self.gt)
+            and (self.le is None or value <= self.le)
+            and (self.lt is None or value < self.lt)
+        )
+
+    def __str__(self) -> str:
+        """Return the bounds in words."""
+        lower = f"at least {self.ge:g}" if self.ge is not None else None
+        lower = f"more than {self.gt:g}" if self.gt is not None else lower
+        upper = f"at most {self.le:g}" if self.le is not None else None
+        upper = f"less than {self.lt:g}" if self.lt is not None else upper
+        return " and ".join(bound for bound in (lower, upper) if bound)
+
+
+class Options:
+    """Base class of a command's options; a subclass is a dataclass.
+
+    Its fields without a default are the command's arguments, in order. `title` heads its part of the
+    help.
+    """
+
+    title: ClassVar[str] = "options"
+
+    def __post_init__(self) -> None:
+        """Raise a ValueError for a value that its field does not allow."""
+        check_options(self)
+
+
+def own_fields(options: type) -> list[Field[Any]]:
+    """Return the fields that this package declares, in order: not those of `TrainingArguments`."""
+    own = {
+        name
+        for base in options.__mro__
+        if base.__module__.startswith(__package__.partition(".")[0])
+        for name in vars(base).get("__annotations__", {})
+    }
+    return [field for field in fields(options) if field.name in own]
+
+
+def check_options(options: Any) -> None:
+    """Check the fields that this package declares against their types' choices and bounds.
+
+    Raises:
+        ValueError: names the field, the value and what is allowed.
+    """
+    hints = get_type_hints(type(options), include_extras=True)
+    for field in own_fields(type(options)):
+        value = getattr(options, field.name)
+        if value is None:
+            continue
+        for part in _parts(hints[field.name]):
+            if isinstance(part, Range) and value not in part:
+                raise ValueError(f"{field.name} must be {part}, got {value!r}.")
+            if get_origin(part) is Literal and value not in get_args(part):
+                choices = ", ".join(map(str, get_args(part)))
+                raise ValueError(f"{field.name} must be one of {choices}, got {value!r}.")
+
+
+def _parts(hint: Any) -> list[Any]:
+    """Return a type and what `Annotated` and `| None` are made of."""
+    if get_origin(hint) is Annotated:
+        base, *extras = get_args(hint)
+        return [*_parts(base), *extras]
+    if get_origin(hint) is Literal:
+        return [hint]
+    arguments = get_args(hint)
+    return [part for argument in arguments for part in _parts(argument)] or [hint]
+
+
+def is_argument(field: Field[Any]) -> bool:
+    """Whether a field is an argument of the command, which is told by its place and not by its name."""
+    return field.default is MISSING and field.default_factory is MISSING
