@@ -67,6 +67,8 @@ def run(commands: Mapping[str, tuple[str, str]], arguments: Sequence[str]) -> in
             print(command_help(name, command))
             return 0
         return command(*parse(name, command, rest)) or 0
+    except KeyboardInterrupt:
+        return 130  # as a shell reports it
     except USER_ERRORS as error:
         _print_error(error)
         return 1
@@ -122,7 +124,9 @@ def _with_names(name: str, options: type, arguments: list[str]) -> list[str]:
 
 
 def _unknown(what: str, word: str, names: Sequence[str]) -> str:
-    near = difflib.get_close_matches(word.replace("-", "_"), [n.replace("-", "_") for n in names], 1)
+    near = difflib.get_close_matches(
+        word.replace("-", "_"), [n.replace("-", "_") for n in names], 1
+    )
     return f"{what}; did you mean {near[0].replace('__', '--', 1)}?" if near else f"{what}."
 
 

@@ -5,7 +5,16 @@ value, and what a record says of it. Bounds are part of the type: `Annotated[int
 """
 
 from dataclasses import MISSING, Field, fields
-from typing import Annotated, Any, ClassVar, Literal, NamedTuple, get_args, get_origin, get_type_hints
+from typing import (
+    Annotated,
+    Any,
+    ClassVar,
+    Literal,
+    NamedTuple,
+    get_args,
+    get_origin,
+    get_type_hints,
+)
 
 Dtype = Literal["auto", "bfloat16", "float16", "float32"]
 

@@ -34,7 +34,7 @@ class SkippedRows:
         """Raise the error, with what can be done, or keep it."""
         if self.refuses:
             raise ValueError(
-                f"{error}. Mend the row, or leave such rows out with --bad-rows skip."
+                f"{error}. Mend the row, or leave such rows out with --bad_rows skip."
             ) from error
         self.skipped.append(str(error))
 

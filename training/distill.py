@@ -17,6 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from modeling_lmtp.conversion.batch_generation import Sampling, derived_seed, generate_ids
 from modeling_lmtp.conversion.prompts import Prompt, end_ids, render_prompt
+from modeling_lmtp.conversion.saving import versions
 from modeling_lmtp.support_lmtp import num_positions
 from modeling_lmtp.transformers_lmtp import commit_of
 
@@ -25,7 +26,6 @@ from .distill_files import (
     Row,
     append_rows,
     manifest_path,
-    package_versions,
     read_rows,
 )
 from .distill_run import (
@@ -94,7 +94,7 @@ def distill(
         "settings": asdict(settings),
         "prompts_sha256": prompts_sha256(items),
         "prompt_sources": sources,
-        "versions": [package_versions()],
+        "versions": [versions()],
     }
     files = AnswerFiles(output, manifest, [item.id for item in items], duplicates)
 

@@ -20,7 +20,7 @@ from modeling_lmtp.chunked_lmtp import at_least_float32
 from modeling_lmtp.losses_lmtp import IGNORE_INDEX
 from modeling_lmtp.transformers_lmtp import attention_implementation
 
-from .examples import AnswerDataset, Row, padded_states
+from .examples import AnswerDataset, Row, collate, padded_states
 
 TRIED_LENGTHS = (7, 12, 9)
 # How far, relative to their size, states may lie from those of a part alone. Rounding in 16 bits
@@ -113,6 +113,11 @@ def collate_packs(rows: Sequence[Row]) -> dict[str, torch.Tensor]:
     }
     tensors = {name: torch.tensor(values) for name, values in columns.items()}
     return {**tensors, **padded_states(rows, length)}
+
+
+def collate_rows(rows: Sequence[Row]) -> dict[str, torch.Tensor]:
+    """Put packs, or rows of one answer each, in a batch."""
+    return collate_packs(rows) if "position_ids" in rows[0] else collate(rows)
 
 
 @torch.no_grad()
