@@ -196,7 +196,9 @@ def test_bad_rows_are_refused_or_skipped_and_counted_by_choice(folder, tmp_path,
     refused = error_of(folder, output, "--prompts", prompts)
     assert "prompts.jsonl:2: expected a non-empty string" in refused
     assert "--bad_rows skip" in refused
-    assert "got 'drop'" in error_of(folder, output, "--prompts", prompts, "--bad_rows", "drop")
+    assert "invalid choice: 'drop'" in error_of(
+        folder, output, "--prompts", prompts, "--bad_rows", "drop"
+    )
     assert not output.exists()
     logger = logging.getLogger("modeling_lmtp")
     logger.addHandler(caplog.handler)

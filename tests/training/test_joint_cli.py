@@ -150,9 +150,7 @@ def test_without_held_out_answers_it_says_nothing_of_them(folder, tmp_path):
 def test_errors_are_one_line_that_says_what_to_do(folder, tmp_path):
     output = tmp_path / "out"
     arguments = [folder / "checkpoint", folder / "answers.jsonl", output]
-    assert "invalid choice: 'some' (choose from lora, full)" in error_of(
-        "joint", *arguments, "--head_training", "some"
-    )
+    assert "invalid choice: 'some'" in error_of("joint", *arguments, "--head_training", "some")
     assert "lora_r must be at least 1, got 0" in error_of("joint", *arguments, "--lora_r", 0)
     plain = error_of("joint", folder / "backbone", folder / "answers.jsonl", output)
     assert "has no leap heads" in plain

@@ -139,7 +139,7 @@ def test_options_reach_the_training(train):
             ["--distillation_weight", 2],
             "distillation_weight must be at least 0 and at most 1, got 2.0",
         ),
-        (["--curriculum", "up"], "invalid choice: 'up' (choose from none, forward, reverse)"),
+        (["--curriculum", "up"], "invalid choice: 'up'"),
         (["--head_context", "all"], "head_context must be a number of tokens, or path, got 'all'"),
         (["--head_input", "first"], "head_input must be 'last'"),
         (["--shard_backbone"], "Launch several, with `accelerate launch --num_processes`"),
@@ -161,7 +161,7 @@ def test_heads_start_alike_whatever_was_drawn_before(train, monkeypatch):
         started.append(model.state_dict())
         raise ValueError("Enough.")
 
-    monkeypatch.setattr("modeling_lmtp.training.train_command.warm_up", note)
+    monkeypatch.setattr("modeling_lmtp.training.train_command.LeapTrainer", note)
     for drawn in (1, 2):
         torch.manual_seed(drawn)
         train("--leap_offsets", 2, 3, "--lm_head_rank", 4)
