@@ -120,6 +120,11 @@ class AnswerTrainer(Trainer):
         report = self.head_report(examples)
         return report.metrics() if report else {}
 
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """Write the Trainer's model card, which names the backbone as what was trained on."""
+        base = self.lmtp_model.config.base_model_name_or_path
+        super().create_model_card(*args, **{"finetuned_from": base, **kwargs})
+
     def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
         """Return batches of `eval_dataset`, answers as for the constructor, or of the one given there."""
         if eval_dataset is not None and not isinstance(eval_dataset, (str, AnswerDataset)):

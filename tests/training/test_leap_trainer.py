@@ -1,10 +1,13 @@
 """The trainers as people use them who write their own script, and options that Transformers has."""
 
 import json
+import subprocess
+import sys
 
 import pytest
 import torch
 from commands import error_of, lmtp
+from repositories import hub_in_use
 from tiny import tiny_llama, tiny_tokenizer
 from tiny_training import examples, new_model, settings
 
@@ -165,6 +168,19 @@ def test_what_reports_are_written_lies_beside_the_checkpoint(folder, tmp_path):
     result = lmtp(*train(folder, output, "--report_to", "tensorboard"))
     assert result.exit_code == 0, result.output
     assert list((output / "runs").rglob("events.out.*"))
+
+
+@pytest.mark.slow
+def test_heads_are_pushed_to_the_hub_as_a_checkpoint(folder, tmp_path):
+    with hub_in_use(tmp_path) as hub:
+        command = train(folder, tmp_path / "heads", "--push_to_hub")
+        # In a process of its own, which finds that Hub when it imports huggingface_hub
+        subprocess.run([sys.executable, "-m", "modeling_lmtp", *map(str, command)], check=True)
+        files = hub.files("me/heads")
+    assert json.loads(files["config.json"])["heads_only"]
+    assert {"model.safetensors", "modeling_lmtp.py", "tokenizer.json"} < files.keys()
+    assert f"base_model: {folder / 'backbone'}" in files["README.md"].decode()
+    assert (tmp_path / "heads" / "model.safetensors").exists()
 
 
 @pytest.mark.parametrize(
