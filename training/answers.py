@@ -7,7 +7,12 @@ from typing import Any, Literal, get_args
 
 from transformers import PreTrainedTokenizerBase
 
-from modeling_lmtp.conversion.prompts import Example, read_json_lines, render_prompt
+from modeling_lmtp.conversion.prompts import (
+    Example,
+    decode_answer,
+    read_json_lines,
+    render_prompt,
+)
 
 BadRows = Literal["refuse", "skip"]
 NUM_SHOWN = 3  # skipped rows that a note tells one by one
@@ -136,11 +141,14 @@ def _token_ids(
     _check(row, "prompt", str, "text", lambda value: bool(value.strip()))
     _check(row, "response", str, "text")
     _check({"finished": True, **row}, "finished", bool, "true or false")
-    prompt_ids = render_prompt(tokenizer, row["prompt"])
-    answer_ids = tokenizer(row["response"], add_special_tokens=False)["input_ids"]
+    recorded = _recorded_ids(row, tokenizer)
+    prompt_ids, answer_ids = recorded or (
+        render_prompt(tokenizer, row["prompt"]),
+        tokenizer(row["response"], add_special_tokens=False)["input_ids"],
+    )
     if not answer_ids and not row.get("finished"):
         raise ValueError("the response is empty, and no `finished: true` says that it is meant so")
-    if row.get("finished", True) and end_id is not None:
+    if row.get("finished", True) and end_id is not None and recorded is None:
         answer_ids = [*answer_ids, end_id]
     if not answer_ids:
         raise ValueError("the response is empty, and the model has no token that ends it")
@@ -151,6 +159,27 @@ def _token_ids(
             "another model's?"
         )
     return prompt_ids, answer_ids
+
+
+def _recorded_ids(
+    row: dict[str, Any], tokenizer: PreTrainedTokenizerBase
+) -> tuple[list[int], list[int]] | None:
+    """Return the ids that the backbone read and wrote, if the row has them and they are its text's.
+
+    They are better than the text: its tokenization may differ from what was sampled, and its prompt from
+    what was rendered then. They are not its text's where somebody edited the row, or where another
+    tokenizer wrote them.
+    """
+    ids = [row.get("prompt_ids"), row.get("response_ids")]
+    if not all(isinstance(part, list) and all(type(i) is int for i in part) for part in ids):
+        return None
+    prompt_ids, answer_ids = ids
+    highest = max([*prompt_ids, *answer_ids], default=0)
+    if not prompt_ids or highest >= len(tokenizer) or min([*prompt_ids, *answer_ids]) < 0:
+        return None
+    without_end = answer_ids[:-1] if row.get("finished", True) else answer_ids
+    same = decode_answer(tokenizer, without_end) == row["response"]
+    return (list(prompt_ids), list(answer_ids)) if same else None
 
 
 def _check(
