@@ -107,12 +107,20 @@ def head_tokens(
         labels: `(B, L)`, from `number_targets`.
     """
     offset = model.config.leap_offsets[index]
-    if position_ids is not None and position_ids.dim() == 2:  # some have several axes
-        labels = labels.masked_fill(position_ids < offset, IGNORE_INDEX)
+    labels = mask_starts(labels, position_ids, offset)
     rows, positions = leap_positions(labels, offset)
     context = _training_context(model, index, input_ids, rows, positions)
     features = model.leap_heads(index, hidden_states, context, (rows, positions))
     return HeadTokens(features, labels[rows, positions + offset], rows, positions)
+
+
+def mask_starts(
+    labels: torch.Tensor, position_ids: torch.Tensor | None, offset: int
+) -> torch.Tensor:
+    """Ignore the targets `(B, L)` whose state would lie in the sequence packed before theirs."""
+    if position_ids is None or position_ids.dim() != 2:  # some have several axes
+        return labels
+    return labels.masked_fill(position_ids < offset, IGNORE_INDEX)
 
 
 def _training_context(
