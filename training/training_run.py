@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 from modeling_lmtp.conversion.options import Dtype, Options, Range, own_fields
 from modeling_lmtp.conversion.saving import file_sha256, run_folder_of, save_checkpoint
 
-from .answer_files import load_answers, warn
+from .answers import load_answers, warn
 from .arguments import AnswerTrainingArguments
 from .examples import Example, split_examples
 from .processes import processes
