@@ -1,7 +1,7 @@
-"""The decoding loop: prefill, then draft, verify, walk, commit, until every row has ended.
+"""The decoding loop: prefill, then draft, verify, accept, commit, until every row has ended.
 
-The text is plain decoding's: at each node the walk takes the token that plain decoding would take
-there, and goes on for as long as a candidate carries that token (see *Exactness* in the README).
+The text is plain decoding's: each token is selected as plain decoding would select it, and a row accepts
+candidates for as long as they propose these tokens (see *Exactness* in the README).
 
 Shapes: `B` rows, `L` prompt length, `S` states, `H` hidden size, `V` vocabulary size.
 """
@@ -15,6 +15,7 @@ import torch
 from transformers import GenerationConfig
 from transformers.utils import ModelOutput
 
+from .acceptance_lmtp import AcceptedPath, Acceptor
 from .cache_lmtp import stop_rollback
 from .drafting_lmtp import Candidates, Drafter
 from .outputs_lmtp import LMTPGenerateOutput, PassRecorder, ReturnedCache
@@ -25,7 +26,6 @@ from .static_verification_lmtp import ReturnedStaticCache
 from .texts_lmtp import Texts
 from .transformers_lmtp import cache_of, decode_context, output_with_cache, prefill
 from .verification_lmtp import Verifier
-from .walking_lmtp import Walk, Walker
 
 
 @dataclass
@@ -36,7 +36,7 @@ class Decoder:
         verifier: holds the backbone.
         collect_states: collects what the drafter reads, in each pass inside its block.
         drafter: proposes candidates; whatever it proposes, the text stays the same.
-        walker: takes tokens as plain decoding would.
+        acceptor: selects the tokens of plain decoding.
         texts: collects them.
         generation_config: as `generate` prepared it.
         max_length: bounds the drafts, but not the text.
@@ -47,7 +47,7 @@ class Decoder:
     verifier: Verifier
     collect_states: Callable[[], AbstractContextManager[list[torch.Tensor]]]
     drafter: Drafter
-    walker: Walker
+    acceptor: Acceptor
     texts: Texts
     generation_config: GenerationConfig
     max_length: int
@@ -91,8 +91,8 @@ class Decoder:
             LMTPGenerateOutput,
             cache,
             sequences=self.texts.sequences(),
-            scores=self.walker.scores,
-            logits=self.walker.logits,
+            scores=self.acceptor.recorded.scores,
+            logits=self.acceptor.recorded.logits,
             attentions=recorder.attentions,
             hidden_states=recorder.hidden_states,
             acceptance_lengths=self.texts.acceptance_lengths,
@@ -145,16 +145,16 @@ class Decoder:
         outputs = None
         while True:
             try:
-                walks = self.walker.walk(candidates, logits, rows.numbers)
+                paths = self.acceptor.accept(candidates, logits, rows.numbers)
                 if outputs is not None:
-                    recorder.add(outputs, rows.numbers, walks)
-                self.texts.emit(rows.numbers, walks)
+                    recorder.add(outputs, rows.numbers, paths)
+                self.texts.emit(rows.numbers, paths)
             except BaseException:  # a streamer cancels, say; the caller may go on from the cache
                 if outputs is not None:
                     rows.take_back(1 + candidates.num_nodes)
                 raise
-            rows.commit(walks, 1 + candidates.num_nodes)
-            if not self._drop_finished(rows, walks, returned):
+            rows.commit(paths, 1 + candidates.num_nodes)
+            if not self._drop_finished(rows, paths, returned):
                 return
             candidates = self._draft(rows)
             states.clear()  # the drafter may have called the unembedding, or a processor the backbone
@@ -168,16 +168,16 @@ class Decoder:
     def _drop_finished(
         self,
         rows: Rows,
-        walks: Sequence[Walk],
+        paths: Sequence[AcceptedPath],
         returned: ReturnedCache | ReturnedStaticCache | None,
     ) -> bool:
         """Take rows that have ended out of the batch; return whether any is left."""
-        ended = [place for place, walked in enumerate(walks) if walked.finished]
+        ended = [place for place, path in enumerate(paths) if path.finished]
         if returned is not None:
             returned.take(ended, [rows.numbers[place] for place in ended])
-        if ended and len(ended) < len(walks):
-            rows.keep([place for place in range(len(walks)) if place not in ended])
-        return len(ended) < len(walks)
+        if ended and len(ended) < len(paths):
+            rows.keep([place for place in range(len(paths)) if place not in ended])
+        return len(ended) < len(paths)
 
     def _draft(self, rows: Rows) -> Candidates:
         """Draft no deeper than tokens may follow: candidates, and one more after them."""

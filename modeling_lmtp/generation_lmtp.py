@@ -19,7 +19,7 @@ from transformers import (
 )
 from transformers.utils import ModelOutput, logging
 
-from .choosing_lmtp import TokenChooser
+from .acceptance_lmtp import TokenSelector
 from .composition_lmtp import ForwardDrafter, MergedDrafter
 from .context_lmtp import PATH
 from .drafting_lmtp import Drafter
@@ -131,7 +131,7 @@ class LMTPGenerationMixin(GenerationMixin):
             num_known = input_ids.shape[1] if mask is None else mask.shape[1]
             call = Call(
                 input_ids,
-                TokenChooser(logits_processor, stopping_criteria, generation_config),
+                TokenSelector(logits_processor, stopping_criteria, generation_config),
                 generation_config,
                 model_kwargs,
                 streamer,

@@ -14,11 +14,11 @@ from transformers import Cache, PreTrainedModel
 from transformers.generation import GenerateDecoderOnlyOutput
 from transformers.utils import ModelOutput
 
+from .acceptance_lmtp import AcceptedPath
 from .cache_lmtp import join_rows, move_left, num_slots_of, stop_rollback, take_row, window_of
 from .rollback_lmtp import CacheSlots
 from .texts_lmtp import Texts
 from .transformers_lmtp import extend, next_inputs, with_cache
-from .walking_lmtp import Walk
 
 Layers = tuple[torch.Tensor, ...]
 
@@ -74,15 +74,15 @@ class StateRecords:
         self,
         layers: Layers,
         rows: Sequence[int],
-        walks: Sequence[Walk],
-        cut: Callable[[torch.Tensor, int, int, Walk, int], torch.Tensor],
+        paths: Sequence[AcceptedPath],
+        cut: Callable[[torch.Tensor, int, int, AcceptedPath, int], torch.Tensor],
     ) -> None:
-        """Take up what a pass returned at the nodes walked; `cut` picks one node from a layer's."""
-        for place, (row, walked) in enumerate(zip(rows, walks, strict=True)):
-            for depth in range(len(walked.path)):
+        """Record the states of the accepted nodes; `cut` selects one node from a layer's tensor."""
+        for place, (row, path) in enumerate(zip(rows, paths, strict=True)):
+            for depth in range(len(path.nodes)):
                 self.by_row[row].append(
                     tuple(
-                        cut(states, number, place, walked, depth)
+                        cut(states, number, place, path, depth)
                         for number, states in enumerate(layers)
                     )
                 )
@@ -124,21 +124,21 @@ class PassRecorder:
         if self._attentions is not None:
             self._attentions.prompt = outputs.attentions
 
-    def add(self, outputs: ModelOutput, rows: Sequence[int], walks: Sequence[Walk]) -> None:
-        """Take up a pass over drafts, before its walks' tokens are emitted."""
+    def add(self, outputs: ModelOutput, rows: Sequence[int], paths: Sequence[AcceptedPath]) -> None:
+        """Record a verification pass, before its accepted tokens are emitted."""
         if self._hidden_states is not None:
-            self._hidden_states.add(outputs.hidden_states, rows, walks, _state_at)
+            self._hidden_states.add(outputs.hidden_states, rows, paths, _state_at)
         if self._attentions is not None:
             lengths = {place: self.texts.length(row) for place, row in enumerate(rows)}
 
             def attention_at(
-                attention: torch.Tensor, layer: int, place: int, walked: Walk, depth: int
+                attention: torch.Tensor, layer: int, place: int, path: AcceptedPath, depth: int
             ) -> torch.Tensor:
                 length = lengths[place] + depth
                 window = window_of(self.cache, layer) or length
-                return _attention_at(attention, place, walked, depth, min(length, window))
+                return _attention_at(attention, place, path, depth, min(length, window))
 
-            self._attentions.add(outputs.attentions, rows, walks, attention_at)
+            self._attentions.add(outputs.attentions, rows, paths, attention_at)
 
     @property
     def hidden_states(self) -> tuple[Layers, ...] | None:
@@ -152,19 +152,19 @@ class PassRecorder:
 
 
 def _state_at(
-    states: torch.Tensor, _layer: int, place: int, walked: Walk, depth: int
+    states: torch.Tensor, _layer: int, place: int, path: AcceptedPath, depth: int
 ) -> torch.Tensor:
-    return states[place : place + 1, walked.path[depth], None]
+    return states[place : place + 1, path.nodes[depth], None]
 
 
 def _attention_at(
-    attention: torch.Tensor, place: int, walked: Walk, depth: int, length: int
+    attention: torch.Tensor, place: int, path: AcceptedPath, depth: int, length: int
 ) -> torch.Tensor:
     """Pick a node's attention from `(A, heads, Q, K)`, over its own path only: `(1, heads, 1, length)`."""
-    own = attention[place : place + 1, :, walked.path[depth], None]
+    own = attention[place : place + 1, :, path.nodes[depth], None]
     prefix = attention.shape[-1] - attention.shape[-2]
-    path = [prefix + node for node in walked.path[: depth + 1]]
-    own = torch.cat([own[..., :prefix], own[..., path]], dim=-1)
+    slots = [prefix + node for node in path.nodes[: depth + 1]]
+    own = torch.cat([own[..., :prefix], own[..., slots]], dim=-1)
     missing = length - own.shape[-1]
     return pad(own, (missing, 0)) if missing > 0 else own[..., -missing:]
 

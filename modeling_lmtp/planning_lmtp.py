@@ -16,8 +16,8 @@ from transformers import GenerationConfig, StaticCache
 from transformers.generation import BaseStreamer
 from transformers.utils import logging
 
+from .acceptance_lmtp import Acceptor, TokenSelector, TypicalRule, new_acceptor
 from .cache_lmtp import why_not_rolled_back
-from .choosing_lmtp import TokenChooser
 from .compiled_lmtp import compiled_pass
 from .decoding_lmtp import Decoder
 from .drafting_lmtp import Drafter
@@ -29,7 +29,6 @@ from .support_lmtp import Support, Tier, decoding_support, num_positions, why_no
 from .texts_lmtp import Texts
 from .transformers_lmtp import cache_of, remedy_for, why_unavailable
 from .verification_lmtp import Verifier
-from .walking_lmtp import GreedyWalker, RowByRowWalker, StepwiseWalker, TypicalRule, Walker
 
 logger = logging.get_logger(__name__)
 
@@ -53,7 +52,7 @@ class Call:
 
     Args:
         input_ids: the prompts, `(B, L)`; of a text that goes on, perhaps only what the cache lacks.
-        chooser: takes tokens as this call asks for.
+        selector: selects tokens as this call asks for.
         generation_config: the call's own.
         model_kwargs: what `generate` keeps between steps, the cache among them.
         streamer: receives each token once, in order.
@@ -61,7 +60,7 @@ class Call:
     """
 
     input_ids: torch.Tensor
-    chooser: TokenChooser
+    selector: TokenSelector
     generation_config: GenerationConfig
     model_kwargs: dict[str, Any]
     streamer: BaseStreamer | None = None
@@ -89,7 +88,7 @@ def check_call(model: Any, kwargs: Mapping[str, Any]) -> None:
 
 
 def plan(model: Any, settings: LMTPSettings, drafter: Drafter | None, call: Call) -> Decoder:
-    """Choose drafter, verifier and walker of a call.
+    """Choose drafter, verifier and acceptor of a call.
 
     Args:
         model: has a `backbone` and leap heads.
@@ -112,7 +111,7 @@ def plan(model: Any, settings: LMTPSettings, drafter: Drafter | None, call: Call
             "drafting cannot win)",
             by_choice=True,
         )
-    walker = _walker(settings, support, call)
+    acceptor = _acceptor(settings, support, call)
     drafter = drafter or model.new_drafter(settings, support.tier)
     is_static = isinstance(cache_of(call.model_kwargs), StaticCache)
     return Decoder(
@@ -121,8 +120,8 @@ def plan(model: Any, settings: LMTPSettings, drafter: Drafter | None, call: Call
         else Verifier(backbone, takes_trees=support.tier is Tier.TREE),
         model.head_states,
         drafter,
-        walker,
-        Texts(call.input_ids, call.chooser.pad_token_id, call.streamer),
+        acceptor,
+        Texts(call.input_ids, call.selector.pad_token_id, call.streamer),
         generation_config,
         # A token past the last position could not be verified
         min(generation_config.max_length, 1 + (num_positions(backbone.config) or math.inf)),
@@ -175,28 +174,22 @@ def _static_verifier(model: Any, max_nodes: int, call: Call) -> Verifier:
     return StaticVerifier(model.backbone, max_nodes, compiled)
 
 
-def _walker(settings: LMTPSettings, support: Support, call: Call) -> Walker:
-    """Rows walk apart where nothing needs them in step: that is as far as each of them goes."""
-    input_ids, chooser = call.input_ids, call.chooser
-    keep_scores = bool(call.returns_dict and call.generation_config.output_scores)
-    keep_logits = bool(call.returns_dict and call.generation_config.output_logits)
-    num_rows, length = input_ids.shape
-    apart = num_rows == 1 or (support.ragged and call.streamer is None)
+def _acceptor(settings: LMTPSettings, support: Support, call: Call) -> Acceptor:
+    rule = None
     if settings.acceptance_rule == "typical":
+        rule = TypicalRule(settings.posterior_threshold, settings.posterior_alpha)
+    acceptor = new_acceptor(
+        call.input_ids,
+        call.selector,
+        # A streamer gets the tokens of all rows together, step by step
+        rows_are_independent=support.ragged and call.streamer is None,
+        keep_scores=bool(call.returns_dict and call.generation_config.output_scores),
+        keep_logits=bool(call.returns_dict and call.generation_config.output_logits),
+        rule=rule,
+    )
+    if rule is not None:
         logger.warning_once(
-            "acceptance_rule='typical' is lossy: the text is not plain decoding's, and samples are "
+            "acceptance_rule='typical' is lossy: the text differs from plain decoding's, and samples are "
             "not distributed as plain samples."
         )
-        if not (apart and (num_rows == 1 or chooser.is_row_wise)):
-            raise ValueError(
-                "acceptance_rule='typical' judges every row by itself, which this model, or one of "
-                "the logits processors and stopping criteria, does not allow. Pass one prompt at a "
-                "time, or acceptance_rule='exact'."
-            )
-        rule = TypicalRule(settings.posterior_threshold, settings.posterior_alpha)
-        return RowByRowWalker(input_ids, chooser, keep_scores, keep_logits, rule)
-    if apart and chooser.is_plain_greedy and not (keep_scores or keep_logits):
-        return GreedyWalker([length] * num_rows, chooser)
-    if apart and num_rows > 1 and chooser.is_row_wise:
-        return RowByRowWalker(input_ids, chooser, keep_scores, keep_logits)
-    return StepwiseWalker(input_ids, chooser, keep_scores, keep_logits)
+    return acceptor

@@ -84,7 +84,9 @@ class ReplayedSlots(CacheSlots):
 
     def __init__(self, cache: Cache, num_prompt_slots: int) -> None:
         super().__init__(cache, num_prompt_slots)
-        self._num_slots = num_prompt_slots - 1  # the first walk takes up the prompts' last token
+        self._num_slots = (
+            num_prompt_slots - 1
+        )  # the first accepted path is that of the prompt's last token
         self._copies = self._copy_states()
 
     @property

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch.nn.functional import pad
 
+from .acceptance_lmtp import AcceptedPath
 from .cache_lmtp import start_rollback
 from .rollback_lmtp import CacheSlots
-from .walking_lmtp import Walk
 
 
 class Rows:
@@ -47,7 +47,7 @@ class Rows:
         self.may_move = may_move
         self.numbers = list(range(input_ids.shape[0]))
         self.num_states = num_states
-        # The last state is taken up by the first walk, as those of all later tokens are
+        # The first accepted path is that of the prompt's last token, so its state counts as new
         self.hidden_states, self.new_states = hidden_states[:, :-1], hidden_states[:, -1:]
         self.model_kwargs = dict(model_kwargs)
         self.slots = slots
@@ -70,27 +70,27 @@ class Rows:
             return [0] * len(self.numbers)
         return (attention_mask == 0).cumprod(dim=-1).sum(dim=-1).tolist()
 
-    def commit(self, walks: Sequence[Walk], num_slots: int) -> None:
-        """Take up the walks' tokens, and keep what cache and states hold of their paths.
+    def commit(self, paths: Sequence[AcceptedPath], num_slots: int) -> None:
+        """Append the accepted tokens, and keep the cache slots and states of the accepted nodes.
 
         Args:
-            walks: one per row.
+            paths: one per row.
             num_slots: `1 + N`, the slots that the last pass appended to the cache.
         """
-        lengths = [len(walked.path) for walked in walks]
-        going = {len(walked.path) for walked in walks if not walked.finished}
+        lengths = [len(path.nodes) for path in paths]
+        going = {len(path.nodes) for path in paths if not path.finished}
         if self.slots.in_step and len(going) > 1:
             raise RuntimeError("recurrent states are kept for all rows at once: rows go in step")
-        self.slots.keep_paths([walked.path for walked in walks], num_slots)
-        self._keep_states([walked.path for walked in walks])
-        tokens = [walked.tokens for walked in walks]
-        self.input_ids = _append(self.input_ids, tokens)
+        nodes = [path.nodes for path in paths]
+        self.slots.keep_paths(nodes, num_slots)
+        self._keep_states(nodes)
+        self.input_ids = _append(self.input_ids, [path.tokens for path in paths])
         self._extend_model_kwargs(lengths)
         self._padding = [
             padding + max(lengths) - length
             for padding, length in zip(self._padding, lengths, strict=True)
         ]
-        if len(walks) > 1:
+        if len(paths) > 1:
             self._move_left(min(self._padding))
 
     def take_back(self, num_slots: int) -> None:

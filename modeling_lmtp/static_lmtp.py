@@ -1,7 +1,7 @@
 """A static cache: the room it must have, and where the tokens of each row lie in it.
 
 Rows lie from the left, where plain decoding would have them. A pass writes its nodes behind the longest
-row, and what a walk accepts is copied from there to the end of its own row; no tensor moves:
+row, and the accepted slots are copied from there to the end of its own row; no tensor moves:
 
     row 0   p p p a . . . │ r n n n      p prompt, a accepted, r root, n candidate
     row 1   p p p a a a a │ r n n n

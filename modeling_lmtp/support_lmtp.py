@@ -13,6 +13,7 @@ import torch
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
+from .acceptance_lmtp import AcceptedPath
 from .cache_lmtp import (
     new_cache,
     why_not_cropped,
@@ -34,7 +35,6 @@ from .transformers_lmtp import (
 )
 from .tree_lmtp import DraftTree
 from .verification_lmtp import Verifier
-from .walking_lmtp import Walk
 
 logger = logging.get_logger(__name__)
 
@@ -299,12 +299,12 @@ def _verified_logits(
     no_states = torch.zeros((len(trees), 1, 1), device=tokens.device)
     verifier = StaticVerifier(backbone, num_nodes) if static else Verifier(backbone)
     rows = Rows(prompts, no_states, 1, model_kwargs, verifier.slots(model_kwargs, *prompts.shape))
-    rows.commit([Walk(tokens=[int(root)]) for root in tokens[:, length]], 1)
+    rows.commit([AcceptedPath(tokens=[int(root)]) for root in tokens[:, length]], 1)
     on_paths = verifier.verify(rows.input_ids, candidates, rows.model_kwargs).logits
     rows.new_states = no_states.expand(-1, 1 + candidates.num_nodes, 1)
     rows.commit(
         [
-            Walk(list(path), tokens[row, length + 1 : length + 1 + len(path)].tolist())
+            AcceptedPath(list(path), tokens[row, length + 1 : length + 1 + len(path)].tolist())
             for row, path in enumerate(paths)
         ],
         1 + candidates.num_nodes,

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from transformers.generation import BaseStreamer
 
-from .walking_lmtp import Walk
+from .acceptance_lmtp import AcceptedPath
 
 
 class Texts:
@@ -38,12 +38,12 @@ class Texts:
         """Return how long a row is, with its prompt."""
         return self.prompts.shape[1] + len(self.emitted[row])
 
-    def emit(self, rows: Sequence[int], walks: Sequence[Walk]) -> None:
-        """Take up the tokens of the rows walked."""
-        for row, walked in zip(rows, walks, strict=True):
+    def emit(self, rows: Sequence[int], paths: Sequence[AcceptedPath]) -> None:
+        """Append the accepted tokens, and stream them."""
+        for row, path in zip(rows, paths, strict=True):
             if self.emitted[row]:
-                self.acceptance_lengths[row].append(len(walked.tokens))
-            self.emitted[row] += walked.tokens
+                self.acceptance_lengths[row].append(len(path.tokens))
+            self.emitted[row] += path.tokens
         if self.streamer is not None:
             for token in self.padded(self._num_streamed):
                 self.streamer.put(torch.tensor(token))

@@ -14,6 +14,7 @@ from transformers.utils import logging
 from twelve_tokens import BATCH, BATCH_MASK, wrapped
 
 from modeling_lmtp import LMTPForCausalLM
+from modeling_lmtp.acceptance_lmtp import TypicalRule
 from modeling_lmtp.composition_lmtp import ForwardDrafter, MergedDrafter, merge_trees
 from modeling_lmtp.drafting_lmtp import Candidates, Drafter
 from modeling_lmtp.leap_drafter_lmtp import DynamicLeapHeadDrafter
@@ -21,7 +22,6 @@ from modeling_lmtp.lookup_lmtp import PromptLookupDrafter
 from modeling_lmtp.settings_lmtp import LMTPSettings
 from modeling_lmtp.support_lmtp import Tier
 from modeling_lmtp.tree_lmtp import MAX_NODES, DraftTree
-from modeling_lmtp.walking_lmtp import TypicalRule
 
 PROMPT = torch.tensor([[3, 17, 5, 9, 44, 3, 17, 5]])
 GREEDY = {"do_sample": False, "max_new_tokens": 40}
@@ -318,10 +318,10 @@ def test_typical_acceptance_takes_what_the_formula_lets_pass():
     entropy = -(probabilities * probabilities.log()).sum()
     bound = min(0.3, 0.9 * torch.exp(-entropy).item())
     assert 0.25 < bound < 0.5
-    assert rule.take(probabilities.log(), [1, 0, 3]) == 0
-    assert rule.take(probabilities.log(), [1, 3]) is None
-    assert rule.take(probabilities.log(), []) is None
-    assert TypicalRule(0.2, 0.9).take(probabilities.log(), [2, 1]) == 1
+    assert rule.select(probabilities.log(), [1, 0, 3]) == 0
+    assert rule.select(probabilities.log(), [1, 3]) is None
+    assert rule.select(probabilities.log(), []) is None
+    assert TypicalRule(0.2, 0.9).select(probabilities.log(), [2, 1]) == 1
 
 
 @pytest.mark.parametrize("batch", [False, True], ids=["one", "batch"])
@@ -351,7 +351,7 @@ def test_typical_acceptance_where_nothing_is_offered_is_plain_decoding():
 
 def test_typical_acceptance_needs_rows_that_are_judged_apart():
     model = wrapped()
-    with pytest.raises(ValueError, match="acceptance_rule='typical' judges every row by itself"):
+    with pytest.raises(ValueError, match="acceptance_rule='typical' processes each row separately"):
         generate(
             model,
             BATCH,
