@@ -1,11 +1,9 @@
-"""The few things asked of a backbone: that it is a causal model, and its last hidden states.
+"""What leap heads need of a backbone: a causal language model with an unembedding.
 
-Shapes: `B` batch, `L` length, `H` hidden size.
+Shapes: `H` hidden size, `V` vocabulary size.
 """
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from threading import get_ident
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -90,45 +88,3 @@ def keep_rows(old: Any, new: Any) -> None:
         new.weight[:rows] = old.weight[:rows]
         if new.bias is not None:
             new.bias[:rows] = old.bias[:rows]
-
-
-@contextmanager
-def unembedding_inputs(
-    backbone: PreTrainedModel, num_logits: int | None = None
-) -> Iterator[list[torch.Tensor]]:
-    """Collect what the unembedding reads, `(B, L, H)`, in each forward pass inside the block.
-
-    These are the last hidden states `h_s` that leap heads read. (Neither the base model's output nor
-    the last of `output_hidden_states` will do: some architectures normalise, project or scale in
-    between.)
-
-    Args:
-        backbone: the model.
-        num_logits: let the unembedding compute the logits of that many leading tokens only, where
-            the states are all that is wanted.
-
-    Raises:
-        RuntimeError: on leaving the block, if the forward pass never called the unembedding.
-    """
-    states: list[torch.Tensor] = []
-    device = unembedding_device(backbone)  # where the heads are
-    own_thread = get_ident()  # others may be running the same model
-
-    def collect(
-        module: nn.Module, args: tuple[torch.Tensor, ...]
-    ) -> tuple[torch.Tensor, ...] | None:
-        if not torch.compiler.is_compiling() and get_ident() != own_thread:
-            return None
-        states.append(args[0] if device.type == "meta" else args[0].to(device))
-        return (args[0][..., :num_logits, :], *args[1:])
-
-    handle = backbone.get_output_embeddings().register_forward_pre_hook(collect)
-    try:
-        yield states
-    finally:
-        handle.remove()
-    if not states:
-        raise RuntimeError(
-            f"{type(backbone).__name__} computes its logits without calling the module that its "
-            "get_output_embeddings() returns, so leap heads have no states to read."
-        )

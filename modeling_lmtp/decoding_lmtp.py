@@ -7,7 +7,7 @@ Shapes: `B` rows, `L` prompt length, `S` states, `H` hidden size, `V` vocabulary
 """
 
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,7 +34,7 @@ class Decoder:
 
     Args:
         verifier: holds the backbone.
-        collect_states: collects what the drafter reads, in each pass inside its block.
+        collect_states: collects the states that the drafter reads, in the passes over the prompts.
         drafter: proposes candidates; whatever it proposes, the text stays the same.
         acceptor: selects the tokens of plain decoding.
         texts: collects them.
@@ -68,21 +68,17 @@ class Decoder:
     def _decode(self, model_kwargs: dict[str, Any]) -> LMTPGenerateOutput:
         cache = cache_of(model_kwargs)
         recorder = PassRecorder(self.texts, cache, *self._recorded())
-        with ExitStack() as collecting:
-            states = collecting.enter_context(self.collect_states())
+        with self.collect_states() as states:  # of several passes, if the prefill is chunked
             outputs = self._prefill(model_kwargs)
-            recorder.add_prompt(outputs)
-            prompts = self.texts.prompts
-            slots = self.verifier.slots(model_kwargs, *prompts.shape)
-            returned = self._returned_cache(slots, model_kwargs)
-            num_states = self.drafter.num_states
-            prompt_states = torch.cat(states, dim=1)
-            rows = Rows(prompts, prompt_states, num_states, model_kwargs, slots, self.may_move)
-            if self.verifier.compiled is not None:
-                collecting.close()
-                states = collecting.enter_context(self.verifier.compiled.head_states())
-            with decode_context(self.verifier.backbone):
-                self._loop(rows, outputs.logits[:, -1:], states, recorder, returned)
+        recorder.add_prompt(outputs)
+        prompts = self.texts.prompts
+        slots = self.verifier.slots(model_kwargs, *prompts.shape)
+        returned = self._returned_cache(slots, model_kwargs)
+        num_states = self.drafter.num_states
+        prompt_states = torch.cat(states, dim=1)
+        rows = Rows(prompts, prompt_states, num_states, model_kwargs, slots, self.may_move)
+        with decode_context(self.verifier.backbone):
+            self._loop(rows, outputs.logits[:, -1:], recorder, returned)
         if returned is not None:
             returned.put_together()
         if self.texts.streamer is not None:
@@ -132,15 +128,10 @@ class Decoder:
         self,
         rows: Rows,
         logits: torch.Tensor,
-        states: list[torch.Tensor],
         recorder: PassRecorder,
         returned: ReturnedCache | ReturnedStaticCache | None,
     ) -> None:
-        """Emit the first tokens by the prompts' logits `(B, 1, V)`, and go on to the end.
-
-        Args:
-            states: where each pass leaves what the unembedding read, `(rows, nodes, H)`.
-        """
+        """Emit the tokens that follow from the prompts' logits `(B, 1, V)`, then all others."""
         candidates = Candidates.none(rows.input_ids)
         outputs = None
         while True:
@@ -157,13 +148,10 @@ class Decoder:
             if not self._drop_finished(rows, paths, returned):
                 return
             candidates = self._draft(rows)
-            states.clear()  # the drafter may have called the unembedding, or a processor the backbone
-            num_replayed = rows.slots.num_replayed
-            outputs = self.verifier.verify(
-                rows.input_ids, candidates, rows.model_kwargs, num_replayed
+            outputs, rows.new_states = self.verifier.verify(
+                rows.input_ids, candidates, rows.model_kwargs, rows.slots.num_replayed
             )
             logits = outputs.logits
-            rows.new_states = self.verifier.of_rows(states[0])[:, num_replayed:]
 
     def _drop_finished(
         self,

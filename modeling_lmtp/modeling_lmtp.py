@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
-from transformers.utils import logging
+from transformers.utils import ModelOutput, logging
 
 from .backbone_lmtp import check_backbone, unembedding_size
 from .checkpoints_lmtp import TAGS
@@ -25,7 +25,7 @@ from .heads_lmtp import new_leap_heads
 from .heads_only_lmtp import HeadsOnlyMixin
 from .leaps_lmtp import resolve_offsets
 from .losses_lmtp import IGNORE_INDEX, LeapObjective, check_labels, leap_losses
-from .states_lmtp import head_states
+from .states_lmtp import head_states, run_pass
 from .transformers_lmtp import commit_of, keep_own_settings
 from .unembeddings_lmtp import HeadUnembedding
 from .vocabulary_lmtp import DraftUnembedding
@@ -195,7 +195,7 @@ class LMTPForCausalLM(HeadsOnlyMixin, LMTPGenerationMixin):
         }
         inputs = {name: value for name, value in inputs.items() if value is not None}
         if labels is None:
-            outputs, hidden_states = self._run_backbone(inputs)
+            outputs, hidden_states = self.run_pass(inputs)
         elif self.config.train_backbone or not self.config.num_leap_heads:
             outputs, hidden_states = self._run_backbone_with_loss(
                 inputs, labels, num_items_in_batch
@@ -223,11 +223,6 @@ class LMTPForCausalLM(HeadsOnlyMixin, LMTPGenerationMixin):
         returns_dict = self.config.return_dict if return_dict is None else return_dict
         return result if returns_dict else result.to_tuple()
 
-    def _run_backbone(self, inputs: dict[str, Any]) -> tuple[dict[str, Any], torch.Tensor]:
-        with self.head_states() as states:
-            outputs = self.backbone(**inputs, return_dict=True)
-        return outputs, states[-1]
-
     def _run_backbone_with_loss(
         self,
         inputs: dict[str, Any],
@@ -238,9 +233,7 @@ class LMTPForCausalLM(HeadsOnlyMixin, LMTPGenerationMixin):
             num_items_in_batch = (labels[:, 1:] != IGNORE_INDEX).sum()
         # The mean over no targets is 0 / 0 in Transformers' loss; over at least 1 it is 0
         num_items_in_batch = torch.as_tensor(num_items_in_batch, device=labels.device).clamp(min=1)
-        return self._run_backbone(
-            {**inputs, "labels": labels, "num_items_in_batch": num_items_in_batch}
-        )
+        return self.run_pass({**inputs, "labels": labels, "num_items_in_batch": num_items_in_batch})
 
     def _run_frozen_backbone(self, inputs: dict[str, Any]) -> tuple[dict[str, Any], torch.Tensor]:
         if torch.is_grad_enabled() and any(p.requires_grad for p in self.backbone.parameters()):
@@ -248,15 +241,21 @@ class LMTPForCausalLM(HeadsOnlyMixin, LMTPGenerationMixin):
                 "The backbone has parameters that ask for gradients, such as an adapter's, and "
                 "train_backbone=False: they get none. Set config.train_backbone=True to train them."
             )
-        with torch.no_grad(), self.head_states(num_logits=1) as states:
-            outputs = self.backbone(**{"use_cache": False, **inputs}, return_dict=True)
-        return {name: outputs[name] for name in outputs if name != "logits"}, states[-1]
+        with torch.no_grad():
+            outputs, states = self.run_pass({"use_cache": False, **inputs}, num_logits=1)
+        return {name: outputs[name] for name in outputs if name != "logits"}, states
 
     def head_states(
         self, num_logits: int | None = None
     ) -> AbstractContextManager[list[torch.Tensor]]:
         """Collect what the heads read in each pass of the backbone inside the block, see `states_lmtp`."""
         return head_states(self.backbone, self.config.head_input, num_logits)
+
+    def run_pass(
+        self, inputs: dict[str, Any], num_logits: int | None = None
+    ) -> tuple[ModelOutput, torch.Tensor]:
+        """Run the backbone once; return its output and what the heads read, see `states_lmtp`."""
+        return run_pass(self.backbone, self.config.head_input, inputs, num_logits)
 
     @property
     def context_widths(self) -> tuple[int, ...]:

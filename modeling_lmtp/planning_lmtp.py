@@ -117,7 +117,7 @@ def plan(model: Any, settings: LMTPSettings, drafter: Drafter | None, call: Call
     return Decoder(
         _static_verifier(model, drafter.max_nodes, call)
         if is_static
-        else Verifier(backbone, takes_trees=support.tier is Tier.TREE),
+        else Verifier(backbone, support.tier is Tier.TREE, model.run_pass),
         model.head_states,
         drafter,
         acceptor,
@@ -171,7 +171,7 @@ def _static_verifier(model: Any, max_nodes: int, call: Call) -> Verifier:
     compiled = compiled_pass(
         model.backbone, model.config.head_input, call.generation_config, call.model_kwargs
     )
-    return StaticVerifier(model.backbone, max_nodes, compiled)
+    return StaticVerifier(model.backbone, max_nodes, compiled or model.run_pass)
 
 
 def _acceptor(settings: LMTPSettings, support: Support, call: Call) -> Acceptor:

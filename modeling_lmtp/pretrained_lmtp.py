@@ -10,7 +10,7 @@ from transformers import CONFIG_MAPPING, PreTrainedConfig, PreTrainedModel
 
 from .checkpoints_lmtp import AUTO_MAP, check_loaded
 from .configuration_lmtp import LMTPConfig
-from .states_lmtp import LayerMix
+from .heads_lmtp import LayerMix
 from .transformers_lmtp import start_at_zero
 from .zero_lmtp import ZeroLinear
 

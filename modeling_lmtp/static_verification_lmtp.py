@@ -13,16 +13,14 @@ from typing import Any
 import torch
 from torch.nn.functional import pad
 from transformers import PreTrainedModel
-from transformers.utils import ModelOutput
 
-from .compiled_lmtp import CompiledPass
 from .drafting_lmtp import Candidates
 from .rollback_lmtp import CacheSlots
 from .static_lmtp import StaticSlots
 from .texts_lmtp import Texts
 from .transformers_lmtp import cache_of, extend, next_inputs
 from .tree_lmtp import DraftTree
-from .verification_lmtp import Verifier
+from .verification_lmtp import RunPass, Verification, Verifier
 
 
 class StaticVerifier(Verifier):
@@ -31,15 +29,14 @@ class StaticVerifier(Verifier):
     Args:
         backbone: takes trees.
         max_nodes: `N`.
-        compiled: the backbone's pass, compiled; None to run it as it is.
+        run: see `Verifier`; may be compiled.
     """
 
     def __init__(
-        self, backbone: PreTrainedModel, max_nodes: int, compiled: CompiledPass | None = None
+        self, backbone: PreTrainedModel, max_nodes: int, run: RunPass | None = None
     ) -> None:
-        super().__init__(backbone)
+        super().__init__(backbone, run=run)
         self.num_nodes = 1 + max_nodes
-        self.compiled = compiled
 
     def slots(self, model_kwargs: dict[str, Any], num_rows: int, num_tokens: int) -> CacheSlots:
         """Return where the rows lie, and verify there from now on."""
@@ -47,17 +44,13 @@ class StaticVerifier(Verifier):
         self.rows_in_cache = StaticSlots(cache_of(model_kwargs), num_rows, self.num_nodes, mask)
         return self.rows_in_cache
 
-    def of_rows(self, states: torch.Tensor) -> torch.Tensor:
-        """Pick the rows that are still generating."""
-        return self.rows_in_cache.of_rows(states)
-
     def verify(
         self,
         input_ids: torch.Tensor,
         candidates: Candidates,
         model_kwargs: dict[str, Any],
         num_replayed: int = 0,
-    ) -> ModelOutput:
+    ) -> Verification:
         """Run the backbone on `Q` nodes per row: the root, the candidates, and what fills them up.
 
         Args:
@@ -67,7 +60,7 @@ class StaticVerifier(Verifier):
             num_replayed: 0, as nothing lacks in a static cache.
 
         Returns:
-            The backbone's output for the `A` rows, logits `(A, Q, V)`.
+            Output and states of the `A` rows.
 
         Raises:
             ValueError: there are more candidates than the drafter said there would be.
@@ -87,11 +80,12 @@ class StaticVerifier(Verifier):
         inputs["attention_mask"] = self._masks.over_all_slots(
             self.rows_in_cache.seen(visible), self.rows_in_cache.cache
         )
-        outputs = (self.compiled or self.backbone)(**inputs, return_dict=True)
-        outputs.logits = self.of_rows(outputs.logits)
+        outputs, states = self._run(inputs)
+        of_rows = self.rows_in_cache.of_rows
+        outputs.logits = of_rows(outputs.logits)
         if outputs.get("hidden_states") is not None:
-            outputs.hidden_states = tuple(map(self.of_rows, outputs.hidden_states))
-        return outputs
+            outputs.hidden_states = tuple(map(of_rows, outputs.hidden_states))
+        return Verification(outputs, None if states is None else of_rows(states))
 
     def _fill_up(self, candidates: Candidates) -> Candidates:
         """Make drafts for all `B` rows of what `A` rows have, `N` tokens each."""

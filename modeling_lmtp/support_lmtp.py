@@ -300,7 +300,7 @@ def _verified_logits(
     verifier = StaticVerifier(backbone, num_nodes) if static else Verifier(backbone)
     rows = Rows(prompts, no_states, 1, model_kwargs, verifier.slots(model_kwargs, *prompts.shape))
     rows.commit([AcceptedPath(tokens=[int(root)]) for root in tokens[:, length]], 1)
-    on_paths = verifier.verify(rows.input_ids, candidates, rows.model_kwargs).logits
+    on_paths = verifier.verify(rows.input_ids, candidates, rows.model_kwargs).outputs.logits
     rows.new_states = no_states.expand(-1, 1 + candidates.num_nodes, 1)
     rows.commit(
         [
@@ -311,7 +311,7 @@ def _verified_logits(
     )
     none = Candidates.none(rows.input_ids)
     num_replayed = rows.slots.num_replayed
-    after = verifier.verify(rows.input_ids, none, rows.model_kwargs, num_replayed).logits
+    after = verifier.verify(rows.input_ids, none, rows.model_kwargs, num_replayed).outputs.logits
     return [
         torch.cat([on_paths[row, list(path)], after[row, :1]]) for row, path in enumerate(paths)
     ]

@@ -3,6 +3,7 @@
 Shapes: `B` batch, `L` known tokens, root included, `Q = 1 + N` nodes, `V` vocabulary size.
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -10,12 +11,25 @@ from torch.nn.functional import pad
 from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
-from .compiled_lmtp import CompiledPass
 from .drafting_lmtp import Candidates
 from .masks_lmtp import TreeMasks
 from .rollback_lmtp import CacheSlots, slots_of
 from .transformers_lmtp import cache_of, extend, next_inputs
 from .tree_lmtp import DraftTree
+
+RunPass = Callable[[dict[str, Any]], tuple[ModelOutput, torch.Tensor | None]]
+
+
+class Verification(NamedTuple):
+    """What a verification pass returned.
+
+    Args:
+        outputs: the backbone's output for the nodes, logits `(B, Q, V)`.
+        states: the leap heads' input at the nodes, `(B, Q, H)`; None if nothing collects it.
+    """
+
+    outputs: ModelOutput
+    states: torch.Tensor | None
 
 
 class _Arrangement(NamedTuple):
@@ -31,12 +45,16 @@ class Verifier:
     Args:
         backbone: the model.
         takes_trees: whether it verifies trees exactly, see `support_lmtp`.
+        run: runs the backbone on prepared inputs; returns its output and the leap heads' input `(B, Q, H)`.
+            By default the backbone runs and no states are collected.
     """
 
-    def __init__(self, backbone: PreTrainedModel, takes_trees: bool = True) -> None:
+    def __init__(
+        self, backbone: PreTrainedModel, takes_trees: bool = True, run: RunPass | None = None
+    ) -> None:
         self.backbone = backbone
         self.takes_trees = takes_trees
-        self.compiled: CompiledPass | None = None
+        self._run = run or self._run_without_states
         self._masks = TreeMasks(backbone)
         self._kept: tuple[tuple[DraftTree, ...], _Arrangement] | None = None
 
@@ -44,9 +62,8 @@ class Verifier:
         """Return what keeps the cache of a batch whose prompts, `num_tokens` long, have been run."""
         return slots_of(cache_of(model_kwargs), num_tokens)
 
-    def of_rows(self, states: torch.Tensor) -> torch.Tensor:
-        """Pick from what a pass collected, `(…, Q, H)`, the rows that were to be verified."""
-        return states
+    def _run_without_states(self, inputs: dict[str, Any]) -> tuple[ModelOutput, None]:
+        return self.backbone(**inputs, return_dict=True), None
 
     def verify(
         self,
@@ -54,7 +71,7 @@ class Verifier:
         candidates: Candidates,
         model_kwargs: dict[str, Any],
         num_replayed: int = 0,
-    ) -> ModelOutput:
+    ) -> Verification:
         """Run the backbone on the roots and the candidates, appending `Q` slots to the cache.
 
         A chain is an ordinary continuation. In a tree each node sees the cached tokens and its own
@@ -65,9 +82,6 @@ class Verifier:
             candidates: for each row.
             model_kwargs: what `generate` keeps between steps, for the `L` known tokens; not changed.
             num_replayed: known tokens before the roots that the cache lacks; they are run as well.
-
-        Returns:
-            The backbone's output for the nodes, logits `(B, Q, V)`.
 
         Raises:
             ValueError: a tree that is not a chain, for a backbone that does not take trees.
@@ -87,8 +101,13 @@ class Verifier:
         num_tokens = num_replayed + 1 + candidates.num_nodes
         inputs = next_inputs(self.backbone, tokens, num_tokens, model_kwargs)
         self._arrange(inputs, candidates, model_kwargs)
-        outputs = self.backbone(**inputs, return_dict=True)
-        return _of_nodes(outputs, num_replayed) if num_replayed else outputs
+        outputs, states = self._run(inputs)
+        if num_replayed == 0:
+            return Verification(outputs, states)
+        return Verification(
+            _drop_replayed(outputs, num_replayed),
+            None if states is None else states[:, num_replayed:],
+        )
 
     def _arrange(
         self, inputs: dict[str, Any], candidates: Candidates, model_kwargs: dict[str, Any]
@@ -128,8 +147,8 @@ def _among(tree: DraftTree, size: int) -> torch.Tensor:
     return visible
 
 
-def _of_nodes(outputs: ModelOutput, num_replayed: int) -> ModelOutput:
-    """Leave out what was computed for the tokens that were run again."""
+def _drop_replayed(outputs: ModelOutput, num_replayed: int) -> ModelOutput:
+    """Drop the replayed tokens, which come before the nodes, from a backbone's output."""
     outputs.logits = outputs.logits[:, num_replayed:]
     if outputs.get("hidden_states") is not None:
         outputs.hidden_states = tuple(h[:, num_replayed:] for h in outputs.hidden_states)
