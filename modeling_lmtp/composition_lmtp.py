@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import torch
 
-from .drafting_lmtp import Candidates, Drafter, tree_of_texts
+from .drafting_lmtp import Candidates, Drafter, tree_from_paths
 from .tree_lmtp import MAX_NODES, DraftTree
 
 
@@ -37,7 +37,7 @@ class MergedDrafter(Drafter):
             merge([(c.trees[row], ids[row]) for c, ids in zip(proposed, token_ids, strict=True)])
             for row in range(input_ids.shape[0])
         ]
-        return Candidates.of_rows(
+        return Candidates.from_rows(
             [tree for tree, _ in merged], [ids for _, ids in merged], input_ids
         )
 
@@ -63,7 +63,7 @@ def merge_trees(
             texts.append(text)
             if len(known) < MAX_NODES - 1 and (len(text) == 1 or text[:-1] in known):
                 known.setdefault(text)
-    return tree_of_texts(known)
+    return tree_from_paths(known)
 
 
 class ForwardDrafter(Drafter):

@@ -35,7 +35,7 @@ class Candidates:
         return cls((DraftTree(),) * num_rows, input_ids[:, :0], [[] for _ in range(num_rows)])
 
     @classmethod
-    def of_rows(
+    def from_rows(
         cls,
         trees: Sequence[DraftTree],
         token_ids: Sequence[Sequence[int]],
@@ -92,7 +92,7 @@ class Candidates:
         return Candidates(trees, self.token_ids[:, :num_nodes], rows)
 
 
-def tree_of_texts(texts: Iterable[tuple[int, ...]]) -> tuple[DraftTree, list[int]]:
+def tree_from_paths(texts: Iterable[tuple[int, ...]]) -> tuple[DraftTree, list[int]]:
     """Build a tree from the tokens on the way to each node; return it and each node's token.
 
     Args:

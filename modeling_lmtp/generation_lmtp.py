@@ -23,7 +23,7 @@ from .acceptance_lmtp import TokenSelector
 from .composition_lmtp import ForwardDrafter, MergedDrafter
 from .context_lmtp import PATH
 from .drafting_lmtp import Drafter
-from .leap_drafter_lmtp import DynamicLeapHeadDrafter, LeapHeadDrafter
+from .leap_drafter_lmtp import DraftHeads, DynamicLeapHeadDrafter, LeapHeadDrafter
 from .leaps_lmtp import drafts
 from .outputs_lmtp import with_acceptance_lengths
 from .path_drafter_lmtp import DynamicPathDrafter, PathDrafter
@@ -207,21 +207,24 @@ class LMTPGenerationMixin(GenerationMixin):
                     f"tree exactly; a chain of {tree.depth} candidates is drafted instead."
                 )
             tree, num_nodes = DraftTree.chain(tree.depth), None
+        heads = self.draft_heads()
+        if num_nodes is not None:
+            dynamic = DynamicPathDrafter if heads.is_path_grounded else DynamicLeapHeadDrafter
+            return dynamic(heads, num_nodes, settings.draft_threshold or 0.0)
+        return (PathDrafter if heads.is_path_grounded else LeapHeadDrafter)(heads, tree)
+
+    def draft_heads(self) -> DraftHeads:
+        """Return what drafters use of this model."""
         token_ids = self.config.draft_token_ids
-        heads = (
+        return DraftHeads(
             self.leap_heads,
             self.config.leap_offsets,
             self.context_widths,
+            self.config.head_context == PATH,
             self.get_input_embeddings(),
             self.draft_unembeddings(),
             None if token_ids is None else torch.tensor(token_ids, device=self.device),
-            tree,
         )
-        is_path = self.config.head_context == PATH
-        if num_nodes is not None:
-            dynamic = DynamicPathDrafter if is_path else DynamicLeapHeadDrafter
-            return dynamic(num_nodes, settings.draft_threshold or 0.0, *heads)
-        return PathDrafter(*heads) if is_path else LeapHeadDrafter(*heads)
 
 
 def _with_stop_strings(

@@ -47,7 +47,7 @@ class PromptLookupDrafter(Drafter):
         sizes, tokens = self._copies(input_ids, length)
         both = torch.cat([sizes, tokens], dim=1).tolist()  # one transfer to the host
         found = [row[1 : 1 + COPIED_PER_MATCH * row[0]] for row in both]
-        return Candidates.of_rows([DraftTree.chain(len(row)) for row in found], found, input_ids)
+        return Candidates.from_rows([DraftTree.chain(len(row)) for row in found], found, input_ids)
 
     def _copies(self, input_ids: torch.Tensor, length: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the size of the longest n-gram, `(B, 1)`, and what followed it, `(B, length)`.

@@ -160,7 +160,7 @@ class RandomDrafter(Oracle):
             self._fill(tree, self._continuation(known))
             for tree, known in zip(trees, input_ids.tolist(), strict=True)
         ]
-        return Candidates.of_rows(trees, token_ids, input_ids)
+        return Candidates.from_rows(trees, token_ids, input_ids)
 
     def _tree(self) -> DraftTree:
         num_nodes = self._random(self.max_nodes + 1)

@@ -239,7 +239,7 @@ class Fixed(Drafter):
 
     def draft(self, input_ids, hidden_states, max_depth):
         trees, token_ids = zip(*self.proposals, strict=True)
-        return Candidates.of_rows(trees, token_ids, input_ids)
+        return Candidates.from_rows(trees, token_ids, input_ids)
 
 
 def test_where_only_chains_can_be_verified_the_first_proposal_is_taken():
@@ -282,7 +282,7 @@ def test_merging_waits_for_the_device_no_more_than_its_drafters(monkeypatch, set
 @pytest.mark.parametrize("depths", [(9, 9), (2, 3), (1, 0), (0, 0)], ids=str)
 def test_candidates_made_on_the_host_stay_known_there(monkeypatch, depths):
     trees, rows = (DraftTree.chain(3), DraftTree.chain(5)), ([4, 5, 6], [7, 8, 9, 1, 2])
-    made = Candidates.of_rows(trees, rows, torch.zeros(2, 4, dtype=torch.long))
+    made = Candidates.from_rows(trees, rows, torch.zeros(2, 4, dtype=torch.long))
     cut, device = made.truncate(depths), Candidates(made.trees, made.token_ids).truncate(depths)
     expected = device.token_ids.tolist()
     assert device.on_host() == cut.token_ids.tolist() == expected
