@@ -60,6 +60,7 @@ class Decoder:
         Args:
             model_kwargs: as `generate` prepared them, the cache among them.
         """
+        self.drafter.reset()
         try:
             return self._decode(model_kwargs)
         finally:

@@ -20,24 +20,24 @@ from transformers import (
 from transformers.utils import ModelOutput, logging
 
 from .acceptance_lmtp import TokenSelector
-from .composition_lmtp import ForwardDrafter, MergedDrafter
 from .context_lmtp import PATH
-from .drafting_lmtp import Drafter
-from .leap_drafter_lmtp import DraftHeads, DynamicLeapHeadDrafter, LeapHeadDrafter
+from .drafting_lmtp import Drafter, MergedDrafter
+from .leap_drafter_lmtp import DraftHeads
 from .leaps_lmtp import drafts
 from .outputs_lmtp import with_acceptance_lengths
-from .path_drafter_lmtp import DynamicPathDrafter, PathDrafter
-from .planning_lmtp import Call, PlainDecoding, check_call, plan
-from .refusals_lmtp import (
+from .planning_lmtp import (
+    Call,
+    PlainDecoding,
+    check_call,
+    plan,
     refuse_empty_prompt,
-    refuse_ignored,
     refuse_other_strategies,
     refuse_prompt_learning,
+    refuse_unused_arguments,
 )
 from .settings_lmtp import STRICT, LMTPSettings
-from .support_lmtp import Tier
+from .support_lmtp import Tier, decoding_support
 from .transformers_lmtp import attention_implementation, given_cache
-from .tree_lmtp import DraftTree
 
 logger = logging.get_logger(__name__)
 
@@ -82,7 +82,7 @@ class LMTPGenerationMixin(GenerationMixin):
         kwargs.update(zip(names[5:], args, strict=False))  # those after self and these four
         in_call = dict(kwargs)
         settings = LMTPSettings.take_from(kwargs, generation_config, self.generation_config)
-        refuse_ignored(in_call, drafter is not None, bool(settings.use_lmtp))
+        refuse_unused_arguments(in_call, drafter is not None, bool(settings.use_lmtp))
         refuse_prompt_learning(self)
         self.backbone.generation_config = self.generation_config
         positional = inputs, generation_config, logits_processor, stopping_criteria
@@ -135,7 +135,7 @@ class LMTPGenerationMixin(GenerationMixin):
                 generation_config,
                 model_kwargs,
                 streamer,
-                num_slots_given=None if cache is None else num_known,
+                num_cached_tokens=None if cache is None else num_known,
             )
             decoder = plan(self, settings, drafter, call)
             if streamer is not None:
@@ -186,32 +186,30 @@ class LMTPGenerationMixin(GenerationMixin):
         ids = self.config.draft_token_ids
         return self.config.get_text_config().vocab_size if ids is None else len(ids)
 
-    def new_drafter(self, settings: LMTPSettings, tier: Tier) -> Drafter:
-        """Return the drafter of settings for one batch size, for a backbone that verifies `tier`."""
-        drafter: Drafter = self._leap_head_drafter(settings, tier)
-        lookup = settings.prompt_lookup()
-        if lookup is not None:
-            drafter = MergedDrafter([lookup, drafter], takes_trees=tier is Tier.TREE)
-        return ForwardDrafter(drafter) if settings.forward_decoding else drafter
+    def new_drafter(
+        self, settings: LMTPSettings | None = None, tier: Tier | None = None
+    ) -> Drafter:
+        """Return a drafter that uses the leap heads, and prompt lookup if the settings ask for it.
 
-    def _leap_head_drafter(self, settings: LMTPSettings, tier: Tier) -> LeapHeadDrafter:
-        tree = settings.tree(self.horizon)
-        num_nodes = settings.draft_nodes
-        if num_nodes is not None:  # a tree is no deeper than it has nodes
-            tree = DraftTree.chain(min(tree.depth, num_nodes))
+        Args:
+            settings: for one batch size; by default, a chain of all that the heads can draft.
+            tier: what the backbone can verify; by default, that is tried out.
+        """
+        settings = settings or LMTPSettings()
+        tier = tier or decoding_support(self.backbone).tier
+        shape = settings.shape(self.horizon)
         if tier is not Tier.TREE:
-            if not tree.is_chain or (num_nodes or 0) > 1:
+            chain = shape.to_chain(self.horizon)
+            if not shape.is_chain:
                 logger.warning_once(
                     f"{type(self.backbone).__name__} with "
                     f"{attention_implementation(self.backbone.config)!r} attention cannot verify a draft "
-                    f"tree exactly; a chain of {tree.depth} candidates is drafted instead."
+                    f"tree exactly; a chain of {chain.length} candidates is drafted instead."
                 )
-            tree, num_nodes = DraftTree.chain(tree.depth), None
-        heads = self.draft_heads()
-        if num_nodes is not None:
-            dynamic = DynamicPathDrafter if heads.is_path_grounded else DynamicLeapHeadDrafter
-            return dynamic(heads, num_nodes, settings.draft_threshold or 0.0)
-        return (PathDrafter if heads.is_path_grounded else LeapHeadDrafter)(heads, tree)
+            shape = chain
+        drafter: Drafter = shape.new_drafter(self.draft_heads())
+        lookup = settings.prompt_lookup()
+        return drafter if lookup is None else MergedDrafter([lookup, drafter], tier is Tier.TREE)
 
     def draft_heads(self) -> DraftHeads:
         """Return what drafters use of this model."""

@@ -53,7 +53,7 @@ def wrapped(
 
 
 def drafter_of(model, **settings) -> LeapHeadDrafter:
-    return model._leap_head_drafter(LMTPSettings(**settings), Tier.TREE)
+    return model.new_drafter(LMTPSettings(**settings), Tier.TREE)
 
 
 def token_of(model, row: int) -> int:
@@ -286,7 +286,6 @@ DRAFTS = {
     "tree": {"draft_tree": PATHS},
     "dynamic tree": {"draft_nodes": 12},
     "dynamic tree with a threshold": {"draft_nodes": 12, "draft_threshold": 0.02},
-    "forward": {"forward_decoding": True},
     "lookup": {"prompt_lookup_num_tokens": 4, "draft_tree": PATHS},
 }
 

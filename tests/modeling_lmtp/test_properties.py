@@ -46,7 +46,7 @@ SAMPLING: list[dict[str, Any]] = [
 ]
 DRAFTS: list[dict[str, Any]] = [
     *[{}, {"draft_length": 1}, {"draft_nodes": 7}],
-    *[{"prompt_lookup_num_tokens": 3}, {"forward_decoding": True}],
+    {"prompt_lookup_num_tokens": 3},
 ]
 OUTPUTS = ("output_scores", "output_logits", "output_hidden_states")
 

@@ -53,7 +53,6 @@ DRAFTS = {
     "dynamic tree": {"draft_nodes": 9},
     "lookup and chain": {"prompt_lookup_num_tokens": 5},
     "lookup and dynamic tree": {"prompt_lookup_num_tokens": 5, "draft_nodes": 9},
-    "forward": {"forward_decoding": True},
 }
 CHOICES = {"greedy": {"do_sample": False}, "sampled": {"do_sample": True, "top_k": 5}}
 

@@ -15,10 +15,15 @@ from twelve_tokens import BATCH, BATCH_MASK, wrapped
 
 from modeling_lmtp import LMTPForCausalLM
 from modeling_lmtp.acceptance_lmtp import TypicalRule
-from modeling_lmtp.composition_lmtp import ForwardDrafter, MergedDrafter, merge_trees
-from modeling_lmtp.drafting_lmtp import Candidates, Drafter
+from modeling_lmtp.drafting_lmtp import (
+    Candidates,
+    Drafter,
+    ForwardDrafter,
+    MergedDrafter,
+    PromptLookupDrafter,
+    merge_trees,
+)
 from modeling_lmtp.leap_drafter_lmtp import DynamicLeapHeadDrafter
-from modeling_lmtp.lookup_lmtp import PromptLookupDrafter
 from modeling_lmtp.settings_lmtp import LMTPSettings
 from modeling_lmtp.support_lmtp import Tier
 from modeling_lmtp.tree_lmtp import MAX_NODES, DraftTree
@@ -46,8 +51,6 @@ STRATEGIES = {
     "lookup": {"prompt_lookup_num_tokens": 5},
     "lookup and chain of none": {"prompt_lookup_num_tokens": 5, "draft_length": 0},
     "lookup and dynamic tree": {"prompt_lookup_num_tokens": 5, "draft_nodes": 9},
-    "forward": {"forward_decoding": True},
-    "forward, dynamic tree": {"forward_decoding": True, "draft_nodes": 9},
 }
 
 
@@ -297,9 +300,44 @@ def test_candidates_made_on_the_host_stay_known_there(monkeypatch, depths):
 def test_forward_decoding_runs_a_plain_pass_before_each_draft():
     model = wrapped()
     plain = generate(model.backbone, **GREEDY).sequences
-    output = generate(model, use_lmtp=True, drafter=ForwardDrafter(Oracle(plain, CHAIN)), **GREEDY)
+    drafter = ForwardDrafter(Oracle(plain, CHAIN))
+    for new_tokens, last in ((40, [1, 2]), (39, [1, 1]), (40, [1, 2])):  # it may end anywhere
+        options = {**GREEDY, "max_new_tokens": new_tokens}
+        output = generate(model, use_lmtp=True, drafter=drafter, **options)
+        assert output.sequences.tolist() == plain[:, : 8 + new_tokens].tolist()
+        assert output.acceptance_lengths[0] == [1, 5] * 6 + last
+
+
+@pytest.mark.parametrize("batch", [False, True], ids=["one", "batch"])
+@pytest.mark.parametrize("architecture", ["llama", "gemma2", "bloom", "lfm2"])
+@pytest.mark.parametrize("settings", [{}, {"draft_nodes": 9}], ids=["chain", "dynamic tree"])
+def test_forward_decoding_with_the_model_s_own_heads_emits_plain_tokens(
+    architecture, settings, batch
+):
+    model = wrapped(architecture)
+    prompt, mask = (BATCH, BATCH_MASK) if batch else (PROMPT, None)
+    plain = generate(model.backbone, prompt, mask, **GREEDY).sequences
+    drafter = ForwardDrafter(model.new_drafter(LMTPSettings(**settings)))
+    output = generate(model, prompt, mask, use_lmtp=True, drafter=drafter, **GREEDY)
     assert output.sequences.tolist() == plain.tolist()
-    assert output.acceptance_lengths[0] == [1, 5] * 6 + [1, 2]
+    assert max(itertools.chain(*output.acceptance_lengths)) > 1
+
+
+def test_forward_decoding_as_a_setting_is_refused_and_says_what_to_pass():
+    model = wrapped()
+    with pytest.raises(ValueError, match=r"Pass drafter=ForwardDrafter\(model.new_drafter\(\)\)"):
+        generate(model, use_lmtp=True, forward_decoding=True, **GREEDY)
+    model.generation_config.forward_decoding = True
+    with pytest.raises(
+        ValueError, match="remove forward_decoding from the call or the generation_"
+    ):
+        generate(model, use_lmtp=True, **GREEDY)
+    plain = generate(model, use_lmtp=False, **GREEDY).sequences.tolist()
+    for value in (False, None):
+        model.generation_config.forward_decoding = value
+        assert generate(model, use_lmtp=True, **GREEDY).sequences.tolist() == plain
+        output = generate(model, use_lmtp=True, forward_decoding=value, **GREEDY)
+        assert output.sequences.tolist() == plain
 
 
 # Typical acceptance

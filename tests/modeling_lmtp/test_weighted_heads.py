@@ -240,7 +240,6 @@ DRAFTS = {
     "chain": {},
     "tree": {"draft_tree": PATHS},
     "dynamic tree": {"draft_nodes": 10},
-    "forward": {"forward_decoding": True},
     "lookup": {"prompt_lookup_num_tokens": 4, "draft_tree": PATHS},
 }
 
