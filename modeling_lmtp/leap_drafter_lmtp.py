@@ -12,10 +12,9 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from .context_lmtp import embed_context
 from .drafting_lmtp import Candidates, Drafter
 from .heads_lmtp import LeapHeads
-from .leaps_lmtp import draftable, drafts, num_draft_states
+from .leaps_lmtp import draftable, drafts, embed_context, num_draft_states
 from .tree_lmtp import MAX_CHILDREN, DraftTree, grow_tree
 from .unembeddings_lmtp import HeadUnembedding, unembed
 

@@ -13,9 +13,9 @@ from typing import NamedTuple
 
 import torch
 
-from .context_lmtp import embed_context
 from .drafting_lmtp import Candidates, tree_from_paths
 from .leap_drafter_lmtp import DraftHeads, LeapHeadDrafter
+from .leaps_lmtp import embed_context
 from .tree_lmtp import MAX_CHILDREN, DraftTree
 
 MAX_PARENTS = 8  # nodes per level that a dynamic tree expands; bounds the cost of a head's pass

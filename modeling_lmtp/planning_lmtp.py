@@ -19,16 +19,15 @@ from transformers.generation import BaseStreamer, GenerationMode
 from transformers.utils import logging
 
 from .acceptance_lmtp import Acceptor, TokenSelector, TypicalRule, new_acceptor
-from .cache_lmtp import why_not_rolled_back
+from .cache_lmtp import reason_no_rollback
 from .compiled_lmtp import compiled_pass
 from .decoding_lmtp import Decoder
 from .drafting_lmtp import Drafter
+from .outputs_lmtp import EmittedTokens
 from .settings_lmtp import DRAFT_SOURCES, PROMPT_LOOKUP, LMTPSettings
-from .static_lmtp import enlarge, why_no_room, why_not_static
-from .static_verification_lmtp import StaticVerifier
-from .support_lmtp import Support, Tier, decoding_support, num_positions, why_not_that_long
-from .texts_lmtp import Texts
-from .transformers_lmtp import cache_of, is_sharded, remedy_for, why_unavailable
+from .static_lmtp import StaticVerifier, enlarge, reason_no_room, reason_not_static
+from .support_lmtp import Support, Tier, decoding_support, num_positions, reason_too_long
+from .transformers_lmtp import cache_of, is_sharded, reason_unavailable, remedy_for
 from .verification_lmtp import Verifier
 
 logger = logging.get_logger(__name__)
@@ -146,7 +145,7 @@ def check_call(model: Any, kwargs: Mapping[str, Any]) -> None:
     Raises:
         PlainDecoding: the call, the model or this Transformers cannot be decoded with drafts.
     """
-    reason = _reason_for_plain_decoding(model, kwargs) or why_unavailable(model.backbone)
+    reason = _reason_for_plain_decoding(model, kwargs) or reason_unavailable(model.backbone)
     if reason:
         raise PlainDecoding(reason)
 
@@ -229,12 +228,12 @@ def plan(model: Any, settings: LMTPSettings, drafter: Drafter | None, call: Call
         model.head_states,
         drafter,
         acceptor,
-        Texts(call.input_ids, call.selector.pad_token_id, call.streamer),
+        EmittedTokens(call.input_ids, call.selector.pad_token_id, call.streamer),
         generation_config,
         # A candidate past the last position could not be verified
         min(generation_config.max_length, 1 + (num_positions(backbone.config) or math.inf)),
         returns_cache=call.returns_dict or call.num_cached_tokens is not None,
-        may_move=support.ragged,
+        can_drop_padding=support.ragged,
     )
 
 
@@ -246,11 +245,11 @@ def _support(backbone: Any, call: Call) -> Support:
     """
     cache = cache_of(call.model_kwargs)
     is_static = isinstance(cache, StaticCache)
-    reason = why_not_rolled_back(cache) or why_not_that_long(
+    reason = reason_no_rollback(cache) or reason_too_long(
         backbone.config, call.generation_config.max_length
     )
     if not reason and is_static:
-        reason = why_not_static(cache, call.generation_config)
+        reason = reason_not_static(cache, call.generation_config)
     if reason:
         raise PlainDecoding(reason)
     support = decoding_support(backbone, static=is_static)
@@ -273,7 +272,7 @@ def _static_verifier(model: Any, max_nodes: int, call: Call) -> Verifier:
         enlarge(cache, model.backbone, max_nodes)
     else:
         num_new = call.generation_config.max_length - call.input_ids.shape[1]
-        reason = why_no_room(cache, call.num_cached_tokens + num_new, max_nodes)
+        reason = reason_no_room(cache, call.num_cached_tokens + num_new, max_nodes)
         if reason:
             raise PlainDecoding(reason)
     compiled = compiled_pass(

@@ -15,8 +15,7 @@ from typing import Any
 import torch
 from torch.utils.data import Dataset
 
-from modeling_lmtp.chunked_lmtp import at_least_float32
-from modeling_lmtp.losses_lmtp import IGNORE_INDEX
+from modeling_lmtp.losses_lmtp import IGNORE_INDEX, at_least_float32
 from modeling_lmtp.states_lmtp import head_states
 from modeling_lmtp.transformers_lmtp import attention_implementation
 

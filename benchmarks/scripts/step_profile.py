@@ -33,8 +33,8 @@ from modeling_lmtp.conversion.prompts import render_prompt
 from modeling_lmtp.conversion.saving import versions
 from modeling_lmtp.decoding_lmtp import Decoder
 from modeling_lmtp.modeling_lmtp import LMTPForCausalLM
+from modeling_lmtp.outputs_lmtp import EmittedTokens
 from modeling_lmtp.rows_lmtp import Rows
-from modeling_lmtp.texts_lmtp import Texts
 from modeling_lmtp.transformers_lmtp import forward_with_cache
 from modeling_lmtp.verification_lmtp import Verifier
 
@@ -45,7 +45,7 @@ PARTS: dict[str, tuple[type, str]] = {
     "verify": (Verifier, "verify"),
     "walk": (GreedyAcceptor, "accept"),
     "commit": (Rows, "commit"),
-    "emit": (Texts, "emit"),
+    "emit": (EmittedTokens, "emit"),
 }
 
 

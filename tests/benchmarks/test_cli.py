@@ -83,7 +83,7 @@ def test_verify_finds_equal_texts_and_writes_the_figures(folder, checkpoint, tmp
     results = json.loads(figures.read_text())["results"]
     assert set(results) == {"greedy, chain", "greedy, tree", "sampling, chain", "sampling, tree"}
     assert all(result["equal"] == result["prompts"] == 3 for result in results.values())
-    assert "Tier: tree (trees come out exact; float32, cpu, sdpa" in result.output
+    assert "Tier: tree (trees are exact; float32, cpu, sdpa" in result.output
 
 
 def test_verify_tries_what_the_checkpoint_drafts(folder, checkpoint, tmp_path):

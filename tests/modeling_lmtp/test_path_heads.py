@@ -12,9 +12,8 @@ from naive_heads import naive_logits, states_of
 from torch.nn.functional import cross_entropy
 
 from modeling_lmtp import LMTPConfig, LMTPForCausalLM
-from modeling_lmtp.context_lmtp import context_widths
 from modeling_lmtp.leap_drafter_lmtp import LeapHeadDrafter
-from modeling_lmtp.leaps_lmtp import drafts
+from modeling_lmtp.leaps_lmtp import context_widths, drafts
 from modeling_lmtp.path_drafter_lmtp import MAX_PARENTS, DynamicPathDrafter, PathDrafter
 from modeling_lmtp.settings_lmtp import LMTPSettings
 from modeling_lmtp.support_lmtp import Tier

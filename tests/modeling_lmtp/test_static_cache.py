@@ -181,7 +181,6 @@ def test_a_pass_is_as_wide_as_the_largest_draft():
         "dynamic tree": 10,
         "lookup and chain": 10,
         "lookup and dynamic tree": 15,
-        "forward": 5,
     }
 
 
@@ -466,7 +465,7 @@ def test_an_offloaded_static_cache_is_decoded_plainly():
         generate(model, use_lmtp="strict", **with_cache({}, offloaded), **GREEDY)
 
 
-def test_a_given_cache_needs_room_for_the_text_and_a_draft():
+def test_a_passed_cache_needs_room_for_the_text_and_a_draft():
     model, needed = wrapped("llama"), LENGTH + NEW_TOKENS + 4
     plain = generate(model.backbone, **GREEDY).sequences
     for length in (LENGTH + NEW_TOKENS, needed - 1):

@@ -326,5 +326,5 @@ def test_layers_with_states_of_another_shape_are_refused():
 
 def test_states_of_one_layer_are_refused():
     model = wrapped()
-    with pytest.raises(ValueError, match=r"reads 3 states of 32 numbers .* got 32 numbers"):
+    with pytest.raises(ValueError, match=r"reads 3 states of size 32 .* got size 32"):
         model.leap_logits(0, torch.zeros(1, 4, 32))
