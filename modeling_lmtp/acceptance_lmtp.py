@@ -107,21 +107,11 @@ class TokenSelector:
             for token in criterion.eos_token_id.tolist()
         )
 
-    def process(self, input_ids: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
-        """Return the scores `(R, V)` after `input_ids` `(R, L)`; may overwrite `logits` `(R, V)`."""
-        return self.logits_processor(input_ids, logits)
-
     def select(self, scores: torch.Tensor) -> torch.Tensor:
         """Select one token per row, `(R,)`, from processed scores `(R, V)`."""
         if self.do_sample:
             return torch.multinomial(scores.softmax(dim=-1), num_samples=1).squeeze(1)
         return scores.argmax(dim=-1)
-
-    def is_finished(
-        self, input_ids: torch.Tensor, scores: tuple[torch.Tensor, ...] | None
-    ) -> torch.Tensor:
-        """Return `(R,)` booleans: which rows stop after the last token of `input_ids` `(R, L)`."""
-        return self.stopping_criteria(input_ids, scores)
 
 
 def _processor_for_row(processor: LogitsProcessor, row: int) -> LogitsProcessor:
@@ -353,7 +343,7 @@ class LockstepAcceptor(Acceptor):
         logits = _scatter_rows(logits, rows, len(self.input_ids))
         # A copy, because processors may write in place and other nodes' logits are still needed
         logits = logits.to(copy=True, dtype=torch.float32, device=self.input_ids.device)
-        scores = self.selector.process(self.input_ids, logits)
+        scores = self.selector.logits_processor(self.input_ids, logits)
         if self._scores is not None:
             self._scores.append(self._mask_finished(scores))
         if self._logits is not None:
@@ -367,7 +357,7 @@ class LockstepAcceptor(Acceptor):
         if self.selector.pads_finished_rows:
             tokens = torch.where(self.unfinished, tokens, self.selector.pad_token_id)
         self.input_ids = torch.cat([self.input_ids, tokens[:, None]], dim=-1)
-        finished = self.selector.is_finished(self.input_ids, self.recorded.scores)
+        finished = self.selector.stopping_criteria(self.input_ids, self.recorded.scores)
         self.unfinished = self.unfinished & ~finished
         return tokens.tolist(), self.unfinished.tolist()
 

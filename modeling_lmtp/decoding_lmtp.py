@@ -150,9 +150,11 @@ class Decoder:
             if not self._drop_finished(rows, paths, restorer):
                 return
             candidates = self._draft(rows)
-            outputs, rows.new_states = self.verifier.verify(
+            outputs, states = self.verifier.verify(
                 rows.input_ids, candidates, rows.model_kwargs, rows.slots.num_replayed
             )
+            assert states is not None  # `plan` has given the verifier a pass that collects them
+            rows.new_states = states
             logits = outputs.logits
 
     def _drop_finished(

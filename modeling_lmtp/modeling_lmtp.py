@@ -198,14 +198,13 @@ class LMTPForCausalLM(HeadsOnlyMixin, LMTPGenerationMixin):
             **backbone_kwargs,
         }
         inputs = {name: value for name, value in inputs.items() if value is not None}
+        result = LMTPCausalLMOutput()
         if labels is not None and known_states is not None and self._backbone_is_frozen:
-            outputs, hidden_states = {}, known_states
+            hidden_states = known_states
         else:
             outputs, hidden_states = self._run_backbone(inputs, labels, num_items_in_batch)
-
-        result = LMTPCausalLMOutput()
-        for name, value in outputs.items():
-            result[name] = value
+            for name, value in outputs.items():
+                result[name] = value
         if labels is not None and self.config.num_leap_heads:
             loss, result["leap_losses"] = leap_objective(
                 self, hidden_states, input_ids, labels, position_ids, num_items_in_batch
