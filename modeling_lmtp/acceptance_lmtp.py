@@ -46,7 +46,7 @@ ROW_WISE_CRITERIA = (MaxLengthCriteria, EosTokenCriteria, StopStringCriteria)
 
 
 class TokenSelector:
-    """Selects next tokens from logits, and applies the stopping criteria, as plain decoding does.
+    """Selects the tokens that plain decoding would select, and knows what ends a row.
 
     Args:
         logits_processor, stopping_criteria, generation_config: as `generate` prepared them.

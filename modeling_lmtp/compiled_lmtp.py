@@ -71,7 +71,7 @@ class CompiledPass:
         self._run = _compiled[repr(settings)]
         collectors = _collectors.setdefault(backbone, {})
         if head_input not in collectors:
-            collectors[head_input] = StateCollector(backbone, head_input)
+            collectors[head_input] = StateCollector(head_input)
         self._collector = collectors[head_input]
 
     def __call__(self, inputs: dict[str, Any]) -> tuple[ModelOutput, torch.Tensor]:

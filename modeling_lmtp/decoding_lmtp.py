@@ -142,7 +142,7 @@ class Decoder:
                 if outputs is not None:
                     recorder.add(outputs, rows.indices, paths)
                 self.emitted.emit(rows.indices, paths)
-            except BaseException:  # a streamer may cancel, and the caller go on from the cache
+            except BaseException:  # a streamer may cancel, and the caller continue from the cache
                 if outputs is not None:
                     rows.undo_pass(1 + candidates.num_nodes)
                 raise

@@ -41,8 +41,8 @@ OTHER_STRATEGIES = ("assistant_model", "custom_generate", "use_mtp", "token_heal
 def refuse_unused_arguments(kwargs: Mapping[str, Any], has_drafter: bool, use_lmtp: bool) -> None:
     """Raise a ValueError for arguments of a call that would have no effect.
 
-    A configuration may hold more settings than a call uses. And `use_lmtp=False` in the call turns off
-    whatever stands beside it.
+    A configuration may hold more settings than a call uses, and `use_lmtp=False` in the call turns off all
+    other settings.
 
     Args:
         kwargs: of the call.

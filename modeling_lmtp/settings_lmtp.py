@@ -1,4 +1,4 @@
-"""The settings of L-MTP decoding, as they stand in a call of `generate` and in `generation_config`.
+"""The settings of L-MTP decoding, from a call of `generate` and from `generation_config`.
 
 Each shape of draft is a class here, which knows the name of its setting, checks its values and makes its
 drafter.

@@ -63,7 +63,7 @@ def head_states(
         ValueError: during the pass, if the backbone does not return one state per layer and token.
         RuntimeError: on leaving the block, if no pass called the unembedding.
     """
-    collector = StateCollector(backbone, head_input, num_logits, get_ident())
+    collector = StateCollector(head_input, num_logits, get_ident())
     with collector.attached(backbone):
         yield collector.states
     if not collector.has_collected:
@@ -80,7 +80,6 @@ class StateCollector:
     it was traced with, so these must belong to one collector per backbone (see `compiled_lmtp`).
 
     Args:
-        backbone: the model; hooks are on it only while `attached`.
         head_input: see `LMTPConfig`.
         num_logits: see `head_states`.
         thread: collect in this thread only, because others may run the same model; None for all.
@@ -91,23 +90,20 @@ class StateCollector:
     """
 
     def __init__(
-        self,
-        backbone: PreTrainedModel,
-        head_input: str,
-        num_logits: int | None = None,
-        thread: int | None = None,
+        self, head_input: str, num_logits: int | None = None, thread: int | None = None
     ) -> None:
         self.head_input = head_input
         self.num_logits = num_logits
         self.thread = thread
-        self.device = unembedding_device(backbone)  # that of the heads
+        self.device = torch.device("meta")  # set when attached, because models move
         self.states: list[torch.Tensor] = []
         self.has_collected = False
         self._returns_layers: list[bool] = []  # for each pass in progress, whether its caller asked
 
     @contextmanager
     def attached(self, backbone: PreTrainedModel) -> Iterator[None]:
-        """Collect inside the block."""
+        """Collect in the passes of a model inside the block."""
+        self.device = unembedding_device(backbone)  # where the heads are
         with ExitStack() as hooks:
             register = backbone.get_output_embeddings().register_forward_pre_hook
             hooks.callback(register(self._keep_input).remove)
