@@ -15,6 +15,7 @@ import torch
 from transformers import CompileConfig, GenerationConfig, PreTrainedModel
 from transformers.utils import ModelOutput
 
+from .configuration_lmtp import HEAD_INPUTS
 from .states_lmtp import StateCollector
 from .transformers_lmtp import would_compile
 
@@ -28,6 +29,9 @@ _compiled: dict[str, Callable[..., tuple[ModelOutput, torch.Tensor | None]]] = {
 def _run(
     backbone: PreTrainedModel, collector: StateCollector, inputs: dict[str, Any]
 ) -> tuple[ModelOutput, torch.Tensor | None]:
+    # Dynamo does not guard on hooks, but on what is read here. Without this, code traced for one head_input
+    # would run for another model with the other one
+    assert collector.head_input in HEAD_INPUTS
     outputs = backbone(**inputs, return_dict=True)
     # Popped, because a list of another length in the next call would be compiled anew
     return outputs, collector.states.pop() if collector.states else None

@@ -322,6 +322,19 @@ def test_compiled_code_returns_the_states_that_heads_read(compiler, head_input):
     assert compiler["unique_graphs"] == 1
 
 
+@pytest.mark.parametrize("first", ["last", "weighted"])
+def test_models_whose_heads_read_other_states_do_not_run_each_other_s_code(compiler, first):
+    second = "weighted" if first == "last" else "last"
+    for head_input in (first, second, first):
+        model = LMTPForCausalLM.from_backbone(
+            tiny_llama(vocab_size=96), leap_offsets=(2, 3), head_input=head_input
+        ).eval()
+        plain = generate(model.backbone, **GREEDY).sequences
+        options = {**GREEDY, **STATIC, "compile_config": compile_config()}
+        output = generate(model, use_lmtp="strict", **options)
+        assert output.sequences.tolist() == plain.tolist()
+
+
 def test_plain_decoding_and_this_one_compile_apart(compiler):
     model, options = twelve("llama"), {**STATIC, "do_sample": False, "max_new_tokens": 12}
     config = compile_config()
