@@ -9,15 +9,17 @@ from typing import Any
 import torch
 from torch import nn
 
-from modeling_lmtp.chunked_lmtp import TokenLoss, at_least_float32, sum_of_means
 from modeling_lmtp.losses_lmtp import (
     HeadTokens,
+    TokenLoss,
+    at_least_float32,
     head_tokens,
     leap_positions,
     mask_starts,
-    number_targets,
+    sum_of_means,
+    to_draft_labels,
 )
-from modeling_lmtp.vocabulary_lmtp import DraftUnembedding
+from modeling_lmtp.unembeddings_lmtp import DraftUnembedding
 
 # The columns of a tally; targets outside the draft vocabulary are counted, and not learned
 MEASURES = ("loss", "divergence", "correct", "targets", "outside")
@@ -74,7 +76,7 @@ class HeadObjective:
         Returns:
             The sum, a scalar, and each head's mean `(m,)`, detached: 0 of those that take no part.
         """
-        tokens_of_text, labels = labels, number_targets(model, labels)
+        tokens_of_text, labels = labels, to_draft_labels(model, labels)
         self.tally = self.tally.to(labels.device)
         teacher = _teacher(model) if self.weight else None
         unembeddings = model.draft_unembeddings()

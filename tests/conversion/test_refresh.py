@@ -30,8 +30,8 @@ from save_fixture import FIXTURES, HEADS, OPTIONS, PROMPT
 from transformers import AutoModelForCausalLM
 
 from modeling_lmtp import LMTPForCausalLM, __version__
-from modeling_lmtp.checkpoints_lmtp import AUTO_MAP
 from modeling_lmtp.conversion import refreshing
+from modeling_lmtp.pretrained_lmtp import AUTO_MAP
 
 pytestmark = [
     pytest.mark.slow,
@@ -377,7 +377,7 @@ def test_heads_on_a_backbone_of_other_sizes_are_refused(hub, published, unchecke
     fixture.backbone.save_pretrained(tmp_path / "other")
     hub.add(HEADS_ID, aged(published[HEADS_ID]))
     message = error_of("refresh", HEADS_ID, "--base-folder", tmp_path / "other", "--yes")
-    assert "The leap heads are for another backbone" in message
+    assert "The leap heads do not fit the backbone" in message
     assert hub.files(HEADS_ID) == aged(published[HEADS_ID])
 
 

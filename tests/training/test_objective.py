@@ -5,8 +5,7 @@ import torch
 from tiny import tiny_llama
 
 from modeling_lmtp import LMTPForCausalLM
-from modeling_lmtp.chunked_lmtp import CHUNK_SIZE
-from modeling_lmtp.losses_lmtp import leap_losses
+from modeling_lmtp.losses_lmtp import CHUNK_SIZE, leap_losses
 from modeling_lmtp.training.objective import HeadObjective
 
 VOCAB_SIZE, OFFSETS = 61, (2, 3, 5)
