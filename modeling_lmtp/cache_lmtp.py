@@ -106,6 +106,75 @@ def reason_not_gatherable(cache: Cache) -> str | None:
     )
 
 
+def _other_states(layer: Any) -> dict[str, Any]:
+    """Return what a layer holds beside the attributes that are used of each kind of layer."""
+    known = {name for names in _ATTRIBUTES.values() for name in names}
+    ours = ("_buffers", "_views")
+    return {
+        name: value for name, value in vars(layer).items() if name not in known and name not in ours
+    }
+
+
+def _tensors(value: Any) -> Iterator[torch.Tensor]:
+    if torch.is_tensor(value):
+        yield value
+    elif isinstance(value, dict | list | tuple):
+        for part in value.values() if isinstance(value, dict) else value:
+            yield from _tensors(part)
+
+
+def reason_not_movable(cache: Cache) -> str | None:
+    """Return why slots of a used cache must stay where they are, or None if they may move.
+
+    A layer may hold more for each slot than keys and values, such as the keys of an indexer. Its own
+    methods crop it and select rows; no public method moves it.
+    """
+    for layer in cache.layers:
+        for name, value in _other_states(layer).items():
+            if any(tensor.ndim > 1 for tensor in _tensors(value)):
+                return f"cache layers of the kind {type(layer).__name__} hold {name!r} as well"
+    return None
+
+
+def reason_not_restored(cache: Cache, plain: Cache, tolerance: float) -> str | None:
+    """Return what a cache that was rolled back holds and plain decoding's does not, or None.
+
+    Keys, values and recurrent states are not compared: the logits show whether they are right.
+
+    Args:
+        cache: a cache of one row, after a rollback.
+        plain: a cache of the same tokens.
+        tolerance: how far states may differ, relative to the largest one.
+    """
+    for layer, plain_layer in zip(cache.layers, plain.layers, strict=True):
+        states = _other_states(layer)
+        for name, expected in _other_states(plain_layer).items():
+            if not _is_close(states.get(name), expected, tolerance):
+                kind = type(plain_layer).__name__
+                return f"cache layers of the kind {kind} do not roll back {name!r}"
+    return None
+
+
+def _is_close(state: Any, expected: Any, tolerance: float) -> bool:
+    if torch.is_tensor(expected):
+        if not torch.is_tensor(state) or state.shape != expected.shape:
+            return False
+        if not expected.is_floating_point() or expected.numel() == 0:
+            return bool(torch.equal(state, expected))
+        return bool((state - expected).abs().max() <= tolerance * expected.abs().max())
+    if isinstance(expected, dict):
+        return isinstance(state, dict) and all(
+            _is_close(state.get(key), part, tolerance) for key, part in expected.items()
+        )
+    if isinstance(expected, list | tuple):
+        return (
+            isinstance(state, type(expected))
+            and len(state) == len(expected)
+            and all(_is_close(*parts, tolerance) for parts in zip(state, expected, strict=True))
+        )
+    return not isinstance(expected, int) or state == expected
+
+
 def windows_of(cache: Cache) -> set[int]:
     """Return the sliding windows of a cache's layers, in tokens."""
     return {layer.sliding_window for layer in cache.layers if hasattr(layer, "sliding_window")}

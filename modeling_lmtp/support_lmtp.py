@@ -12,14 +12,18 @@ from enum import Enum
 from typing import Any
 
 import torch
-from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
+from torch import nn
+from transformers import Cache, GenerationConfig, PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
 from .acceptance_lmtp import AcceptedPath
 from .cache_lmtp import (
+    has_recurrent_states,
     new_cache,
     reason_not_croppable,
     reason_not_gatherable,
+    reason_not_movable,
+    reason_not_restored,
     reason_unknown_layers,
     windows_of,
 )
@@ -29,6 +33,7 @@ from .static_lmtp import StaticVerifier
 from .transformers_lmtp import (
     RELEASE,
     attention_implementation,
+    is_stateful,
     prefill,
     reason_unavailable,
     takes_cache,
@@ -49,7 +54,8 @@ PLAIN_TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-8}
 LOW_PRECISION_TRACE_TOLERANCE = 1e-2
 LOW_PRECISION_PLAIN_TOLERANCE = 2e-1
 # Names of windows in configurations; `max_window_layers` and `sliding_window_pattern` are no windows
-WINDOW_SETTINGS = ("window", "window_size", "attention_chunk_size")
+WINDOWS = ("window", "window_size")
+CHUNKS = ("attention_chunk_size",)
 # Names of the number of positions in configurations
 POSITION_SETTINGS = ("max_position_embeddings", "max_seq_len", "n_positions")
 LENGTH_DEPENDENT = ("dynamic", "longrope")  # types of rotary embeddings
@@ -144,14 +150,15 @@ def _probe_tiers(backbone: PreTrainedModel) -> Support:
         reason = "its forward takes no key-value cache"
     if reason is not None:
         return Support(Tier.PLAIN, reason)
-    no_tree = _reason_no_trees(backbone) or _probe(backbone, [TREE], [(0, 2, 3)])
+    fixed = _reason_fixed_slots(backbone)
+    no_tree = fixed or _reason_no_trees(backbone) or _probe(backbone, [TREE], [(0, 2, 3)])
     if no_tree is None:
         ragged = _takes_ragged(backbone, TREE, [(0, 2, 3), (0, 1)])
         return Support(Tier.TREE, "trees are exact", ragged)
     chain = DraftTree.chain(3)
     no_chain = _probe(backbone, [chain], [(0, 1)])
     if no_chain is None:
-        ragged = _takes_ragged(backbone, chain, [(0, 1, 2), (0,)])
+        ragged = fixed is None and _takes_ragged(backbone, chain, [(0, 1, 2), (0,)])
         return Support(Tier.CHAIN, f"no trees: {no_tree}", ragged)
     if backbone.training:
         no_chain += "; it is in training mode, call eval() first"
@@ -194,6 +201,68 @@ def _probe(
         return f"{reason}, in {RELEASE}" if is_change else reason
 
 
+def _reason_fixed_slots(backbone: PreTrainedModel) -> str | None:
+    """Return why slots of the cache must stay where plain decoding has them, or None if they may move.
+
+    In a tree, and in rows that are moved, slots are not the tokens' positions.
+    """
+    cache = new_cache(backbone.config)
+    # Chunks of a text may start at slots. The probe shows it if they are short enough for it
+    chunks = [size for size in _windows(backbone, CHUNKS) if size >= MAX_PROBE_LENGTH]
+    if chunks:
+        return f"its attention is cut into chunks of {chunks[0]} tokens, too many to try"
+    try:
+        if _reads_num_slots(backbone, cache):
+            return "its layers take positions from the slots of the cache"
+    except torch.OutOfMemoryError:
+        raise
+    except Exception:  # the probe of a chain says what is wrong
+        return None
+    return reason_not_movable(cache)
+
+
+def _reads_num_slots(backbone: PreTrainedModel, cache: Cache) -> bool:
+    """Return whether a block asks the cache how many slots it has used, and not only the model.
+
+    Such a block computes with slots, where others compute with `position_ids`; a scale that grows every
+    few thousand tokens would show in no short probe.
+    """
+    blocks = [
+        block
+        for module in backbone.modules()
+        if isinstance(module, nn.ModuleList)
+        for block in module
+    ]
+    depth, asked = 0, False
+    get_seq_length = cache.get_seq_length
+
+    def enter(*_: Any) -> None:
+        nonlocal depth
+        depth += 1
+
+    def leave(*_: Any) -> None:
+        nonlocal depth
+        depth -= 1
+
+    def record(*args: Any, **kwargs: Any) -> Any:
+        nonlocal asked
+        asked = asked or depth > 0
+        return get_seq_length(*args, **kwargs)
+
+    cache.get_seq_length = record
+    handles = [block.register_forward_pre_hook(enter) for block in blocks]
+    handles += [block.register_forward_hook(leave, always_call=True) for block in blocks]
+    try:
+        tokens = torch.arange(4, device=backbone.device)[None]
+        tokens = tokens % backbone.get_output_embeddings().weight.shape[0]
+        backbone(**with_cache({"input_ids": tokens, "use_cache": True}, cache))
+    finally:
+        del cache.get_seq_length
+        for handle in handles:
+            handle.remove()
+    return asked
+
+
 def _reason_no_trees(backbone: PreTrainedModel) -> str | None:
     """Return why no tree is worth trying, or None if one is."""
     attention = attention_implementation(backbone.config)
@@ -219,13 +288,13 @@ def _precision(backbone: PreTrainedModel) -> torch.dtype:
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else backbone.dtype
 
 
-def _windows(backbone: PreTrainedModel) -> list[int]:
+def _windows(backbone: PreTrainedModel, names: tuple[str, ...] = (*WINDOWS, *CHUNKS)) -> list[int]:
     """Return the attention windows in the configuration, in tokens."""
     settings = backbone.config.get_text_config(decoder=True).to_dict()
     return [
         value
         for name, value in settings.items()
-        if name.endswith(WINDOW_SETTINGS) and type(value) is int and value > 0
+        if name.endswith(names) and type(value) is int and value > 0
     ]
 
 
@@ -247,20 +316,24 @@ def _reason_inexact(
     numbers = torch.arange(length + max(len(path) for path in paths) + 1, device=backbone.device)
     tokens = torch.stack([(numbers * 7 + 5 * row) % vocab_size for row in range(len(trees))])
 
-    logits = _verified_logits(backbone, trees, paths, tokens, static, rejected=1)
+    logits, cache = _verified_logits(backbone, trees, paths, tokens, static, rejected=1)
     # The same, with other rejected candidates
-    others = _verified_logits(backbone, trees, paths, tokens, static, rejected=2 % vocab_size)
+    others, _ = _verified_logits(backbone, trees, paths, tokens, static, rejected=2 % vocab_size)
     precision = _precision(backbone)
     trace_tolerance = TRACE_TOLERANCE.get(precision, LOW_PRECISION_TRACE_TOLERANCE)
     plain_tolerance = PLAIN_TOLERANCE.get(precision, LOW_PRECISION_PLAIN_TOLERANCE)
     for row, path in enumerate(paths):
         known = tokens[row : row + 1, : length + len(path) + 1]
-        plain = backbone(input_ids=known, use_cache=False).logits[0, length:]
+        plain_cache = new_cache(backbone.config)
+        inputs = with_cache({"input_ids": known, "use_cache": True}, plain_cache)
+        plain = backbone(**inputs).logits[0, length:]
         scale = plain.abs().max()
         if (logits[row] - others[row]).abs().max() > trace_tolerance * scale:
             return "rejected candidates leave a trace"
         if (logits[row] - plain).abs().max() > plain_tolerance * scale:
             return "several tokens at once give other logits than one after the other"
+        if len(paths) == 1 and not static:
+            return reason_not_restored(cache, plain_cache, plain_tolerance)
     return None
 
 
@@ -271,7 +344,7 @@ def _verified_logits(
     tokens: torch.Tensor,
     static: bool,
     rejected: int,
-) -> list[torch.Tensor]:
+) -> tuple[list[torch.Tensor], Cache]:
     """Verify trees with the paths' tokens and `rejected` elsewhere, accept the paths, run one more pass.
 
     Args:
@@ -280,7 +353,8 @@ def _verified_logits(
         rejected: the token of all other candidates.
 
     Returns:
-        Per row, the logits of the path's nodes and of the token after it, `(len(path) + 1, V)`.
+        Per row, the logits of the path's nodes and of the token after it, `(len(path) + 1, V)`; and the
+        cache.
     """
     longest = max(len(path) for path in paths)
     prompts = tokens[:, : -longest - 1]
@@ -296,6 +370,8 @@ def _verified_logits(
         model_kwargs["position_ids"] = torch.arange(length, device=tokens.device)[None]
     prefill(backbone, prompts, GenerationConfig(), model_kwargs)
     reason = reason_unknown_layers(cache) or (None if static else reason_not_croppable(cache))
+    if reason is None and is_stateful(backbone) and not has_recurrent_states(cache):
+        reason = "it keeps states that no cache layer rolls back"
     if reason is not None:
         raise NotImplementedError(reason)
 
@@ -315,6 +391,7 @@ def _verified_logits(
     none = Candidates.none(rows.input_ids)
     num_replayed = rows.slots.num_replayed
     after = verifier.verify(rows.input_ids, none, rows.model_kwargs, num_replayed).outputs.logits
-    return [
+    logits = [
         torch.cat([on_paths[row, list(path)], after[row, :1]]) for row, path in enumerate(paths)
     ]
+    return logits, cache

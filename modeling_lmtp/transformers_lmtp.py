@@ -354,6 +354,11 @@ def execution_device(module: torch.nn.Module) -> torch.device | None:
     return None if device is None else torch.device(device)
 
 
+def is_stateful(backbone: PreTrainedModel) -> bool:
+    """Return whether a model says that it keeps states which cannot be cropped."""
+    return bool(getattr(backbone, "_is_stateful", False))
+
+
 def block_classes(model: PreTrainedModel) -> frozenset[str]:
     """Return the names of a model's block classes, which must not be split over devices."""
     return frozenset(getattr(model, "_no_split_modules", None) or ())

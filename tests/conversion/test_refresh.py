@@ -95,7 +95,7 @@ def aged(files, **settings):
         "given_up_lmtp.py": OLD_CODE,
         **({"config.json": json.dumps(config).encode()} if settings else {}),
     }
-    kept = {name: data for name, data in files.items() if name != "zero_lmtp.py"}
+    kept = {name: data for name, data in files.items() if name != "unembeddings_lmtp.py"}
     return {**kept, **changed, **NOT_OURS}
 
 
@@ -103,7 +103,7 @@ CHANGES = {
     "given_up_lmtp.py": "removed",
     "modeling_lmtp.py": "replaced",
     "tree_lmtp.py": "replaced",
-    "zero_lmtp.py": "added",
+    "unembeddings_lmtp.py": "added",
 }
 
 
@@ -428,7 +428,7 @@ def test_a_full_disk_is_known_before_anything_is_replaced(
 def test_what_a_kill_left_behind_is_cleared_away(tmp_path, published, unchecked):
     folder = write(tmp_path / "checkpoint", aged(published[FULL_ID]))
     (folder / ".refresh.unfinished" / "new").mkdir(parents=True)
-    (folder / ".refresh.unfinished" / "new" / "zero_lmtp.py").write_bytes(OLD_CODE)
+    (folder / ".refresh.unfinished" / "new" / "unembeddings_lmtp.py").write_bytes(OLD_CODE)
     text_of(folder, "--yes")
     assert files_of(folder) == {**published[FULL_ID], **NOT_OURS}
 
