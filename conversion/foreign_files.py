@@ -85,7 +85,7 @@ def find_files(source: str | Path, revision: str | None = None) -> ForeignFiles:
     if (path / "adapter_config.json").exists():
         raise ValueError(
             f"{source} holds an adapter, which is nothing without its model. Merge it with the code "
-            "that made it, and convert the result. (`lmtp merge` is for adapters of this project.)"
+            "that made it, and convert the result. (`lmtp export` merges adapters of this project only.)"
         )
     for pattern in WEIGHTS:
         weights = sorted(path.glob(pattern))

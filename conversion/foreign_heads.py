@@ -98,7 +98,7 @@ def _count_heads(
         if declared != len(present):
             raise ValueError(
                 f"config.json says {field}={declared!r}, but the tensors are of {len(present)} heads. "
-                f"Pass --num-heads {len(present)} to take these, or another number for the first ones."
+                f"Pass --num_heads {len(present)} to take these, or another number for the first ones."
             )
     elif not 1 <= num_heads <= len(present):
         raise ValueError(

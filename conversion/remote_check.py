@@ -1,4 +1,4 @@
-"""Load a checkpoint as its users will: in a fresh process, as remote code, without this package."""
+"""Loads a checkpoint as its users will: in a fresh process, as remote code, without this package."""
 
 import json
 import os
@@ -10,8 +10,6 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file
-
-from .forms import Form
 
 SCRIPT = """
 import json, sys
@@ -68,28 +66,28 @@ def generate_as_remote_code(
     prompt_ids: list[int],
     max_new_tokens: int,
     *,
-    form: Form = Form.FULL,
+    form: str = "full",
     base: str | None = None,
 ) -> dict[str, Any]:
     """Generate greedily, plainly and with L-MTP, from a checkpoint's own code in a fresh process.
 
     Args:
         checkpoint: a folder.
-        prompt_ids: one prompt.
-        max_new_tokens: as `generate` has it.
-        form: what the folder holds; each form loads by its own Auto classes.
-        base: of heads or an adapter, a folder with their base model, in place of the one they name.
+        prompt_ids: token ids of one prompt.
+        max_new_tokens: passed to `generate`.
+        form: `"full"`, `"heads"` or `"adapter"`; each loads through its own Auto classes.
+        base: a folder with the base model of heads or an adapter, in place of the one they name.
 
     Returns:
-        In float32, where both must be equal, `plain_ids`, `lmtp_ids` (the new tokens) and
-        `acceptance_lengths`; in the checkpoint's own dtype, plain decoding's `ids` and `tensors`:
-        `logits` `(1, L, V)` of the prompt and `leap_logits.{i}` of each head.
+        In float32, where both must be equal: `plain_ids`, `lmtp_ids` (the new tokens) and
+        `acceptance_lengths`. In the checkpoint's dtype: plain decoding's `ids`, and `tensors` with the
+        prompt's `logits` `(1, L, V)` and the `leap_logits.{i}` of each head.
 
     Raises:
         RuntimeError: the process failed; the message ends with its error output.
     """
     asked = {
-        "form": form.value,
+        "form": form,
         "base": base,
         "prompt_ids": prompt_ids,
         "max_new_tokens": max_new_tokens,
@@ -102,7 +100,7 @@ def generate_as_remote_code(
             capture_output=True,
             text=True,
             check=False,
-            # Transformers keeps a copy of remote code, here only as long as the check lasts
+            # Transformers caches a copy of remote code; delete it with the scratch folder
             env={**os.environ, "HF_MODULES_CACHE": str(Path(scratch) / "modules")},
         )
         if done.returncode:
