@@ -1,7 +1,7 @@
-"""An analysis as pictures: accuracy per distance, attenuation, tokens per step.
+"""Draws an analysis: accuracy per distance, attenuation, tokens per step.
 
-They are drawn from `analysis.json` alone, so old results can be drawn again. Colours are Okabe and
-Ito's, which colour-blind readers tell apart; markers differ as well.
+The pictures need only `analysis.json`, so old results can be drawn again. Colour-blind readers can tell the
+colours apart (Okabe and Ito's); markers differ as well.
 """
 
 from collections.abc import Mapping, Sequence
@@ -25,12 +25,20 @@ LEGEND = {"loc": "outside lower center", "frameon": False}
 
 
 def pictures_available() -> bool:
-    """Whether matplotlib, the extra `plots`, is installed."""
+    """Return whether matplotlib, the extra `plots`, is installed."""
     return find_spec("matplotlib") is not None
 
 
+def check_pictures() -> None:
+    """Raise a RuntimeError if matplotlib is not installed."""
+    if not pictures_available():
+        raise RuntimeError(
+            "Pictures need matplotlib, which is not installed: pip install 'modeling-lmtp[plots]'."
+        )
+
+
 def draw_pictures(record: Mapping[str, Any], folder: Path) -> list[Path]:
-    """Draw what an analysis holds into PNG files.
+    """Draw an analysis as PNG files.
 
     Args:
         record: what `lmtp analyze` writes as `analysis.json`.
@@ -42,10 +50,7 @@ def draw_pictures(record: Mapping[str, Any], folder: Path) -> list[Path]:
     Raises:
         RuntimeError: matplotlib is not installed.
     """
-    if not pictures_available():
-        raise RuntimeError(
-            "Pictures need matplotlib, which is not installed: pip install 'modeling-lmtp[plots]'."
-        )
+    check_pictures()
     drawn = {}
     if record["checkpoints"]:
         drawn["accuracy"] = _accuracy(record)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from modeling_lmtp.modeling_lmtp import LMTPForCausalLM
 from modeling_lmtp.tree_lmtp import DraftTree
 
-from .bench import make_batches
+from .bench_runner import make_batches
 from .pass_clock import PassClock
 
 ROUNDS = 2

@@ -195,7 +195,8 @@ def command_help(name: str, command: Command) -> str:
             if field not in arguments
         ]
         if rows:
-            parts.append(f"{options.title}:\n{_rows(rows)}")
+            title = getattr(options, "title", "options")
+            parts.append(f"{title}:\n{_rows(rows)}")
         if issubclass(options, TrainingArguments):
             parts.append(
                 "All options of transformers.TrainingArguments work too, such as --report_to and "
@@ -214,7 +215,11 @@ def _usage(name: str, classes: Sequence[type]) -> str:
         for field in own_fields(options)
         if is_required(field) and field not in arguments
     ]
-    names = [field.name.upper() for field in arguments]
+    hints = get_type_hints(classes[0])
+    names = [
+        field.name.upper() + (" ..." if get_origin(hints[field.name]) is list else "")
+        for field in arguments
+    ]
     return " ".join(["lmtp", name, *names, *required, "[options]"])
 
 

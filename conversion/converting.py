@@ -129,7 +129,7 @@ def convert_heads(options: ConvertOptions, check: CheckOptions) -> ConversionRep
     model = attach_heads(heads, base, offsets, cast=options.dtype != "auto")
     accuracies = None
     if check.check_leap:
-        texts = PROMPTS
+        texts: tuple[str, ...] = PROMPTS
         if check.prompts is not None:
             texts = tuple(first_prompts(check.prompts, check.field, len(PROMPTS)))
         fit = fit_leaps(model, generated_texts(model.backbone, tokenizer, texts))

@@ -150,7 +150,7 @@ def _load(options: ExportOptions) -> Loaded:
                 f"--base {base} is for an adapter or a heads-only checkpoint, but {source!r} holds its own "
                 "backbone. Leave --base out."
             )
-    given = {"backbone": base} if base is not None else {}
+    given: dict[str, Any] = {"backbone": base} if base is not None else {}
     return Loaded(load_lmtp(source, options.dtype, **given), source, backbone=base)
 
 

@@ -62,19 +62,18 @@ class Options:
 
 
 def own_fields(options: type) -> list[Field[Any]]:
-    """Return the fields that this package declares, in order; those of `TrainingArguments` are left out."""
-    package = __package__.partition(".")[0]
+    """Return the fields that `Options` declare, in order; those of `TrainingArguments` are left out."""
     own = {
         name
         for base in options.__mro__
-        if base.__module__.partition(".")[0] == package
+        if issubclass(base, Options)
         for name in inspect.get_annotations(base)
     }
     return [field for field in fields(options) if field.name in own]
 
 
 def check_options(options: Any) -> None:
-    """Check the fields that this package declares against the choices and bounds of their types.
+    """Check the fields of `own_fields` against the choices and bounds of their types.
 
     Raises:
         ValueError: names the field, the value and what is allowed.

@@ -72,8 +72,8 @@ class UploadOptions(Options):
 def publish(options: PublishOptions, card: CardOptions, destination: UploadOptions) -> None:
     """Publish a checkpoint on the Hub: code, weights, tokenizer, model card and record.
 
-    The repository is assembled in a temporary folder and loaded in a clean process without this package.
-    With --yes it is then uploaded in one commit.
+    The repository is assembled in a temporary folder and loaded in a clean process without this
+    package. With --yes it is then uploaded in one commit.
 
     Examples:
       lmtp publish OUT me/model --license apache-2.0 --language en          check everything
