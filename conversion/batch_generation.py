@@ -1,4 +1,4 @@
-"""Generation as self-distillation needs it: left-padded batches that follow their own settings."""
+"""Generates for self-distillation: left-padded batches that ignore the checkpoint's settings."""
 
 from __future__ import annotations
 
@@ -12,8 +12,7 @@ from typing import Any, cast
 import torch
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-# Everything a checkpoint's generation_config may add to plain decoding, switched off: the answers
-# follow the settings alone.
+# Switches off whatever a checkpoint's generation_config may add to plain decoding
 _PLAIN_DECODING = {
     "num_beams": 1,
     "num_return_sequences": 1,
@@ -28,7 +27,7 @@ _PLAIN_DECODING = {
 
 @dataclass(frozen=True)
 class Sampling:
-    """How `generate_ids` picks tokens: greedily where `temperature` is 0."""
+    """How `generate_ids` chooses tokens; a `temperature` of 0 means greedy search."""
 
     max_new_tokens: int
     temperature: float
@@ -59,7 +58,7 @@ def generate_ids(
     model.eval()
     try:
         with _seeded(sampling.seed, model.device):
-            # PreTrainedModel's own type has no generate: its causal-LM classes mix it in.
+            # The type PreTrainedModel has no generate: causal-LM classes mix it in
             output = cast(Any, model).generate(
                 input_ids.to(model.device),
                 attention_mask=mask.to(model.device),
@@ -90,7 +89,7 @@ def _decoding_config(
 
 
 def _pad_id(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, stop_ids: list[int]) -> int:
-    """Return an id to pad with. Any does: the attention mask hides it."""
+    """Return a token id to pad with. Any id does: the attention mask hides it."""
     for candidate in (model.generation_config.pad_token_id, tokenizer.pad_token_id, *stop_ids):
         if candidate is not None:
             return int(candidate)
