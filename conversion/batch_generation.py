@@ -1,4 +1,4 @@
-"""Generation as self-distillation needs it: left-padded batches that follow their own settings."""
+"""Generates for self-distillation: left-padded batches that ignore the checkpoint's settings."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 
 @dataclass(frozen=True)
 class Sampling:
-    """How `generate_ids` picks tokens: greedily where `temperature` is 0."""
+    """How `generate_ids` chooses tokens; a `temperature` of 0 means greedy search."""
 
     max_new_tokens: int
     temperature: float
@@ -46,7 +46,7 @@ def generate_ids(
     model.eval()
     try:
         with _settings_alone(model, config), _seeded(sampling.seed, model.device):
-            # PreTrainedModel's own type has no generate: its causal-LM classes mix it in.
+            # The type PreTrainedModel has no generate: causal-LM classes mix it in
             output = cast(Any, model).generate(
                 input_ids.to(model.device),
                 attention_mask=mask.to(model.device),

@@ -1,7 +1,7 @@
-"""Prompts for self-distillation: read from a file, or written by the model itself.
+"""Reads prompts from files and renders them as token ids.
 
-`render_prompt` is the one place that turns a prompt into token ids; self-distillation and training
-both use it, so that the heads see a prompt exactly as the backbone did when it answered.
+Self-distillation and training both call `render_prompt`, so that the heads see a prompt exactly as the
+backbone did when it answered.
 """
 
 from __future__ import annotations
@@ -34,14 +34,14 @@ class Example:
 
 @dataclass(frozen=True)
 class Prompt:
-    """One user turn, and the label of the kind it belongs to (None where there is none)."""
+    """One user turn, and the kind of prompt it is, if known."""
 
     text: str
     kind: str | None = None
 
 
 def refuse(error: ValueError) -> None:
-    """Raise it: what is done with a bad row unless otherwise said."""
+    """Raise the error: the default way to handle a bad row."""
     raise error
 
 
@@ -51,13 +51,13 @@ def read_json_lines(
     """Yield (line number from 1, JSON object) for each line of a .jsonl or .jsonl.gz file.
 
     Args:
-        path: the file. Its blank lines are skipped.
-        on_bad_line: gets an error that names `file:line` for any other line that is no JSON object,
-            and for compressed data that ends early or is damaged; it may raise it, as by default, or
-            go on.
+        path: the file. Blank lines are skipped.
+        on_bad_line: called with an error that names `file:line` for each other line that is not a JSON
+            object, and for compressed data that ends early or is damaged. It may raise the error, as by
+            default, or return to skip the line.
 
     Raises:
-        ValueError: the file's name has another ending.
+        ValueError: the file's name has another suffix.
     """
     path = Path(path)
     if not path.name.endswith((".jsonl", ".jsonl.gz")):
@@ -78,10 +78,10 @@ def read_json_lines(
 
 
 def _damage(error: Exception, number: int) -> str:
-    """Say what is wrong with gzip data after line `number`."""
+    """Return what is wrong with gzip data after line `number`."""
     if isinstance(error, EOFError):
         return "the gzip data ends early after here"
-    hint = "" if number else "; if nothing is compressed, leave .gz out of its name"
+    hint = "" if number else "; if the file is not compressed, remove .gz from its name"
     return f"the gzip data is damaged ({error}) after here{hint}"
 
 
@@ -102,13 +102,14 @@ def read_prompts(
     """Read one prompt per line from a .jsonl or .jsonl.gz file.
 
     Args:
-        path: the file. A row's optional string "kind" is kept.
+        path: the file. A row may name its kind in the field "kind".
         field: the name of the field that holds the prompt's text.
-        on_bad_row: gets an error that names `file:line`, and the fields found, where `field` is
-            missing, empty or no text, or `kind` no string; it may raise it, as by default, or go on.
+        on_bad_row: called with an error that names `file:line` and the row's fields if `field` is not a
+            non-empty string, or `kind` is not a string. It may raise the error, as by default, or return
+            to skip the row.
 
     Raises:
-        ValueError: the file holds no prompt, or has another ending than these.
+        ValueError: the file holds no prompt, or its name has another suffix.
     """
     prompts = []
     for number, row in read_json_lines(path, on_bad_row):
@@ -129,7 +130,7 @@ def _prompt(row: dict[str, Any], field: str) -> Prompt:
         )
     if kind is not None and not isinstance(kind, str):
         raise ValueError(f"expected a string in field 'kind', got {kind!r}")
-    text.encode()  # half of a surrogate pair is no text, and tokenizers do not say so
+    text.encode()  # raises for half a surrogate pair, which tokenizers accept silently
     return Prompt(text, kind)
 
 
@@ -138,9 +139,9 @@ def render_prompt(
 ) -> list[int]:
     """Return the token ids up to where the answer to `prompt` begins.
 
-    With a chat template: one user turn and the header of the answer. The template writes its own
-    special tokens, so none are added (no second BOS). Without one: the bare prompt, with the
-    special tokens that the tokenizer itself adds.
+    With a chat template: one user turn and the header of the answer. The template writes the special
+    tokens, so the tokenizer adds none (no second BOS). Without a template: the bare prompt, with the
+    special tokens that the tokenizer adds.
 
     Args:
         tokenizer: the backbone's.
@@ -232,7 +233,7 @@ def _render(
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    """Return the token ids of rendered text, without special tokens of the tokenizer's own."""
+    """Return the token ids of rendered text; the tokenizer adds no special tokens."""
     return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
@@ -242,7 +243,7 @@ def decode_answer(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
 
 
 def end_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Return the ids that end an answer: the model's own, else the tokenizer's; maybe none."""
+    """Return the ids that end an answer: the model's, or else the tokenizer's; possibly none."""
     ids = model.generation_config.eos_token_id
     if ids is None:
         ids = tokenizer.eos_token_id
@@ -252,10 +253,10 @@ def end_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[
 
 
 def answer_end_id(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int | None:
-    """Return the id with which a finished answer ends, None if the model has none.
+    """Return the id that ends a finished answer, or None if the model has none.
 
-    Of several `end_ids` it is the one with which the chat template closes an answer, else the
-    tokenizer's own, else the first.
+    Of several `end_ids` it is the one with which the chat template closes an answer, or else the
+    tokenizer's, or else the first.
     """
     ids = end_ids(model, tokenizer)
     likely = [*_closing_ids(tokenizer), tokenizer.eos_token_id, *ids]
@@ -263,9 +264,9 @@ def answer_end_id(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) ->
 
 
 def _closing_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Return what the chat template writes behind an answer; nothing where it does not show."""
+    """Return the ids that the chat template writes after an answer; none if that cannot be told."""
     if not tokenizer.chat_template:
         return []
     rendered = render_turns(tokenizer, "?", SENTINEL, add_generation_prompt=False)
-    _, found, tail = rendered.rpartition(SENTINEL)
-    return encode(tokenizer, tail) if found else []
+    _, separator, tail = rendered.rpartition(SENTINEL)
+    return encode(tokenizer, tail) if separator else []

@@ -23,7 +23,7 @@ from unittest import mock
 import torch
 
 from modeling_lmtp.acceptance_lmtp import GreedyAcceptor
-from modeling_lmtp.benchmarks.bench_run import base_name, device_name
+from modeling_lmtp.benchmarks.conditions import base_name, device_name
 from modeling_lmtp.benchmarks.exactness import drafts_to_try
 from modeling_lmtp.benchmarks.pass_clock import synchronize
 from modeling_lmtp.benchmarks.quiet import measure_quietness, quiet_record

@@ -473,7 +473,7 @@ def test_a_tag_that_fails_is_said(hub, published, unchecked):
     hub.fail("POST .*/tag/", error(500, "sorry"))
     message = error_of("refresh", FULL_ID, "--yes", "--tag", "v2")
     commit = hub.repos[FULL_ID].branches["main"]
-    assert f"The commit {commit} is in {FULL_ID}, but the tag 'v2' is not" in message
+    assert f"The commit {commit} is in {FULL_ID}, but tagging it 'v2' failed" in message
     assert f"hf repos tag create {FULL_ID} v2 --revision {commit}" in message
 
 
@@ -481,6 +481,6 @@ def test_the_check_compares_with_the_model_itself(hub, published, unchecked):
     hub.add(FULL_ID, aged(published[FULL_ID]))
     text_of(FULL_ID)
     _, form, model, prompt_ids, *_ = unchecked[0]
-    assert form.value == "full"
+    assert form == "full"
     assert len(prompt_ids) > 5  # of the checkpoint's tokenizer
     assert torch.isfinite(model(torch.tensor([prompt_ids])).logits).all()
