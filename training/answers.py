@@ -183,10 +183,11 @@ def _recorded_ids(
     what was rendered then. They are not its text's where somebody edited the row, or where another
     tokenizer wrote them.
     """
-    ids = [row.get("prompt_ids"), row.get("response_ids")]
-    if not all(isinstance(part, list) and all(type(i) is int for i in part) for part in ids):
+    prompt_ids, answer_ids = row.get("prompt_ids"), row.get("response_ids")
+    if not isinstance(prompt_ids, list) or not isinstance(answer_ids, list):
         return None
-    prompt_ids, answer_ids = ids
+    if not all(type(token) is int for token in (*prompt_ids, *answer_ids)):
+        return None
     highest = max([*prompt_ids, *answer_ids], default=0)
     if not prompt_ids or highest >= len(tokenizer) or min([*prompt_ids, *answer_ids]) < 0:
         return None
