@@ -1,4 +1,4 @@
-"""Training leap heads: answers of the backbone, and trainers on top of `transformers.Trainer`."""
+"""Train leap heads: generate the backbone's answers, then fit the heads with `transformers.Trainer`."""
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
@@ -32,7 +32,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """Import a public name when it is asked for: PEFT alone takes a second."""
+    """Import a public name on first access, because importing PEFT alone takes a second."""
     if name not in _FILES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(import_module(f".{_FILES[name]}", __name__), name)

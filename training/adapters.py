@@ -1,4 +1,4 @@
-"""LoRA adapters on a backbone and its leap heads: where they go, and how fast each part learns."""
+"""LoRA adapters on a backbone and its leap heads, and a learning rate for each part."""
 
 from typing import Any, Literal, get_args
 
@@ -20,18 +20,18 @@ def add_adapters(
     dropout: float = 0.0,
     heads: HeadTraining = "lora",
 ) -> PeftModel:
-    """Put LoRA adapters on all linear layers but the unembedding, in place; all else is frozen.
+    """Add LoRA adapters to all linear layers except the unembedding, and freeze the other weights.
 
-    Trained weights are in float32, whatever the model's dtype is.
+    The model changes in place. Trainable weights are cast to float32, whatever the model's dtype.
 
     Args:
         model: may be quantized, see `check_trainable`.
-        rank, alpha, dropout: LoRA's.
-        heads: `"lora"`, adapters on the heads as well (arXiv 2505.17505); `"full"`, all weights of the
-            heads, kept in the adapter; `"none"`, the heads stay as they are.
+        rank, alpha, dropout: see `peft.LoraConfig`.
+        heads: `"lora"` adds adapters to the heads too (arXiv 2505.17505); `"full"` trains all weights
+            of the heads and stores them in the adapter; `"none"` freezes the heads.
 
     Raises:
-        ValueError: `heads` is none of these, or the model cannot be trained.
+        ValueError: `heads` has another value, or the model cannot be trained.
     """
     check_trainable(model)
     if heads not in get_args(HeadTraining):
@@ -54,26 +54,26 @@ def add_adapters(
 
 
 def check_trainable(model: LMTPForCausalLM) -> None:
-    """Raise a ValueError if adapters on `model` would not be trained, or not rightly.
+    """Raise a ValueError if adapters on `model` would get no gradients, or wrong ones.
 
-    Quantized backbones: tried with bitsandbytes 0.50.2 in 8 bits on the CPU. In 4 bits, bitsandbytes
-    packs weights for the CPU at the first pass in evaluation mode, and no gradient passes them from
-    then on, with only a warning. Not tried: any GPU, and other methods than bitsandbytes.
+    Quantized backbones were tested with bitsandbytes 0.50.2 in 8 bits on the CPU only. In 4 bits,
+    bitsandbytes repacks the weights for the CPU in the first evaluation pass; from then on it passes no
+    gradients through them, and only warns.
     """
     if isinstance(model, PeftModel) or getattr(model, "peft_config", None):
         raise ValueError(
-            "model has adapters already. Pass the LMTPForCausalLM without them, or merge them first "
-            "with merge_and_unload()."
+            "model must be an LMTPForCausalLM without adapters, got one that has adapters already. Merge "
+            "them first with merge_and_unload()."
         )
     if getattr(model, "is_loaded_in_4bit", False) and model.device.type == "cpu":
         raise ValueError(
             "model is quantized to 4 bits on the CPU, where bitsandbytes computes no gradients through "
-            "its layers. Train it on a GPU, or load it in 8 bits or whole."
+            "its layers. Train it on a GPU, or load it in 8 bits or unquantized."
         )
 
 
 def cast_trained(model: PeftModel, dtype: torch.dtype, *, only_heads: bool = False) -> None:
-    """Cast the weights that train, or those of whole heads alone, in place."""
+    """Cast the trainable weights in place; with `only_heads`, only those of fully trained heads."""
     for name, parameter in model.named_parameters():
         if parameter.requires_grad and (not only_heads or ".modules_to_save." in name):
             parameter.data = parameter.data.to(dtype)
@@ -82,12 +82,13 @@ def cast_trained(model: PeftModel, dtype: torch.dtype, *, only_heads: bool = Fal
 def parameter_groups(
     model: PeftModel, learning_rate: float, head_learning_rate: float
 ) -> list[dict[str, Any]]:
-    """Return the optimizer's groups: what trains of the backbone, then what trains of the heads."""
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    """Return the optimizer's parameter groups: the backbone's trainable weights, then the heads'."""
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     base: Any = model.get_base_model()
-    of_heads = set(base.leap_heads.parameters())
+    head_parameters = set(base.leap_heads.parameters())
     groups = [
-        {"params": [p for p in trained if p not in of_heads], "lr": learning_rate},
-        {"params": [p for p in trained if p in of_heads], "lr": head_learning_rate},
+        {"params": [p for p in trainable if p not in head_parameters], "lr": learning_rate},
+        {"params": [p for p in trainable if p in head_parameters], "lr": head_learning_rate},
     ]
+    # PyTorch rejects an empty group; the heads' is empty with `heads="none"`.
     return [group for group in groups if group["params"]]

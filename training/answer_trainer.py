@@ -1,7 +1,7 @@
-"""What both trainers share: a `transformers.Trainer` on answers, which resumes exactly.
+"""The base class of both trainers: a `transformers.Trainer` that resumes a run exactly.
 
-Rows of similar length share a batch, in an order that the seed alone decides; checkpoints are saved whole
-or not at all; a loss that is not finite stops the run; evaluation decodes in simulation.
+It batches rows of similar length in an order that depends only on the seed, saves checkpoints completely or
+not at all, stops at a loss that is not finite, and simulates decoding to evaluate the heads.
 """
 
 import json
@@ -39,16 +39,17 @@ STATE_FILE = "trainer_state.json"  # the Trainer writes it last
 
 
 class AnswerTrainer(Trainer):
-    """A `transformers.Trainer` for answers of the backbone; base of `LeapTrainer` and `JointTrainer`.
+    """Trains on the backbone's answers; the base class of `LeapTrainer` and `JointTrainer`.
 
     Args:
-        model: a model with leap heads, in any precision; 16 bits train with autocast.
-        trained: what is trained, `model` or a wrapper of it.
-        args: the arguments.
+        model: a model with leap heads, in any precision; in 16 bits it trains with autocast.
+        wrapped_model: the module to train, `model` or a wrapper around it.
+        args: the training arguments.
         train_dataset, eval_dataset: the answers.
-        rows: `train_dataset` as rows for batches.
-        row_lengths: tokens of each of the rows.
-        options: of `transformers.Trainer`.
+        rows: `train_dataset` as rows to batch, one answer or one pack each.
+        row_lengths: number of tokens of each row.
+        identity: see `run_identity`.
+        options: passed to `transformers.Trainer`.
     """
 
     args: AnswerTrainingArguments
@@ -56,7 +57,7 @@ class AnswerTrainer(Trainer):
     def __init__(
         self,
         model: LMTPForCausalLM,
-        trained: torch.nn.Module,
+        wrapped_model: torch.nn.Module,
         args: AnswerTrainingArguments,
         train_dataset: Sequence[Example],
         eval_dataset: Sequence[Example],
@@ -69,7 +70,7 @@ class AnswerTrainer(Trainer):
         self.identity = identity
         self.lmtp_model = model
         super().__init__(
-            model=trained,
+            model=wrapped_model,
             args=args,
             train_dataset=rows,
             eval_dataset=AnswerDataset(eval_dataset) if eval_dataset else None,
@@ -79,24 +80,23 @@ class AnswerTrainer(Trainer):
         self.add_callback(EvaluateBeforeSaving())
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
-        """Train.
+        """Train the model, from the start or from a checkpoint.
 
         Args:
-            resume_from_checkpoint: a checkpoint of this run; True for the last whole one in
-                `args.output_dir`, if there is one: then the run is started or resumed, whichever is
-                due.
+            resume_from_checkpoint: a checkpoint of this run. True resumes from the last complete
+                checkpoint in `args.output_dir`, and starts the run if there is none.
             kwargs: see `transformers.Trainer.train`.
 
         Raises:
-            ValueError: `resume_from_checkpoint` is True, and `args.output_dir` holds another run; names
-                what differs.
-            RuntimeError: the loss is not finite; names the step, and the file that holds its batch.
-            OSError: a checkpoint could not be saved; the one before it stays.
+            ValueError: `resume_from_checkpoint` is True and `args.output_dir` holds another run; the
+                message lists the differences.
+            RuntimeError: the loss is not finite; the message gives the step and the file with its batch.
+            OSError: a checkpoint could not be saved; earlier checkpoints are kept.
         """
         if resume_from_checkpoint is True:
             with self.args.main_process_first(local=False):
                 claim_run_folder(Path(self.args.output_dir), self.identity)
-            resume_from_checkpoint = last_whole_checkpoint(self.args.output_dir)
+            resume_from_checkpoint = last_complete_checkpoint(self.args.output_dir)
         return super().train(resume_from_checkpoint, **kwargs)
 
     def evaluation_loop(
@@ -107,43 +107,46 @@ class AnswerTrainer(Trainer):
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> EvalLoopOutput:
-        """Compute the loss, and what held-out answers say of the model, see `metrics`."""
+        """Compute the loss and the metrics of `held_out_metrics`."""
         output = super().evaluation_loop(
             dataloader, description, True, ignore_keys, metric_key_prefix
         )
-        metrics = self.metrics(dataloader.dataset.examples)
+        metrics = self.held_out_metrics(dataloader.dataset.examples)
         output.metrics.update({f"{metric_key_prefix}_{name}": v for name, v in metrics.items()})
         return output
 
-    def metrics(self, examples: Sequence[Example]) -> dict[str, float]:
-        """Return what held-out answers say of the model: see `HeadReport.metrics`."""
+    def held_out_metrics(self, examples: Sequence[Example]) -> dict[str, float]:
+        """Return the metrics of the heads on held-out answers, see `HeadReport.metrics`."""
         report = self.head_report(examples)
         return report.metrics() if report else {}
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-        """Write the Trainer's model card, which names the backbone as what was trained on."""
+        """Write the Trainer's model card, with the backbone as the base model."""
         base = self.lmtp_model.config.base_model_name_or_path
         super().create_model_card(*args, **{"finetuned_from": base, **kwargs})
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
-        """Return batches of `eval_dataset`, answers as for the constructor, or of the one given there."""
+        """Return batches of `eval_dataset`, or of the constructor's; it takes the same kinds of rows."""
         if eval_dataset is not None and not isinstance(eval_dataset, (str, AnswerDataset)):
             eval_dataset = AnswerDataset(to_examples(eval_dataset))
         return super().get_eval_dataloader(eval_dataset)
 
     def get_test_dataloader(self, test_dataset: Any) -> Any:
-        """Return batches of `test_dataset`, answers as for the constructor."""
+        """Return batches of `test_dataset`, which takes the same kinds of rows as the constructor."""
         return super().get_test_dataloader(AnswerDataset(to_examples(test_dataset)))
 
     def head_report(self, examples: Sequence[Example]) -> HeadReport | None:
-        """Simulate decoding on answers; None without heads or answers."""
+        """Simulate decoding on answers; return None if there are no heads or no answers."""
         if not self.lmtp_model.config.leap_offsets or not examples:
             return None
         with self.evaluation_autocast():
             return evaluate_heads(self.lmtp_model, examples, progress=self.shows_progress)[0]
 
     def evaluation_autocast(self) -> torch.autocast:
-        """Return a context in which heads that train in float32 read states in 16 bits."""
+        """Return an autocast context for evaluation, enabled during training in 16 bits.
+
+        The heads then hold float32 weights, and the backbone's states are in 16 bits.
+        """
         dtype = self.lmtp_model.backbone.dtype
         enabled = dtype.itemsize == 2 and self.is_in_train
         return torch.autocast(self.args.device.type, dtype, enabled=enabled)
@@ -154,7 +157,7 @@ class AnswerTrainer(Trainer):
         return not self.args.disable_tqdm and self.is_world_process_zero()
 
     def _get_train_sampler(self, train_dataset: Any = None) -> GroupedSampler:
-        """Order rows by seed and epoch alone, so that a stopped run goes on where it was."""
+        """Return a sampler whose order depends only on seed and epoch, so that a run can resume."""
         rows_per_step = self.args.train_batch_size * self.args.gradient_accumulation_steps
         return GroupedSampler(
             self.row_lengths, rows_per_step * self.args.world_size, self.args.seed
@@ -163,17 +166,18 @@ class AnswerTrainer(Trainer):
     def training_step(
         self, model: torch.nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any
     ) -> torch.Tensor:
-        """Compute loss and gradients of one batch.
+        """Compute the loss and gradients of one batch.
 
         Raises:
-            RuntimeError: the loss is not finite; names the step, and the file that the batch is in.
+            RuntimeError: the loss is not finite; the message gives the step and the file with the batch.
         """
         loss = super().training_step(model, inputs, *args, **kwargs)
         if not math.isfinite(loss.item()):
-            self._stop(loss.item(), inputs)
+            self._raise_bad_loss(loss.item(), inputs)
         return loss
 
-    def _stop(self, loss: float, inputs: dict[str, Any]) -> NoReturn:
+    def _raise_bad_loss(self, loss: float, inputs: dict[str, Any]) -> NoReturn:
+        """Save the batch to a file, and raise a RuntimeError that names it."""
         step = self.state.global_step + 1
         process = f"_process_{self.args.process_index}" if self.args.world_size > 1 else ""
         file = Path(self.args.output_dir) / f"bad_batch_step_{step}{process}.safetensors"
@@ -183,19 +187,21 @@ class AnswerTrainer(Trainer):
             if isinstance(value, torch.Tensor)
         }
         save_file(tensors, file)
-        whole = last_whole_checkpoint(self.args.output_dir)
-        before = f"The last checkpoint, {whole}, is from before" if whole else "Nothing is saved"
+        checkpoint = last_complete_checkpoint(self.args.output_dir)
+        saved = (
+            f"The last checkpoint before it is {checkpoint}" if checkpoint else "Nothing is saved"
+        )
         raise RuntimeError(
-            f"The loss is {loss} at step {step}. Its batch is in {file} ({', '.join(tensors)}; "
-            f"safetensors.torch.load_file reads it). {before}. Look for what is unusual in the batch, "
-            "or lower learning_rate, and start again."
+            f"The loss is {loss} at step {step}. Its batch was saved to {file} ({', '.join(tensors)}); "
+            f"read it with safetensors.torch.load_file. {saved}. Check the batch for unusual answers, or "
+            "lower learning_rate, and start again."
         )
 
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
-        """Save a checkpoint; of one that cannot be saved whole, leave nothing.
+        """Save a checkpoint, and delete it again if it could not be saved completely.
 
         Raises:
-            OSError: it could not be saved; names the one before.
+            OSError: the checkpoint could not be saved; the message names the previous one.
         """
         step = self.state.global_step
         folder = Path(self.args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{step}"
@@ -203,26 +209,26 @@ class AnswerTrainer(Trainer):
             super()._save_checkpoint(*args, **kwargs)
         except (OSError, RuntimeError, SafetensorError) as error:
             shutil.rmtree(folder, ignore_errors=True)
-            whole = last_whole_checkpoint(self.args.output_dir)
-            goes_on = f"{whole} is whole: the run goes on from there" if whole else "it starts anew"
+            checkpoint = last_complete_checkpoint(self.args.output_dir)
+            resumes = f"resume from {checkpoint}" if checkpoint else "start from the beginning"
             raise OSError(
                 f"The checkpoint of step {step} could not be saved in {self.args.output_dir}: {error}. "
-                f"Make room on that disk and start again; {goes_on}."
+                f"Free space on that disk and run again; the run will {resumes}."
             ) from error
 
 
-def last_whole_checkpoint(run_folder: Path | str) -> str | None:
-    """Return the Trainer's last checkpoint in `run_folder` that was written to its end, if any."""
-    found = {
+def last_complete_checkpoint(run_folder: Path | str) -> str | None:
+    """Return the Trainer's last completely written checkpoint in `run_folder`; None if there is none."""
+    checkpoints = {
         int(match[1]): folder
         for folder in Path(run_folder).glob(f"{PREFIX_CHECKPOINT_DIR}-*")
         if (match := re.fullmatch(rf"{PREFIX_CHECKPOINT_DIR}-(\d+)", folder.name))
-        and _is_whole(folder)
+        and _is_complete(folder)
     }
-    return str(found[max(found)]) if found else None
+    return str(checkpoints[max(checkpoints)]) if checkpoints else None
 
 
-def _is_whole(checkpoint: Path) -> bool:
+def _is_complete(checkpoint: Path) -> bool:
     try:
         json.loads((checkpoint / STATE_FILE).read_text())
     except (FileNotFoundError, json.JSONDecodeError):
@@ -231,16 +237,16 @@ def _is_whole(checkpoint: Path) -> bool:
 
 
 class EvaluateBeforeSaving(TrainerCallback):
-    """Evaluates after the last step of an epoch, and not after the epoch.
+    """Evaluates at the last step of an epoch instead of after the epoch.
 
-    The Trainer would save the checkpoint of that step before it evaluates, so that the log of a run that
-    resumes from there lacked the evaluation.
+    Otherwise the Trainer saves the checkpoint of that step before it evaluates, and the log of a run that
+    resumes from it lacks the evaluation.
     """
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Ask for an evaluation where an epoch ends."""
+        """Request an evaluation at the last step of an epoch."""
         is_end = float(state.epoch or 0).is_integer() or state.global_step == state.max_steps
         if args.eval_strategy == IntervalStrategy.EPOCH and is_end:
             control.should_evaluate = True
@@ -248,28 +254,28 @@ class EvaluateBeforeSaving(TrainerCallback):
     def on_epoch_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Take back what Transformers asks for here."""
+        """Cancel the evaluation that Transformers requests here."""
         if args.eval_strategy == IntervalStrategy.EPOCH:
             control.should_evaluate = False
 
 
-def prepared(
+def prepare_training(
     model: LMTPForCausalLM,
     args: AnswerTrainingArguments,
     train_dataset: Any,
     eval_dataset: Any,
 ) -> tuple[AnswerTrainingArguments, list[Example], list[Example], dict[str, Any]]:
-    """Return arguments that suit the model, both datasets as examples, and what makes the run this run.
+    """Return the arguments adapted to the model, both datasets as examples, and the run's identity.
 
     Raises:
-        ValueError: `model` cannot be trained in its precision here, a row is no answer, or a head has
-            nothing to learn.
+        ValueError: this device cannot train in the model's precision, a row is not an answer, or a head
+            has no target in the answers.
     """
     dtype = model.backbone.dtype
     if dtype == torch.float16 and not torch.accelerator.is_available():
         raise ValueError(
-            "The backbone is in float16, in which a CPU does not train. Load it with dtype bfloat16 or "
-            "float32."
+            "The backbone's dtype must be bfloat16 or float32 to train on a CPU, got float16. Load it "
+            "with one of these."
         )
     examples = to_examples(train_dataset)
     held_out = [] if eval_dataset is None else to_examples(eval_dataset)
@@ -284,7 +290,7 @@ def prepared(
 
 
 def remove_autocast(model: torch.nn.Module) -> None:
-    """Give `model` its own `forward` back, which Accelerate wraps in autocast to train in 16 bits."""
+    """Restore the `forward` of `model`, which Accelerate wraps in autocast to train in 16 bits."""
     original = model.__dict__.pop("_original_forward", None)
     if original is None:
         return

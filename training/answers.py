@@ -1,4 +1,4 @@
-"""Answers as examples: read from a file, bad rows refused or skipped, and checked against the model."""
+"""Read a file of answers as training examples, and check them against the model."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -22,59 +22,60 @@ from modeling_lmtp.support_lmtp import num_positions
 
 from .distill_files import manifest_path
 from .examples import split_examples
-from .fingerprints import is_model_of
-from .processes import processes
+from .fingerprints import matches_fingerprint
+from .processes import process_state
 
 logger = logging.get_logger(__name__)
 
 BadRows = Literal["refuse", "skip"]
-NUM_SHOWN = 3  # skipped rows that a note tells one by one
+MAX_LISTED = 3  # skipped rows that a note describes individually
 
 
-class SkippedRows:
-    """What to do with bad rows: called with what is wrong with one, it raises that or keeps it.
+class BadRowHandler:
+    """A callback for bad rows: it raises the error of a row, or collects it.
 
     Args:
-        bad_rows: `"refuse"` or `"skip"`.
+        bad_rows: `"refuse"` raises, `"skip"` collects.
 
-    Raises ValueError for anything else.
+    Raises:
+        ValueError: `bad_rows` has another value.
     """
 
     def __init__(self, bad_rows: str) -> None:
         if bad_rows not in get_args(BadRows):
             raise ValueError(
-                f"bad_rows: expected one of {', '.join(get_args(BadRows))}, got {bad_rows!r}"
+                f"bad_rows must be one of {', '.join(get_args(BadRows))}, got {bad_rows!r}."
             )
-        self.refuses = bad_rows == "refuse"
+        self.raises = bad_rows == "refuse"
         self.skipped: list[str] = []
 
     def __call__(self, error: ValueError) -> None:
-        """Raise the error, with what can be done, or keep it."""
-        if self.refuses:
+        """Raise the error and add what to do, or collect it."""
+        if self.raises:
             raise ValueError(
-                f"{error}. Mend the row, or leave such rows out with --bad_rows skip."
+                f"{error}. Fix the row, or skip such rows with --bad_rows skip."
             ) from error
         self.skipped.append(str(error))
 
     def notes(self) -> list[str]:
-        """Say what was skipped, if anything was."""
+        """Return one sentence about the skipped rows, or an empty list if no row was skipped."""
         if not self.skipped:
             return []
-        num_more = len(self.skipped) - NUM_SHOWN
+        num_more = len(self.skipped) - MAX_LISTED
         more = f"; and {num_more} more" if num_more > 0 else ""
         return [
-            f"{len(self.skipped)} bad rows skipped: {'; '.join(self.skipped[:NUM_SHOWN])}{more}."
+            f"Skipped {len(self.skipped)} bad rows: {'; '.join(self.skipped[:MAX_LISTED])}{more}."
         ]
 
 
 @dataclass(frozen=True)
 class Answers:
-    """What a file of answers holds.
+    """The contents of a file of answers.
 
     Args:
         examples: the answers as token ids.
-        skipped: what is wrong with each row that was skipped, file and line first.
-        notes: what a user should be told, in sentences; may be empty.
+        skipped: the error of each skipped row, starting with file and line.
+        notes: warnings for the user, one sentence each; may be empty.
     """
 
     examples: list[Example]
@@ -91,26 +92,25 @@ def read_answers(
     vocab_size: int | None = None,
     bad_rows: str = "refuse",
 ) -> Answers:
-    """Read answers (`.jsonl`, `.jsonl.gz`) and turn them into examples.
+    """Read answers (`.jsonl`, `.jsonl.gz`) as examples.
 
-    A row is bad if it is no JSON object, its prompt is empty, its response is missing, or empty
-    without `finished: true` (the model ended at once), or the tokenizer gives it a token that the
-    model does not have.
+    A row is bad if it is not a JSON object, if its prompt is empty or its response missing, if its
+    response is empty without `finished: true` (the model ended at once), or if the tokenizer produces a
+    token outside the model's vocabulary.
 
     Args:
-        path: rows with `prompt` and `response`; `finished: false` says that an answer was cut.
-        tokenizer: the backbone's.
+        path: rows with `prompt` and `response`; `finished: false` marks a truncated answer.
+        tokenizer: the backbone's tokenizer.
         end_id: the token that ends a finished answer, if any.
-        max_length: longer examples are cut; one whose prompt fills it has nothing to learn and is
-            left out.
-        vocab_size: of the backbone, if it is to be checked.
-        bad_rows: `"refuse"` all for a bad row, or `"skip"` it.
+        max_length: longer examples are truncated; those whose prompt alone is that long are dropped.
+        vocab_size: the backbone's vocabulary size; None skips that check.
+        bad_rows: `"refuse"` raises at the first bad row, `"skip"` drops bad rows.
 
     Raises:
-        ValueError: a bad row is refused (names file and line), or nothing is left.
+        ValueError: a bad row was refused (the message gives file and line), or no example is left.
     """
-    on_bad_row = SkippedRows(bad_rows)
-    examples, num_full = [], 0
+    on_bad_row = BadRowHandler(bad_rows)
+    examples, num_dropped = [], 0
     for number, row in read_json_lines(path, on_bad_row):
         try:
             prompt_ids, answer_ids = _token_ids(row, tokenizer, end_id, vocab_size)
@@ -120,17 +120,15 @@ def read_answers(
         if len(prompt_ids) < max_length:
             examples.append(Example((prompt_ids + answer_ids)[:max_length], len(prompt_ids)))
         else:
-            num_full += 1
-    notes = [*on_bad_row.notes(), *_notes(path, num_full, max_length)]
-    if not examples:
-        raise ValueError(
-            " ".join(
-                [
-                    f"{path} holds no answer that fits in {max_length} tokens with its prompt.",
-                    *notes,
-                ]
-            )
+            num_dropped += 1
+    notes = on_bad_row.notes()
+    if num_dropped:
+        notes.append(
+            f"Dropped {num_dropped} answers of {path}, whose prompts alone fill {max_length} tokens."
         )
+    if not examples:
+        message = f"{path} holds no answer that fits in {max_length} tokens with its prompt."
+        raise ValueError(" ".join([message, *notes]))
     return Answers(examples, tuple(on_bad_row.skipped), tuple(notes))
 
 
@@ -140,7 +138,7 @@ def read_examples(
     end_id: int | None,
     max_length: int = 1024,
 ) -> list[Example]:
-    """Return the examples of `read_answers`, bad rows refused."""
+    """Return the examples of `read_answers`; a bad row raises."""
     return read_answers(path, tokenizer, end_id, max_length).examples
 
 
@@ -150,26 +148,26 @@ def _token_ids(
     end_id: int | None,
     vocab_size: int | None,
 ) -> tuple[list[int], list[int]]:
-    """Return prompt and answer as token ids, neither empty."""
-    _check(row, "prompt", str, "text", lambda value: bool(value.strip()))
-    _check(row, "response", str, "text")
-    _check({"finished": True, **row}, "finished", bool, "true or false")
+    """Return the token ids of prompt and answer; neither is empty."""
+    _check_field(row, "prompt", str, "non-empty text", lambda value: bool(value.strip()))
+    _check_field(row, "response", str, "text")
+    _check_field({"finished": True, **row}, "finished", bool, "true or false")
     recorded = _recorded_ids(row, tokenizer)
     prompt_ids, answer_ids = recorded or (
         render_prompt(tokenizer, row["prompt"]),
         tokenizer(row["response"], add_special_tokens=False)["input_ids"],
     )
     if not answer_ids and not row.get("finished"):
-        raise ValueError("the response is empty, and no `finished: true` says that it is meant so")
+        raise ValueError("response must not be empty unless the row has `finished: true`")
     if row.get("finished", True) and end_id is not None and recorded is None:
         answer_ids = [*answer_ids, end_id]
     if not answer_ids:
-        raise ValueError("the response is empty, and the model has no token that ends it")
+        raise ValueError("response must not be empty, because the model has no end-of-text token")
     highest = max(*prompt_ids, *answer_ids)
     if vocab_size is not None and highest >= vocab_size:
         raise ValueError(
-            f"its token {highest} is not in the model's vocabulary of {vocab_size}: is the tokenizer "
-            "another model's?"
+            f"token ids must be less than the model's vocabulary size {vocab_size}, got {highest}; the "
+            "tokenizer may belong to another model"
         )
     return prompt_ids, answer_ids
 
@@ -177,11 +175,11 @@ def _token_ids(
 def _recorded_ids(
     row: dict[str, Any], tokenizer: PreTrainedTokenizerBase
 ) -> tuple[list[int], list[int]] | None:
-    """Return the ids that the backbone read and wrote, if the row has them and they are its text's.
+    """Return the recorded ids of prompt and answer; None if they are missing or do not match the text.
 
-    They are better than the text: its tokenization may differ from what was sampled, and its prompt from
-    what was rendered then. They are not its text's where somebody edited the row, or where another
-    tokenizer wrote them.
+    Recorded ids are exact: tokenizing the text again may give other tokens than the backbone sampled, and
+    rendering the prompt again may give another date. They do not match the text if somebody edited the
+    row, or if they come from another tokenizer.
     """
     prompt_ids, answer_ids = row.get("prompt_ids"), row.get("response_ids")
     if not isinstance(prompt_ids, list) or not isinstance(answer_ids, list):
@@ -191,33 +189,26 @@ def _recorded_ids(
     highest = max([*prompt_ids, *answer_ids], default=0)
     if not prompt_ids or highest >= len(tokenizer) or min([*prompt_ids, *answer_ids]) < 0:
         return None
-    without_end = answer_ids[:-1] if row.get("finished", True) else answer_ids
-    same = decode_answer(tokenizer, without_end) == row["response"]
-    return (list(prompt_ids), list(answer_ids)) if same else None
+    text_ids = answer_ids[:-1] if row.get("finished", True) else answer_ids
+    matches = decode_answer(tokenizer, text_ids) == row["response"]
+    return (list(prompt_ids), list(answer_ids)) if matches else None
 
 
-def _check(
+def _check_field(
     row: dict[str, Any],
     name: str,
-    kind: type,
-    kind_name: str,
-    holds: Callable[[Any], bool] = lambda value: True,
+    type_: type,
+    description: str,
+    is_valid: Callable[[Any], bool] = lambda value: True,
 ) -> None:
+    """Raise a ValueError if a field of a row is missing, or has another type or an invalid value."""
     value = row.get(name)
-    if not isinstance(value, kind) or not holds(value):
+    if not isinstance(value, type_) or not is_valid(value):
         raise ValueError(
-            f"expected {kind_name} in the field {name!r}, got {value!r}; fields found: {sorted(row)}"
+            f"field {name!r} must be {description}, got {value!r}; the row has the fields {sorted(row)}"
         )
     if isinstance(value, str):
-        value.encode()  # half of a surrogate pair is no text, and tokenizers do not say so
-
-
-def _notes(path: Path | str, num_full: int, max_length: int) -> list[str]:
-    if not num_full:
-        return []
-    return [
-        f"{num_full} answers of {path} are left out: their prompts alone fill {max_length} tokens."
-    ]
+        value.encode()  # raises for a lone surrogate, with a clearer error than the tokenizer
 
 
 def load_answers(
@@ -227,17 +218,17 @@ def load_answers(
     max_length: int = 1024,
     bad_rows: str = "refuse",
 ) -> Answers:
-    """Read answers for a model, and note if another one made them.
+    """Read answers for a model, and add a note if another model wrote them.
 
     Args:
-        path: what `lmtp distill` made, or such a file.
+        path: a file that `lmtp distill` wrote, or one in the same format.
         model: a backbone, with or without heads.
-        tokenizer: its tokenizer.
-        max_length: longer examples are cut, at the latest where the model's positions end.
+        tokenizer: the model's tokenizer.
+        max_length: longer examples are truncated; the model's number of positions is a limit too.
         bad_rows: see `read_answers`.
 
     Raises:
-        ValueError: a bad row is refused, or nothing is left.
+        ValueError: a bad row was refused, or no example is left.
     """
     backbone = getattr(model, "backbone", model)
     end_id = answer_end_id(model, tokenizer)
@@ -251,51 +242,50 @@ def load_answers(
 
 
 def warn(notes: Sequence[str]) -> None:
-    """Tell what a user should know of the answers, on the main process."""
-    if processes().is_main_process:
+    """Log notes as warnings, on the main process only."""
+    if process_state().is_main_process:
         for note in notes:
             logger.warning(note)
 
 
 def other_model_note(path: Path, model: Any) -> str | None:
-    """Say so if the manifest beside a file of answers names another model than this; None if not.
+    """Return a note if the manifest of a file of answers names another model; otherwise None.
 
-    Answers without a manifest, or from a server, may be anyone's.
+    Nothing is known about answers without a manifest, or from a server; those get no note.
     """
     manifest_file = manifest_path(path)
     manifest = read_json(manifest_file) if manifest_file.is_file() else {}
     if "model_fingerprint" not in manifest:
         return None
     dtype = getattr(torch, manifest["model_dtype"])
-    if (
-        is_model_of(getattr(model, "backbone", model), manifest["model_fingerprint"], dtype)
-        is not False
-    ):
+    backbone = getattr(model, "backbone", model)
+    if matches_fingerprint(backbone, manifest["model_fingerprint"], dtype) is not False:
         return None
     revision = manifest.get("model_revision")
-    made_by = str(manifest.get("model")) + (f" (revision {revision})" if revision else "")
+    author = str(manifest.get("model")) + (f" (revision {revision})" if revision else "")
     return (
-        f"The answers in {path} were made by another model or revision, {made_by}, so they are not what "
-        f"this one, {model.config.name_or_path or 'built in memory'}, would write: its heads will draft "
-        "less well. Make its own with `lmtp distill`."
+        f"Another model or revision, {author}, wrote the answers in {path}. They differ from what "
+        f"{model.config.name_or_path or 'this model'} would write, so heads trained on them draft less "
+        "well. Generate this model's answers with `lmtp distill`."
     )
 
 
 def unseen_answers(
     source: str | Path, answers: Path, examples: Sequence[Example]
 ) -> list[Example] | None:
-    """Return the answers that were kept out when heads were trained on that file.
-
-    None if they were trained on another file, or nothing is known.
+    """Return the answers that were held out when a checkpoint's heads were trained on a file.
 
     Args:
-        source: a checkpoint, whose record is read if it is a folder.
+        source: the checkpoint; only a local folder has a training record.
         answers: the file.
-        examples: all that it holds.
+        examples: all examples of that file.
+
+    Returns:
+        The held-out examples; None if the record is missing or names another file.
     """
     record_file = Path(source) / PROVENANCE
     record = read_json(record_file) if record_file.is_file() else {}
     if "examples" not in record or record.get("answers_sha256") != file_sha256(answers):
         return None
-    kept_out = len(examples) - record["examples"]
-    return split_examples(examples, kept_out)[1] if 0 < kept_out < len(examples) else []
+    num_held_out = len(examples) - record["examples"]
+    return split_examples(examples, num_held_out)[1] if 0 < num_held_out < len(examples) else []

@@ -1,9 +1,8 @@
-"""Self-distillation: the backbone answers each prompt, and the heads later learn its answers.
+"""Self-distillation: the backbone answers each prompt, and the heads are later trained on its answers.
 
-The answers go to a JSONL file, batch by batch, beside a manifest that says what made them. A run
-can be stopped at any moment and started again, also with another number of processes: batches are
-cut the same way every time and each batch has its own seed, so the file ends up as if the run had
-never been stopped.
+A run appends its answers batch by batch to a JSONL file, next to a manifest that records model, settings
+and prompts. The run can stop at any time and resume with any number of processes. The batches are the same
+every time and each has its own seed, so the finished file does not depend on the stops.
 """
 
 from __future__ import annotations
@@ -36,14 +35,14 @@ from .distill_files import (
     read_rows,
 )
 from .distill_run import (
+    AnswerTask,
     Batch,
     DistillReport,
-    Item,
     answer_all,
-    cut_batches,
-    plan_items,
+    plan_tasks,
     prompts_sha256,
     rendered_sha256,
+    split_batches,
 )
 from .distill_settings import DistillSettings
 from .fingerprints import model_fingerprint, tokenizer_sha256
@@ -72,55 +71,55 @@ def distill(
 ) -> DistillReport:
     """Answer every prompt with `model` and append the answers to `output` (JSONL).
 
-    Rows hold `ROW_FIELDS`; a prompt given twice is answered once. Call it again with the same
-    arguments to go on after a stop. The answers follow `settings` alone: sampling options and
-    penalties of the checkpoint's generation_config do not apply, its end-of-text ids do. Where
-    several processes were launched, each calls it and answers its share.
+    Rows have the fields `ROW_FIELDS`; a repeated prompt is answered once. Call it again with the same
+    arguments to resume a stopped run. Only `settings` control the answers: the sampling options and
+    penalties of the checkpoint's generation_config are ignored, its end-of-text ids are used. With
+    several processes, each calls it and answers its share.
 
     Args:
-        model, tokenizer: what answers.
-        prompts: what to answer.
+        model, tokenizer: the model that answers, and its tokenizer.
+        prompts: the prompts to answer.
         output: a .jsonl file, new or of the same run.
-        settings: how to answer.
-        sources: where the prompts come from; the manifest keeps it.
-        progress: show a bar with the tokens per second and the time left.
+        settings: how to generate the answers.
+        sources: where the prompts come from, for the manifest.
+        progress: show a progress bar.
 
     Raises:
-        ValueError: if there are no prompts, or one leaves no room for an answer, or `output` is no
-            .jsonl name, or it exists and was made by another model, other settings or other
-            prompts; its files stay as they are.
+        ValueError: there are no prompts, a prompt leaves no room for an answer, `output` does not end in
+            .jsonl, or `output` comes from another model, other settings or other prompts. Existing
+            files stay unchanged.
     """
     now = on_main(lambda: rendering_time(Path(output), tokenizer))
-    items, duplicates = plan_items(
+    tasks, duplicates = plan_tasks(
         prompts, settings.num_answers, lambda text: render_prompt(tokenizer, text, now)
     )
-    _check_lengths(items, num_positions(model.config))
+    _check_lengths(tasks, num_positions(model.config))
     manifest = {
         "model": model.config.name_or_path or None,
         "model_revision": commit_of(model.config),
         "model_class": type(model).__name__,
         "model_dtype": str(model.dtype).removeprefix("torch."),
-        **run_identity(model, tokenizer),
+        **model_identity(model, tokenizer),
         "settings": asdict(settings),
-        "prompts_sha256": prompts_sha256(items),
-        "rendered_sha256": rendered_sha256(items),
+        "prompts_sha256": prompts_sha256(tasks),
+        "rendered_sha256": rendered_sha256(tasks),
         **({} if now is None else {"rendered_at": now.isoformat()}),
         "prompt_sources": sources,
         "versions": [versions()],
     }
-    files = AnswerFiles(output, manifest, [item.id for item in items], duplicates)
+    files = AnswerFiles(output, manifest, [task.id for task in tasks], duplicates)
 
     def answer(batches: list[Batch]) -> Iterator[list[Row]]:
         return (_answer(model, tokenizer, batch, settings) for batch in batches)
 
-    batches = cut_batches(items, settings.batch_size)
+    batches = split_batches(tasks, settings.batch_size)
     return answer_all(files, batches, answer, progress=progress)
 
 
-def run_identity(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
-    """Return what tells a run's model and tokenizer from others, as the manifest names it.
+def model_identity(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
+    """Return the manifest's entries that identify model and tokenizer.
 
-    Leap heads make no difference to the answers.
+    Leap heads are left out, because they do not change the answers.
     """
     return {
         "model_fingerprint": model_fingerprint(getattr(model, "backbone", model)),
@@ -129,29 +128,30 @@ def run_identity(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> 
 
 
 def rendering_time(output: Path, tokenizer: PreTrainedTokenizerBase) -> datetime | None:
-    """Return the time at which prompts are rendered, None where the chat template writes none.
+    """Return the time to render prompts with; None if the chat template does not depend on it.
 
-    Some templates write the date: a run that goes on another day renders prompts as it began.
+    Some templates write the date. A run that resumes on another day keeps the date it started with.
     """
     if not depends_on_time(tokenizer):
         return None
     manifest = manifest_path(output)
-    began = read_json(manifest).get("rendered_at") if manifest.is_file() else None
-    return datetime.fromisoformat(began) if began else datetime.now().replace(microsecond=0)
+    start = read_json(manifest).get("rendered_at") if manifest.is_file() else None
+    return datetime.fromisoformat(start) if start else datetime.now().replace(microsecond=0)
 
 
-def without_end(ids: list[int], stop_ids: list[int]) -> list[int]:
-    """Return an answer without the token that ended it."""
+def strip_end_token(ids: list[int], stop_ids: list[int]) -> list[int]:
+    """Remove the end-of-text token of a finished answer."""
     return ids[:-1] if ids[-1] in stop_ids else ids
 
 
-def _check_lengths(items: list[Item], limit: int | None) -> None:
+def _check_lengths(tasks: list[AnswerTask], limit: int | None) -> None:
     """Raise a ValueError if a prompt leaves no room for an answer."""
-    longest = items[0]  # they are sorted
+    longest = tasks[0]  # `plan_tasks` sorts them
     if limit is not None and len(longest.input_ids) >= limit:
         raise ValueError(
-            f"prompts: {longest.prompt.text[:80]!r}… has {len(longest.input_ids)} tokens, and the model "
-            f"has {limit} positions for prompt and answer: leave it out, or shorten it"
+            f"prompts must have fewer tokens than the model has positions ({limit}), got "
+            f"{len(longest.input_ids)} for {longest.prompt.text[:80]!r}…. Shorten that prompt, or leave "
+            "it out."
         )
 
 
@@ -161,10 +161,10 @@ def _answer(
     batch: Batch,
     settings: DistillSettings,
 ) -> list[Row]:
-    """Answer one batch; return its rows. Answers end where the model's positions do."""
-    seed = derived_seed(settings.seed, *(item.id for item in batch))
+    """Answer one batch and return its rows; the model's number of positions limits the answers."""
+    seed = derived_seed(settings.seed, *(task.id for task in batch))
     stop_ids = end_ids(model, tokenizer)
-    input_ids = [list(item.input_ids) for item in batch]
+    input_ids = [list(task.input_ids) for task in batch]
     max_new_tokens, limit = settings.max_new_tokens, num_positions(model.config)
     if limit is not None:
         max_new_tokens = min(max_new_tokens, limit - max(map(len, input_ids)))
@@ -172,14 +172,14 @@ def _answer(
     answers = generate_ids(model, tokenizer, input_ids, sampling, stop_ids=stop_ids)
     return [
         {
-            "id": item.id,
-            "kind": item.prompt.kind,
-            "prompt": item.prompt.text,
-            "response": decode_answer(tokenizer, without_end(ids, stop_ids)),
+            "id": task.id,
+            "kind": task.prompt.kind,
+            "prompt": task.prompt.text,
+            "response": decode_answer(tokenizer, strip_end_token(ids, stop_ids)),
             "finished": ids[-1] in stop_ids,
             "tokens": len(ids),
-            "prompt_ids": list(item.input_ids),
+            "prompt_ids": list(task.input_ids),
             "response_ids": ids,
         }
-        for item, ids in zip(batch, answers, strict=True)
+        for task, ids in zip(batch, answers, strict=True)
     ]

@@ -1,4 +1,4 @@
-"""`lmtp distill`: gather prompts, then let the backbone, or a server, answer them."""
+"""`lmtp distill`: collect prompts, and let the backbone or a server answer them."""
 
 import dataclasses
 import os
@@ -18,16 +18,16 @@ from modeling_lmtp.conversion.options import Dtype, Options, Range
 from modeling_lmtp.conversion.prompts import Prompt, read_prompts
 from modeling_lmtp.conversion.saving import file_sha256
 
-from .answers import BadRows, SkippedRows
-from .distill import DistillReport, DistillSettings, distill, run_identity
+from .answers import BadRowHandler, BadRows
+from .distill import DistillReport, DistillSettings, distill, model_identity
 from .distill_files import (
     check_output_name,
     check_same_run,
-    claimed,
     replace_rows,
+    writer_lock,
 )
 from .distill_server import Server, distill_from_server
-from .processes import MainProcessFailed, on_main, processes
+from .processes import MainProcessError, on_main, process_state
 from .prompt_datasets import DatasetSource, read_dataset_prompts
 from .self_written import SampleLog, self_written_prompts
 
@@ -36,38 +36,36 @@ logger = logging.get_logger(__name__)
 
 @dataclass
 class DistillOptions(Options):
-    """What answers, and where the answers go."""
+    """The model that answers, and the output file."""
 
     title: ClassVar[str] = "model"
 
     model: str = field(metadata={"help": "Folder or Hub id of the backbone."})
-    output: Path = field(
-        metadata={"help": "Answers (.jsonl). Give the command again to resume a run."}
-    )
-    dtype: Dtype = field(default="auto", metadata={"help": "Precision of the loaded backbone."})
+    output: Path = field(metadata={"help": "File for the answers (.jsonl); run again to resume."})
+    dtype: Dtype = field(default="auto", metadata={"help": "Precision of the backbone."})
     server: str | None = field(
         default=None,
         metadata={
             "metavar": "URL",
-            "help": "Ask an OpenAI-compatible server, such as http://localhost:8000/v1.",
+            "help": "Let an OpenAI-compatible server answer, e.g. http://localhost:8000/v1.",
         },
     )
     server_model: str | None = field(
-        default=None, metadata={"help": "The model's name on that server; MODEL by default."}
+        default=None, metadata={"help": "Name of the model on that server; MODEL by default."}
     )
 
     def __post_init__(self) -> None:
-        """Refuse options that mean nothing together."""
+        """Raise a ValueError for options that contradict each other."""
         super().__post_init__()
         if self.server is None and self.server_model is not None:
             raise ValueError(
-                f"--server_model {self.server_model} goes with --server URL, which is missing."
+                f"--server_model {self.server_model} needs --server URL. Add it, or leave the name out."
             )
         if self.server is not None and self.dtype != "auto":
-            raise ValueError(f"--dtype {self.dtype} has no effect on a server: leave it out.")
+            raise ValueError(f"--dtype {self.dtype} has no effect with --server. Leave it out.")
 
     def endpoint(self) -> Server | None:
-        """Return the server, if one answers; the environment variable OPENAI_API_KEY holds the key."""
+        """Return the server, if any; the environment variable OPENAI_API_KEY holds its key."""
         if self.server is None:
             return None
         return Server(
@@ -77,66 +75,70 @@ class DistillOptions(Options):
 
 @dataclass
 class PromptOptions(Options):
-    """Which prompts to answer: those of a file or a dataset, self-written ones, or both."""
+    """The prompts to answer: from a file or a dataset, self-written, or both."""
 
     title: ClassVar[str] = "prompts"
 
     prompts: Path | None = field(
-        default=None, metadata={"help": "A file of prompts (.jsonl or .jsonl.gz)."}
+        default=None, metadata={"help": "File of prompts (.jsonl or .jsonl.gz)."}
     )
     dataset: str | None = field(
-        default=None, metadata={"help": "A dataset: a Hub id, or a local folder or file."}
+        default=None, metadata={"help": "Dataset of prompts: Hub id, local folder or file."}
     )
-    dataset_config: str | None = field(default=None, metadata={"help": "Its configuration."})
-    split: str | None = field(default=None, metadata={"help": "Its split; train by default."})
+    dataset_config: str | None = field(
+        default=None, metadata={"help": "Configuration of the dataset."}
+    )
+    split: str | None = field(
+        default=None, metadata={"help": "Split of the dataset; train by default."}
+    )
     field: str = dataclasses.field(
         default="prompt",
-        metadata={"help": "The field of the prompt; in a dataset, of a conversation too."},
+        metadata={"help": "Field that holds the prompt, or in a dataset a conversation."},
     )
     self_written: Annotated[int, Range(ge=0)] = dataclasses.field(
-        default=0, metadata={"help": "Let an instruct model write N prompts itself."}
+        default=0, metadata={"help": "Let the model (an instruct model) write N prompts itself."}
     )
     limit: Annotated[int | None, Range(ge=1)] = dataclasses.field(
         default=None, metadata={"help": "Use the first N prompts of the file or dataset."}
     )
     bad_rows: BadRows = dataclasses.field(
-        default="refuse", metadata={"help": "What to do with rows that hold no prompt."}
+        default="refuse", metadata={"help": "How to treat rows without a valid prompt."}
     )
 
     def __post_init__(self) -> None:
-        """Refuse no source, two sources at once, and options of a source that is missing."""
+        """Raise a ValueError for no source, for two sources, and for options of a missing source."""
         super().__post_init__()
         if self.prompts is not None and self.dataset is not None:
             raise ValueError("Pass --prompts FILE or --dataset NAME, not both.")
         if self.prompts is None and self.dataset is None and not self.self_written:
             raise ValueError(
-                "There is nothing to answer: pass --prompts FILE, --dataset NAME or "
-                "--self_written N (which goes with either)."
+                "There are no prompts to answer: pass --prompts FILE, --dataset NAME or "
+                "--self_written N (alone, or with one of the others)."
             )
         for name in ("dataset_config", "split"):
             if self.dataset is None and getattr(self, name) is not None:
                 raise ValueError(
-                    f"--{name} {getattr(self, name)} goes with --dataset NAME, which is missing."
+                    f"--{name} {getattr(self, name)} needs --dataset NAME. Add it, or leave --{name} out."
                 )
         if self.prompts is None and self.dataset is None and self.limit is not None:
             raise ValueError(
-                f"--limit {self.limit} goes with --prompts FILE or --dataset NAME, which are missing; "
-                "--self_written alone says how many prompts the model writes."
+                f"--limit {self.limit} needs --prompts FILE or --dataset NAME. Leave it out: "
+                "--self_written sets the number of self-written prompts."
             )
 
     def read(self) -> tuple[list[Prompt], dict[str, Any]]:
-        """Return the prompts of the file or dataset, and a record of where they are from.
+        """Return the prompts of the file or dataset, and a record of their source.
 
         Raises:
-            ValueError: a row has no prompt, or another mistake that the message names.
+            ValueError: the file or dataset cannot be read, or a row has no valid prompt.
         """
-        on_bad_row = SkippedRows(self.bad_rows)
+        on_bad_row = BadRowHandler(self.bad_rows)
         prompts, sources = self._read(on_bad_row)
         for note in on_bad_row.notes():
             logger.warning(note)
         return prompts, sources
 
-    def _read(self, on_bad_row: SkippedRows) -> tuple[list[Prompt], dict[str, Any]]:
+    def _read(self, on_bad_row: BadRowHandler) -> tuple[list[Prompt], dict[str, Any]]:
         if self.prompts is not None:
             prompts = read_prompts(self.prompts, self.field, on_bad_row)[: self.limit]
             sha256 = file_sha256(self.prompts)
@@ -154,9 +156,9 @@ def distill_answers(
 ) -> None:
     """Let a backbone answer prompts: its answers are what leap heads learn.
 
-    `accelerate launch --num_processes 2 --no_python lmtp distill ...` shares the work among processes.
-    With --server no model is loaded: a server that holds the whole of MODEL, in the precision that the
-    heads will run with, answers, for instance vLLM; OPENAI_API_KEY holds the key, if it needs one.
+    `accelerate launch --num_processes 2 --no_python lmtp distill ...` splits the work across processes.
+    With --server, a server such as vLLM answers and no model is loaded here. Serve MODEL in the precision
+    in which the heads will run; OPENAI_API_KEY holds the key, if the server needs one.
 
     Examples:
     lmtp distill MODEL answers.jsonl --self_written 2000
@@ -164,7 +166,7 @@ def distill_answers(
     lmtp distill MODEL answers.jsonl --prompts prompts.jsonl --server http://localhost:8000/v1
     """
     try:
-        report = distill_from(
+        report = run_distillation(
             options.model,
             options.output,
             settings,
@@ -172,54 +174,56 @@ def distill_answers(
             dtype=options.dtype,
             server=options.endpoint(),
         )
-    except MainProcessFailed:  # the main process says why
+    except MainProcessError:  # the main process reports the reason
         sys.exit(1)
-    if processes().is_main_process:
+    if process_state().is_main_process:
         console.print(report.summary(), markup=False, soft_wrap=True)
 
 
-def distill_from(
+def run_distillation(
     source: str,
     output: Path,
     settings: DistillSettings,
-    choice: PromptOptions,
+    prompt_options: PromptOptions,
     *,
     dtype: str = "auto",
     server: Server | None = None,
 ) -> DistillReport:
-    """Answer the chosen prompts with the model `source`, or with the server that serves it.
+    """Answer prompts with the model `source`, or with a server that serves it.
 
-    Self-written prompts, and until then a log of what was sampled, are kept in files beside
-    `output`, so that a stopped run goes on with the same ones.
+    Files next to `output` keep the self-written prompts, and until these are complete a log of the
+    samples, so that a resumed run uses the same prompts.
 
     Args:
-        source: folder or Hub id of the backbone; only named in the manifest if a server answers.
+        source: folder or Hub id of the backbone; with `server`, only recorded in the manifest.
         output: a .jsonl file, new or of the same run.
-        settings: how to answer.
-        choice: which prompts.
-        dtype: of the loaded model.
-        server: answers instead of a loaded model.
+        settings: how to generate the answers.
+        prompt_options: the prompts to answer.
+        dtype: precision of the loaded model.
+        server: answers in place of a loaded model.
 
     Raises:
-        ValueError: something is wrong with the prompts, or `output` was made by another run.
+        ValueError: the prompts cannot be read, or `output` belongs to another run.
     """
     check_output_name(output)
-    if server is not None and choice.self_written:
+    if server is not None and prompt_options.self_written:
         raise ValueError(
-            "--self_written needs the model itself, not a server. Let `lmtp distill` write "
-            "prompts with a smaller model first, and pass them with --prompts."
+            f"--self_written must be 0 with --server, got {prompt_options.self_written}: a server cannot "
+            "continue a bare user turn. Let `lmtp distill` write prompts with a smaller model first, and "
+            "pass them with --prompts."
         )
-    # What travels is small and may be waited for long, as in the end for the slowest process.
-    processes(backend="gloo", timeout=timedelta(weeks=1))
-    prompts, sources = on_main(choice.read)
+    # gloo, because only small objects travel; the others may wait days for the slowest process
+    process_state(backend="gloo", timeout=timedelta(weeks=1))
+    prompts, sources = on_main(prompt_options.read)
     if server is not None:
         return distill_from_server(server, prompts, output, settings, model=source, sources=sources)
     model, tokenizer = load_backbone(source, dtype), load_tokenizer(source)
-    if not choice.self_written:
+    count = prompt_options.self_written
+    if not count:
         return distill(model, tokenizer, prompts, output, settings, sources=sources)
-    log = SampleLog(Path(f"{output}.samples.jsonl"), run_identity(model, tokenizer), settings)
-    prompts += _self_written(model, tokenizer, output, settings, choice.self_written, log)
-    sources["self_written"] = choice.self_written
+    log = SampleLog(Path(f"{output}.samples.jsonl"), model_identity(model, tokenizer), settings)
+    prompts += _self_written(model, tokenizer, output, settings, count, log)
+    sources["self_written"] = count
     report = distill(model, tokenizer, prompts, output, settings, sources=sources)
     on_main(lambda: log.path.unlink(missing_ok=True))
     return report
@@ -233,30 +237,32 @@ def _self_written(
     count: int,
     log: SampleLog,
 ) -> list[Prompt]:
-    """Return the prompts that the run began to answer, or else let the model write them."""
-    written = Path(f"{output}.prompts.jsonl")
-    identity = {**run_identity(model, tokenizer), "settings": asdict(settings)}
-    earlier = on_main(lambda: _earlier_prompts(output, written, identity, count))
+    """Return the self-written prompts of the run to resume, or let the model write new ones."""
+    prompt_file = Path(f"{output}.prompts.jsonl")
+    identity = {**model_identity(model, tokenizer), "settings": asdict(settings)}
+    earlier = on_main(lambda: _earlier_prompts(output, prompt_file, identity, count))
     if earlier is not None:
         return earlier
-    with claimed(log.path) if processes().is_main_process else nullcontext():
+    with writer_lock(log.path) if process_state().is_main_process else nullcontext():
         prompts = self_written_prompts(model, tokenizer, count, settings, log=log, progress=True)
     rows = [{"prompt": prompt.text, "kind": prompt.kind} for prompt in prompts]
-    on_main(lambda: replace_rows(written, rows))
+    on_main(lambda: replace_rows(prompt_file, rows))
     return prompts
 
 
 def _earlier_prompts(
-    output: Path, written: Path, identity: dict[str, Any], count: int
+    output: Path, prompt_file: Path, identity: dict[str, Any], count: int
 ) -> list[Prompt] | None:
-    # Before hours of sampling, not after them, `output` is known to be of this run.
+    # Refuse the output of another run now, not after hours of sampling
     manifest = check_same_run(output, identity, tuple(identity))
     if not manifest:
         return None
-    asked = (manifest.get("prompt_sources") or {}).get("self_written", count)
-    if asked != count or not written.exists():
-        found = f"with --self_written {asked}" if written.exists() else f"without {written.name}"
-        raise ValueError(
-            f"{output}: was made {found}. Choose another output or delete this one with its manifest"
-        )
-    return read_prompts(written)
+    earlier = (manifest.get("prompt_sources") or {}).get("self_written", count)
+    if prompt_file.exists() and earlier == count:
+        return read_prompts(prompt_file)
+    how = (
+        f"with --self_written {earlier}" if prompt_file.exists() else f"without {prompt_file.name}"
+    )
+    raise ValueError(
+        f"{output} was made {how}. Choose another output, or delete this one with its manifest."
+    )

@@ -1,9 +1,9 @@
-"""What self-distillation leaves on the disk, and how a stopped run finds its way back.
+"""The files of self-distillation, from which a stopped run resumes.
 
-The answers are rows of one JSONL file, `output`, beside a manifest that says what made them. Where
-several processes answer, the first one appends to `output` and each further one to a part file of
-its own; parts are folded into `output` when all are done, or when a later run finds them. Each
-process claims the file that it appends to: a killed launcher may leave processes that go on.
+The answers are rows of one JSONL file, `output`, next to a manifest that records model, settings and
+prompts. With several processes, the main process appends to `output` and every other process to its own
+part file. The main process folds the parts into `output` when all are done, or when a run resumes. Each
+process locks the file it appends to, because a killed launcher may leave processes running.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ ROW_FIELDS = {
     "prompt": str,
     "response": str,
     "finished": bool,
-    "tokens": int,  # generated ones, the end-of-text token included
+    "tokens": int,  # number of generated tokens, including the end-of-text token
 }
-# What has to agree before a run may add rows to a file. A model answers here or on a server, so
-# each manifest lacks one of the two groups.
+# Manifest entries that must match before a run may add rows to a file. A manifest lacks either the
+# entries of a local model or `server_model`.
 IDENTITY = (
     "model_fingerprint",
     "tokenizer_sha256",
@@ -46,14 +46,14 @@ IDENTITY = (
 
 @dataclass(frozen=True)
 class Counts:
-    """What the manifest and the report say about some rows: how many, and how long."""
+    """Number of rows, of generated tokens and of finished answers, for manifest and report."""
 
     rows: int = 0
     tokens: int = 0
     finished: int = 0
 
     def plus(self, rows: Iterable[Row]) -> Counts:
-        """Return the counts with more rows."""
+        """Return the counts including `rows`."""
         rows = list(rows)
         return Counts(
             self.rows + len(rows),
@@ -63,22 +63,21 @@ class Counts:
 
     @property
     def finished_share(self) -> float:
-        """Return the share of answers that came to their end."""
+        """Return the share of answers that are not truncated."""
         return self.finished / max(self.rows, 1)
 
 
 class AnswerFiles:
-    """The answers of one run: `output`, its manifest and the parts of further processes.
+    """The files of one run: `output`, its manifest, and the part files of the other processes.
 
     Args:
         output: a .jsonl file; it need not exist.
-        manifest: what the run is, without counts; `IDENTITY` names what another run may not
-            differ in.
-        order: the ids of all answers, in the order that the finished file has them.
-        duplicates: how many prompts were repeats; the manifest says so.
+        manifest: the manifest without counts; the entries of `IDENTITY` identify the run.
+        order: the ids of all answers, in the order of the finished file.
+        duplicates: number of duplicate prompts, for the manifest.
 
     Raises:
-        ValueError: `output` is no .jsonl name.
+        ValueError: `output` does not end in .jsonl.
     """
 
     def __init__(
@@ -86,58 +85,58 @@ class AnswerFiles:
     ) -> None:
         self.output = Path(output)
         self.manifest = manifest
-        self.places = {id_: place for place, id_ in enumerate(order)}
+        self.positions = {id_: position for position, id_ in enumerate(order)}
         self.duplicates = duplicates
         check_output_name(self.output)
 
     def open(self) -> tuple[set[str], Counts]:
-        """Return the ids and the counts of the answers that exist, and write the manifest.
+        """Fold existing parts, write the manifest, and return the ids and counts of existing answers.
 
-        Parts are folded into `output`; a last line that was cut by a kill is removed.
+        A last line that a kill cut short is removed.
 
         Raises:
-            ValueError: the answers were made by another run, or another process is answering into
-                them; all files stay as they are.
+            ValueError: the files belong to another run, or another process is writing to them. All
+                files stay unchanged.
         """
         self.manifest["versions"] += [
             old
             for old in check_same_run(self.output, self.manifest).get("versions", [])
             if old not in self.manifest["versions"]
         ]
-        with ExitStack() as claims:
+        with ExitStack() as locks:
             for part in find_parts(self.output):
-                claims.enter_context(claimed(part))
+                locks.enter_context(writer_lock(part))
             rows = self._fold()
         counts = Counts().plus(rows)
-        # Before the first row, so that no row is ever without a manifest.
+        # Now, so that a kill never leaves rows without a manifest
         self.write_manifest(counts)
         return {row["id"] for row in rows}, counts
 
     def append(self, rows: list[Row], process: int) -> None:
-        """Append rows on behalf of a process; they are on the disk when this returns."""
-        append_rows(self.path_of(process), rows)
+        """Append rows to the file of a process, and flush them to disk."""
+        append_rows(self.path_for(process), rows)
 
-    def path_of(self, process: int) -> Path:
-        """Return the file that a process appends to."""
+    def path_for(self, process: int) -> Path:
+        """Return the file that process number `process` (from 0) appends to."""
         return part_path(self.output, process) if process else self.output
 
     def close(self) -> Counts:
-        """Fold all parts into `output`, in order, and write the manifest; return its counts.
+        """Fold all parts into `output`, in order, write the manifest and return its counts.
 
         Raises:
-            RuntimeError: answers are missing, though every process made its share.
+            RuntimeError: answers are missing although every process is done.
         """
         counts = Counts().plus(self._fold())
         self.write_manifest(counts)
-        if counts.rows < len(self.places):
+        if counts.rows < len(self.positions):
             raise RuntimeError(
-                f"{self.output}: {len(self.places) - counts.rows} answers are missing. Let all "
-                "processes write to one folder that each of them sees, and run again to go on"
+                f"{self.output} lacks {len(self.positions) - counts.rows} answers. Write to a folder "
+                "that all processes share, and run again to resume."
             )
         return counts
 
     def write_manifest(self, counts: Counts) -> None:
-        """Replace the manifest in one step."""
+        """Replace the manifest atomically."""
         entries = {
             **self.manifest,
             "rows": counts.rows,
@@ -148,37 +147,38 @@ class AnswerFiles:
         replace_file(manifest_path(self.output), json.dumps(entries, indent=2) + "\n")
 
     def _fold(self) -> list[Row]:
-        """Return all rows, once each and in order, after making `output` hold just these."""
+        """Move the rows of all parts to `output`, sorted and without duplicates, and return them."""
         parts = find_parts(self.output)
-        found = [row for path in (self.output, *parts) for row in self._whole_rows(path)]
-        # A kill between the two steps below leaves rows both in `output` and in a part.
-        rows = sorted({row["id"]: row for row in found}.values(), key=self._place)
-        if parts or rows != found:
+        all_rows = [row for path in (self.output, *parts) for row in self._complete_rows(path)]
+        # A kill between replacing `output` and removing a part leaves that part's rows in both
+        rows = sorted({row["id"]: row for row in all_rows}.values(), key=self._position)
+        if parts or rows != all_rows:
             replace_rows(self.output, rows)
         for part in parts:
             part.unlink()
         return rows
 
-    def _whole_rows(self, path: Path) -> list[Row]:
+    def _complete_rows(self, path: Path) -> list[Row]:
         if not path.exists():
             return []
-        cut_partial_line(path)
+        truncate_partial_line(path)
         return read_rows(path)
 
-    def _place(self, row: Row) -> int:
-        if row["id"] not in self.places:
+    def _position(self, row: Row) -> int:
+        if row["id"] not in self.positions:
             raise ValueError(
-                f"{self.output}: row {row['id']!r} answers none of the prompts, though the manifest "
-                "agrees; was the file edited? Choose another output or delete this one"
+                f"{self.output} has a row {row['id']!r} that answers none of the prompts, although the "
+                "manifest matches; was the file edited? Choose another output, or delete this one."
             )
-        return self.places[row["id"]]
+        return self.positions[row["id"]]
 
 
 @contextmanager
-def claimed(path: Path) -> Iterator[None]:
-    """Keep other processes off a file for a `with` block, or for as long as this one lives.
+def writer_lock(path: Path) -> Iterator[None]:
+    """Lock a file against other writers inside a `with` block; the lock ends with the process.
 
-    Raises ValueError if another process keeps it.
+    Raises:
+        ValueError: another process holds the lock.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     lock = FileLock(path.with_name(f".{path.name}.lock"), blocking=False)
@@ -186,7 +186,7 @@ def claimed(path: Path) -> Iterator[None]:
         lock.acquire()
     except Timeout as error:
         raise ValueError(
-            f"{path}: another process is writing to it. Let it finish or stop it, and start again"
+            f"Another process is writing to {path}. Wait for it or stop it, and run again."
         ) from error
     try:
         yield
@@ -196,63 +196,64 @@ def claimed(path: Path) -> Iterator[None]:
 
 
 def check_output_name(output: Path) -> None:
-    """Raise a ValueError unless `output` is a .jsonl name."""
+    """Raise a ValueError unless `output` ends in .jsonl."""
     if output.suffix != ".jsonl":
-        raise ValueError(f"output: expected a file name that ends in .jsonl, got {output.name!r}")
+        raise ValueError(f"output must be a file name that ends in .jsonl, got {output.name!r}.")
 
 
 def check_same_run(
     output: Path, manifest: dict[str, Any], names: Iterable[str] = IDENTITY
 ) -> dict[str, Any]:
-    """Return the manifest of the answers that exist at `output`; empty if there are none.
+    """Return the manifest of existing answers at `output`; empty if there are none.
 
     Args:
         output: the file of answers.
-        manifest: what the run is.
-        names: the entries to compare; one that `manifest` lacks is expected to be missing.
+        manifest: the manifest of the run that wants to add answers.
+        names: the entries to compare; an entry that one manifest lacks must be absent in the other.
 
     Raises:
-        ValueError: there are answers, but no manifest, or one that differs; says in what.
+        ValueError: answers exist without a manifest, or their manifest differs; the message lists the
+            differences.
     """
     existing = [path for path in (output, *find_parts(output)) if path.exists()]
     if not existing:
         return {}
     try:
-        found = read_json(manifest_path(output))
+        existing_manifest = read_json(manifest_path(output))
     except FileNotFoundError as error:
         raise ValueError(
-            f"{existing[0]}: exists without {manifest_path(output).name}, so it can't be known what "
-            "made it. Choose another output or delete this one"
+            f"{existing[0]} exists without {manifest_path(output).name}, so its model and settings are "
+            "unknown. Choose another output, or delete this one."
         ) from error
-    refuse_differences(output, names, found, manifest)
-    return found
+    check_same_origin(output, names, existing_manifest, manifest)
+    return existing_manifest
 
 
-def refuse_differences(
-    path: Path, names: Iterable[str], found: dict[str, Any], wanted: dict[str, Any]
+def check_same_origin(
+    path: Path, names: Iterable[str], existing: dict[str, Any], current: dict[str, Any]
 ) -> None:
-    """Raise a ValueError that says in which entries what made the file `path` differs."""
-    differing = [line for name in names for line in _differences(name, found, wanted)]
-    if differing:
+    """Raise a ValueError if a file's manifest differs from the current one in an entry of `names`."""
+    differences = [line for name in names for line in _differences(name, existing, current)]
+    if differences:
         raise ValueError(
-            f"{path}: was made differently: {'; '.join(differing)}. "
-            "Choose another output or delete this one with its manifest"
+            f"{path} belongs to another run: {'; '.join(differences)}. "
+            "Choose another output, or delete this one with its manifest."
         )
 
 
-def _differences(name: str, found: dict[str, Any], wanted: dict[str, Any]) -> Iterator[str]:
-    """Say how entry `name` of two manifests differs; dictionaries are compared key by key."""
-    there, here = found.get(name), wanted.get(name)
-    if isinstance(there, dict) and isinstance(here, dict):
-        for key in here:
-            for line in _differences(key, there, here):
+def _differences(name: str, existing: dict[str, Any], current: dict[str, Any]) -> Iterator[str]:
+    """Describe how an entry of two manifests differs; dictionaries are compared key by key."""
+    old, new = existing.get(name), current.get(name)
+    if isinstance(old, dict) and isinstance(new, dict):
+        for key in new:
+            for line in _differences(key, old, new):
                 yield f"{name}.{line}"
-    elif there != here:
-        yield f"{name} is {there!r} there and {here!r} now"
+    elif old != new:
+        yield f"{name} was {old!r} and is {new!r} now"
 
 
 def append_rows(path: Path | str, rows: list[Row]) -> None:
-    """Append rows to a JSONL file; they are on the disk when this returns."""
+    """Append rows to a JSONL file, and flush them to disk."""
     with Path(path).open("ab") as stream:
         stream.write("".join(_line(row) for row in rows).encode("utf-8"))
         stream.flush()
@@ -260,7 +261,7 @@ def append_rows(path: Path | str, rows: list[Row]) -> None:
 
 
 def replace_rows(path: Path, rows: list[Row]) -> None:
-    """Make a JSONL file hold just these rows, in one step."""
+    """Replace the rows of a JSONL file atomically."""
     replace_file(path, "".join(_line(row) for row in rows))
 
 
@@ -269,35 +270,36 @@ def _line(row: Row) -> str:
 
 
 def read_rows(path: Path | str) -> list[Row]:
-    """Read the answers in a .jsonl or .jsonl.gz file that `distill` made.
+    """Read the answers in a .jsonl or .jsonl.gz file that `distill` wrote.
 
-    Raises ValueError naming `file:line` for a row that is not JSON, was cut off, lacks one of
-    `ROW_FIELDS` or holds another type there.
+    Raises:
+        ValueError: a row is not JSON, is truncated, or lacks a field of `ROW_FIELDS` or has another
+            type there; the message starts with `file:line`.
     """
     rows = []
     for number, row in read_json_lines(path):
         for field, types in ROW_FIELDS.items():
             if field not in row or not isinstance(row[field], types):
                 raise ValueError(
-                    f"{path}:{number}: expected {getattr(types, '__name__', types)} in field "
-                    f"{field!r}, got {row.get(field)!r}; fields found: {sorted(row)}"
+                    f"{path}:{number}: field {field!r} must be {getattr(types, '__name__', types)}, got "
+                    f"{row.get(field)!r}; the row has the fields {sorted(row)}."
                 )
         rows.append(row)
     return rows
 
 
-def cut_partial_line(path: Path) -> None:
-    """Remove what follows the last line break: a row whose writing was cut short."""
+def truncate_partial_line(path: Path) -> None:
+    """Remove an unfinished last line, which a kill leaves behind."""
     data = path.read_bytes()
-    whole = data.rfind(b"\n") + 1
-    if whole < len(data):
+    end = data.rfind(b"\n") + 1
+    if end < len(data):
         with path.open("r+b") as stream:
-            stream.truncate(whole)
+            stream.truncate(end)
             os.fsync(stream.fileno())
 
 
 def replace_file(path: Path, text: str) -> None:
-    """Write a file in one step: a kill leaves either the old one or the new one."""
+    """Write a file atomically: a kill leaves either the old file or the new one."""
     temporary = path.with_name(f".{path.name}.tmp")
     with temporary.open("w", encoding="utf-8", newline="") as stream:
         stream.write(text)
@@ -307,26 +309,26 @@ def replace_file(path: Path, text: str) -> None:
 
 
 def manifest_path(output: Path | str) -> Path:
-    """Return the path of the manifest that belongs to an output file."""
+    """Return the path of an output file's manifest."""
     return Path(f"{output}.manifest.json")
 
 
 def part_path(output: Path, process: int) -> Path:
-    """Return where process number `process` (from 1) keeps its answers until they are folded."""
+    """Return the part file of process number `process` (from 1)."""
     return output.with_name(f"{output.name}.part{process}.jsonl")
 
 
 def find_parts(output: Path) -> list[Path]:
-    """Return the part files that belong to an output file, of however many processes."""
+    """Return the existing part files of an output file."""
     candidates = output.parent.glob("*.jsonl") if output.parent.exists() else iter(())
-    start = f"{output.name}.part"
+    prefix = f"{output.name}.part"
     return sorted(
         path
         for path in candidates
-        if path.stem.startswith(start) and path.stem.removeprefix(start).isdigit()
+        if path.stem.startswith(prefix) and path.stem.removeprefix(prefix).isdigit()
     )
 
 
 def row_id(prompt: str, answer: int) -> str:
-    """Return the id of the answer number `answer` (from 0) to `prompt`: a hash of the two."""
+    """Return the id of answer number `answer` (from 0) to `prompt`, a hash of both."""
     return hashlib.sha256(f"{answer}\n{prompt}".encode()).hexdigest()[:20]

@@ -1,10 +1,9 @@
 """Self-distillation through an inference server with an OpenAI-compatible endpoint.
 
-For models too large to generate with Transformers: vLLM, SGLang, llama.cpp or TGI serve the model,
-and this asks them. The heads must then be trained for that very model: the same checkpoint in the
-same precision, since a quantized server answers otherwise than the original. The server must add no
-sampling options of its own (for vLLM: `--generation-config vllm`) and must leave an answer whole
-(no parser that splits reasoning or tool calls off).
+Use it for models that are too large to generate with Transformers; vLLM, SGLang, llama.cpp and TGI serve
+such models. Train the heads on the checkpoint and in the precision that the server used, because a
+quantized model gives other answers. The server must not add sampling options (vLLM: start it with
+`--generation-config vllm`), nor split reasoning or tool calls off its answers.
 """
 
 from __future__ import annotations
@@ -28,43 +27,52 @@ from modeling_lmtp.conversion.saving import versions
 
 from .distill_files import AnswerFiles, Row
 from .distill_run import (
+    AnswerTask,
     Batch,
     DistillReport,
-    Item,
     answer_all,
-    cut_batches,
-    plan_items,
+    plan_tasks,
     prompts_sha256,
+    split_batches,
 )
 from .distill_settings import DistillSettings
 
 logger = logging.getLogger(__name__)
 
-# What of the settings shapes a server's answers; it batches as it likes.
+# The settings that affect a server's answers; the server chooses its own batches
 SETTINGS = ("max_new_tokens", "temperature", "top_p", "num_answers", "seed")
-_MAX_WAIT = 60.0  # seconds between two tries
+_MAX_WAIT = 60.0  # seconds between two attempts
 
 
 @dataclass(frozen=True)
 class Server:
-    """An OpenAI-compatible endpoint and the name that it serves the model under.
+    """An OpenAI-compatible endpoint, and how to call it.
 
-    Raises ValueError naming the argument, the value and what is allowed.
+    Args:
+        url: base URL, including `/v1`.
+        model: the name under which the server serves the model.
+        api_key: sent as a bearer token, if given.
+        timeout: seconds to wait for one answer.
+        tries: number of attempts per request.
+        backoff: seconds before the second attempt; doubles with each further one.
+
+    Raises:
+        ValueError: `url` is not an http(s) URL.
     """
 
-    url: str  # up to and with /v1
+    url: str
     model: str
     api_key: str | None = field(default=None, repr=False)
-    timeout: float = 600.0  # seconds for one answer
+    timeout: float = 600.0
     tries: int = 6
-    backoff: float = 1.0  # seconds before the second try; doubled before each further one
+    backoff: float = 1.0
 
     def __post_init__(self) -> None:
-        """Refuse what is no address."""
+        """Check the URL."""
         if not self.url.startswith(("http://", "https://")):
             raise ValueError(
-                "server: expected an address such as http://localhost:8000/v1 (up to and with /v1), "
-                f"got {self.url!r}"
+                "server must be a URL that ends in /v1, such as http://localhost:8000/v1, got "
+                f"{self.url!r}."
             )
 
 
@@ -78,43 +86,43 @@ def distill_from_server(
     sources: dict[str, Any] | None = None,
     progress: bool = True,
 ) -> DistillReport:
-    """Let a server answer every prompt, as `distill` lets a model; no model is loaded here.
+    """Let a server answer every prompt, and append the answers to `output` as `distill` does.
 
-    Up to `settings.batch_size` requests run at once. A request is tried again after a refused or
-    broken connection, a time-out and the statuses 408, 429 and 5xx. Call it again with the same
-    arguments to go on after a stop or an error: what was answered is kept.
+    Up to `settings.batch_size` requests run concurrently. A request is retried after connection errors,
+    timeouts and the statuses 408, 429 and 5xx. Call it again with the same arguments to resume after a
+    stop or an error; existing answers are kept.
 
     Args:
-        server: what answers.
-        prompts: what to answer.
+        server: the endpoint.
+        prompts: the prompts to answer.
         output: a .jsonl file, new or of the same run.
-        settings: how to answer; `SETTINGS` count.
-        model: the checkpoint that the server serves; the manifest names it.
-        sources: where the prompts come from; the manifest keeps it.
-        progress: show a bar with the tokens per second and the time left.
+        settings: how to generate the answers; only `SETTINGS` have an effect.
+        model: the checkpoint that the server serves, for the manifest.
+        sources: where the prompts come from, for the manifest.
+        progress: show a progress bar.
 
     Raises:
-        ValueError: there are no prompts, `output` is no .jsonl name or was made by another run, or
-            the server refused a request or sent something else than an answer.
-        ConnectionError: the server could not be reached, or was at fault, in all tries.
+        ValueError: there are no prompts, `output` does not end in .jsonl or belongs to another run, or
+            the server rejected a request or sent a malformed answer.
+        ConnectionError: every attempt failed, because the server was unreachable or returned an error.
     """
-    items, duplicates = plan_items(prompts, settings.num_answers, None)
+    tasks, duplicates = plan_tasks(prompts, settings.num_answers, None)
     manifest = {
         "model": model,
         "server": server.url,
         "server_model": server.model,
-        "prompts_sha256": prompts_sha256(items),
+        "prompts_sha256": prompts_sha256(tasks),
         "prompt_sources": sources,
         "settings": {name: getattr(settings, name) for name in SETTINGS},
         "versions": [versions()],
     }
-    files = AnswerFiles(output, manifest, [item.id for item in items], duplicates)
-    asking = _Asking(server, settings)
-    return answer_all(files, cut_batches(items, 1), asking.answer, progress=progress)
+    files = AnswerFiles(output, manifest, [task.id for task in tasks], duplicates)
+    requests = _RequestPool(server, settings)
+    return answer_all(files, split_batches(tasks, 1), requests.answer, progress=progress)
 
 
-class _Asking:
-    """The requests of one run, several at a time."""
+class _RequestPool:
+    """The requests of one run, several of which run concurrently."""
 
     def __init__(self, server: Server, settings: DistillSettings) -> None:
         self.server = server
@@ -122,12 +130,12 @@ class _Asking:
         self.stopping = Event()
 
     def answer(self, batches: list[Batch]) -> Iterator[list[Row]]:
-        """Yield rows as they come; after an error, those under way, and then raise it."""
-        items = chain.from_iterable(batches)
+        """Yield rows as they arrive; after an error, yield the running requests' rows and raise it."""
+        tasks = chain.from_iterable(batches)
         failure: BaseException | None = None
         with ThreadPoolExecutor(self.settings.batch_size) as pool:
             running = {
-                pool.submit(self._ask, item) for item in islice(items, self.settings.batch_size)
+                pool.submit(self._ask, task) for task in islice(tasks, self.settings.batch_size)
             }
             try:
                 while running:
@@ -136,64 +144,65 @@ class _Asking:
                     if failure:
                         self.stopping.set()
                     else:
-                        running |= {pool.submit(self._ask, i) for i in islice(items, len(done))}
+                        running |= {pool.submit(self._ask, i) for i in islice(tasks, len(done))}
                     yield [future.result() for future in done if not future.exception()]
             finally:
                 self.stopping.set()
         if failure:
             raise failure
 
-    def _ask(self, item: Item) -> Row:
+    def _ask(self, task: AnswerTask) -> Row:
         payload = {
             "model": self.server.model,
-            "messages": [{"role": "user", "content": item.prompt.text}],
+            "messages": [{"role": "user", "content": task.prompt.text}],
             "temperature": self.settings.temperature,
             "top_p": self.settings.top_p,
             "max_tokens": self.settings.max_new_tokens,
-            # Some servers take 32 bits and no sign
-            "seed": derived_seed(self.settings.seed, item.id) >> 32,
+            # Some servers accept only non-negative 32-bit seeds
+            "seed": derived_seed(self.settings.seed, task.id) >> 32,
         }
-        answer = _parse_answer(self._post(json.dumps(payload).encode(), item), item)
-        return {"id": item.id, "kind": item.prompt.kind, "prompt": item.prompt.text, **answer}
+        answer = _parse_answer(self._post(json.dumps(payload).encode(), task), task)
+        return {"id": task.id, "kind": task.prompt.kind, "prompt": task.prompt.text, **answer}
 
-    def _post(self, payload: bytes, item: Item) -> bytes:
-        """Send a request, again where that may help, and return the body of the answer."""
+    def _post(self, payload: bytes, task: AnswerTask) -> bytes:
+        """Send a request, retry it if the error may be temporary, and return the reply's body."""
         for attempt in range(1, self.server.tries + 1):
             try:
                 return _send(self.server, payload)
             except urllib.error.HTTPError as error:
-                reason, wanted = _describe(error), error.headers.get("Retry-After", "")
+                reason, retry_after = _describe(error), error.headers.get("Retry-After", "")
                 if error.code not in (408, 429) and error.code < 500:
                     raise ValueError(
-                        f"server: {self.server.url} refused the prompt {item.prompt.text[:80]!r}: "
-                        f"{reason}. Check --server (up to and with /v1), --server_model, "
-                        "OPENAI_API_KEY and the prompt's length. What was answered is kept"
+                        f"The server {self.server.url} rejected the prompt {task.prompt.text[:80]!r}: "
+                        f"{reason}. Check --server (the URL must end in /v1), --server_model, "
+                        "OPENAI_API_KEY and the prompt's length, and run again to resume."
                     ) from error
             except (OSError, HTTPException) as error:
-                reason, wanted = f"{type(error).__name__}: {error}", ""
-            pause = float(wanted) if wanted.isdigit() else self.server.backoff * 2 ** (attempt - 1)
+                reason, retry_after = f"{type(error).__name__}: {error}", ""
+            backoff = self.server.backoff * 2 ** (attempt - 1)
+            pause = float(retry_after) if retry_after.isdigit() else backoff
             if attempt == self.server.tries or self.stopping.is_set():
                 break
-            logger.warning("%s: %s; trying again in %.0f s", self.server.url, reason, pause)
+            logger.warning("%s: %s; retrying in %.0f s", self.server.url, reason, pause)
             self.stopping.wait(min(pause, _MAX_WAIT))
         raise ConnectionError(
-            f"server: {self.server.url} gave no answer (tries: {attempt}), at last: {reason}. "
-            "What was answered is kept: run the command again to go on"
+            f"The server {self.server.url} gave no answer (attempts: {attempt}); the last error was "
+            f"{reason}. Check that it runs, and run the command again to resume."
         )
 
 
 class _NoRedirects(urllib.request.HTTPRedirectHandler):
-    """Reports a redirect as the error it is here: following it would carry the key elsewhere."""
+    """Turns redirects into errors, because following one would send the API key to another host."""
 
     def redirect_request(self, *args: Any) -> None:
-        """Follow nothing."""
+        """Do not follow the redirect."""
 
 
 _OPENER = urllib.request.build_opener(_NoRedirects)
 
 
-# The standard library asks, because the HTTP client that comes with huggingface_hub is another one
-# in its second major version than in its first.
+# urllib, because huggingface_hub changed its HTTP client between versions 0 and 1, and no other
+# client is a dependency
 def _send(server: Server, payload: bytes) -> bytes:
     headers = {"Content-Type": "application/json"}
     if server.api_key:
@@ -210,29 +219,29 @@ def _describe(error: urllib.error.HTTPError) -> str:
     return f"HTTP {error.code} {error.reason}" + (f": {body}" if body else "")
 
 
-def _parse_answer(body: bytes, item: Item) -> Row:
-    """Return the fields of a row that the server's reply holds."""
+def _parse_answer(body: bytes, task: AnswerTask) -> Row:
+    """Return the row fields of the server's reply; raise a ValueError if it is not an answer."""
     try:
         reply = json.loads(body)
         choice = reply["choices"][0]
         message, reason = choice["message"], choice["finish_reason"]
         text, tokens = message["content"], reply["usage"]["completion_tokens"]
-        split_off = message.get("reasoning_content") or message.get("reasoning")
+        reasoning = message.get("reasoning_content") or message.get("reasoning")
     except (ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
-        raise ValueError(_malformed(body, item)) from error
-    if split_off:
+        raise ValueError(_malformed_reply(body, task)) from error
+    if reasoning:
         raise ValueError(
-            "server: it splits the reasoning off its answers, but heads have to learn the whole "
-            "text; start it without a reasoning parser"
+            "The server splits the reasoning off its answers, but heads must learn the whole text. Start "
+            "it without a reasoning parser."
         )
     if not (isinstance(text, str) and isinstance(reason, str) and isinstance(tokens, int)):
-        raise ValueError(_malformed(body, item))
+        raise ValueError(_malformed_reply(body, task))
     return {"response": text, "finished": reason == "stop", "tokens": tokens}
 
 
-def _malformed(body: bytes, item: Item) -> str:
+def _malformed_reply(body: bytes, task: AnswerTask) -> str:
     return (
-        f"server: expected a chat completion with a text, a finish_reason and usage.completion_tokens "
-        f"for the prompt {item.prompt.text[:80]!r}, got {body[:300].decode('utf-8', 'replace')!r}. "
-        "What was answered is kept"
+        f"The server's reply to the prompt {task.prompt.text[:80]!r} must be a chat completion with a "
+        "text, a finish_reason and usage.completion_tokens, got "
+        f"{body[:300].decode('utf-8', 'replace')!r}. Check --server, and run again to resume."
     )

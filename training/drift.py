@@ -1,8 +1,8 @@
-"""How far a tuned backbone has moved from the original one, which its adapters keep at hand.
+"""How far joint tuning has moved the backbone from the original.
 
-With the adapters disabled the model is the original: no second copy of it is needed.
+Disabling the adapters gives the original model, so no second copy of it is needed.
 
-Shapes: `B` batch, `L` length, `V` vocabulary size, `N` tokens that count.
+Shapes: `B` batch, `L` length, `V` vocabulary size, `N` labels that are not -100.
 """
 
 import math
@@ -21,12 +21,12 @@ from modeling_lmtp.losses_lmtp import leap_positions
 
 from .examples import AnswerDataset, Example, collate
 
-CHUNK_SIZE = 256  # tokens whose float32 distributions exist at a time
+CHUNK_SIZE = 256  # tokens per chunk; limits the memory for float32 distributions
 
 
 @contextmanager
 def original_model(model: PeftModel) -> Iterator[None]:
-    """Make `model` what it was before its adapters, inside the block: no gradients, no dropout."""
+    """Disable the adapters, gradients and dropout of `model` inside the block."""
     was_training = model.training
     model.eval()
     try:
@@ -39,14 +39,14 @@ def original_model(model: PeftModel) -> Iterator[None]:
 def next_token_kl(
     original_logits: torch.Tensor, tuned_logits: torch.Tensor, labels: torch.Tensor
 ) -> tuple[torch.Tensor, int]:
-    """Sum `KL(original ‖ tuned)` of the next-token distributions over the labels that count.
+    """Sum `KL(original ‖ tuned)` of the next-token distributions over the labels.
 
-    Distributions are recomputed for backward, chunk by chunk, and never kept.
+    Backward recomputes the distributions chunk by chunk instead of keeping them.
 
     Args:
         original_logits: `(B, L, V)`, without gradient.
         tuned_logits: `(B, L, V)`.
-        labels: `(B, L)`, not shifted; the distribution at `s` counts if `labels[s + 1]` does.
+        labels: `(B, L)`, not shifted; position `s` counts unless `labels[s + 1]` is -100.
 
     Returns:
         The float32 sum in nats, a scalar, and `N`.
@@ -61,16 +61,24 @@ def next_token_kl(
 def _kl(
     original_logits: torch.Tensor,
     tuned_logits: torch.Tensor,
-    where: tuple[torch.Tensor, torch.Tensor],
+    positions: tuple[torch.Tensor, torch.Tensor],
 ) -> torch.Tensor:
-    original = original_logits[where].float().log_softmax(dim=-1)
-    tuned = tuned_logits[where].float().log_softmax(dim=-1)
+    original = original_logits[positions].float().log_softmax(dim=-1)
+    tuned = tuned_logits[positions].float().log_softmax(dim=-1)
     return nn.functional.kl_div(tuned, original, reduction="sum", log_target=True)
 
 
 @torch.no_grad()
 def next_token_nll(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """Sum `-log p(label)` over the labels that count, in chunks: `(B, L, V)`, `(B, L)` to a scalar."""
+    """Sum `-log p(label)` in nats over the labels.
+
+    Args:
+        logits: `(B, L, V)`.
+        labels: `(B, L)`, not shifted; -100 does not count.
+
+    Returns:
+        The float32 sum, a scalar.
+    """
     total = logits.new_zeros((), dtype=torch.float32)
     rows, positions = leap_positions(labels, 1)
     for row, position in zip(rows.split(CHUNK_SIZE), positions.split(CHUNK_SIZE), strict=True):
@@ -83,14 +91,14 @@ def next_token_nll(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class DriftReport:
-    """What held-out answers say of the tuned backbone beside the original.
+    """The tuned backbone compared with the original on held-out answers.
 
     Args:
-        kl: the mean of `KL(original ‖ tuned)` per answer token, in nats.
-        perplexity_original: the original backbone's on the answers.
-        perplexity_tuned: the tuned one's.
-        top1_agreement: how often both think the same token the most likely.
-        tokens: answer tokens looked at.
+        kl: mean `KL(original ‖ tuned)` per answer token, in nats.
+        perplexity_original: perplexity of the original backbone on the answers.
+        perplexity_tuned: perplexity of the tuned backbone on the answers.
+        top1_agreement: share of the answer tokens for which both backbones agree on the top-1 token.
+        tokens: number of answer tokens.
     """
 
     kl: float
@@ -104,7 +112,7 @@ class DriftReport:
         return asdict(self)
 
     def summary(self) -> str:
-        """Return the report in a sentence."""
+        """Return the report in one line."""
         return (
             f"KL {self.kl:.4f} nats per token, top-1 agreement {self.top1_agreement:.2%}, perplexity "
             f"{self.perplexity_original:.3f} -> {self.perplexity_tuned:.3f}"
@@ -115,18 +123,20 @@ class DriftReport:
 def measure_drift(
     model: PeftModel, examples: Sequence[Example], *, progress: bool = False
 ) -> DriftReport:
-    """Compare a model with what it is without its adapters, on the answers of `examples`.
+    """Compare a model with and without its adapters on the answers of `examples`.
 
     Args:
-        model: `LMTPForCausalLM` in PEFT's wrapper.
-        examples: at least one.
+        model: an `LMTPForCausalLM` in PEFT's wrapper.
+        examples: at least one answer.
         progress: show a progress bar.
 
     Raises:
         ValueError: there are no examples.
     """
     if not examples:
-        raise ValueError("examples is empty: hold out at least one answer to measure drift on.")
+        raise ValueError(
+            "examples must hold at least one answer to measure drift on, got none. Hold some out."
+        )
     was_training = model.training
     model.eval()
     sums = torch.zeros(5, dtype=torch.float64)
@@ -135,12 +145,12 @@ def measure_drift(
         batch = {name: value.to(model.device) for name, value in collate([data[index]]).items()}
         sums += torch.tensor(_drift_sums(model, **batch), dtype=torch.float64)
     model.train(was_training)
-    kl, nll_original, nll_tuned, agreeing, tokens = sums.tolist()
+    kl, nll_original, nll_tuned, num_equal, tokens = sums.tolist()
     return DriftReport(
         kl=kl / tokens,
         perplexity_original=math.exp(nll_original / tokens),
         perplexity_tuned=math.exp(nll_tuned / tokens),
-        top1_agreement=agreeing / tokens,
+        top1_agreement=num_equal / tokens,
         tokens=int(tokens),
     )
 
@@ -148,12 +158,12 @@ def measure_drift(
 def _drift_sums(
     model: PeftModel, input_ids: torch.Tensor, attention_mask: torch.Tensor, labels: torch.Tensor
 ) -> list[float]:
+    """Return the sums over one batch: KL, both NLLs, equal top-1 tokens, and tokens."""
     inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "use_cache": False}
     with original_model(model):
         original = model(**inputs).logits
     tuned = model(**inputs).logits
     kl, tokens = next_token_kl(original, tuned, labels)
-    where = leap_positions(labels, 1)
-    agreeing = (original.argmax(dim=-1) == tuned.argmax(dim=-1))[where].sum()
+    num_equal = (original.argmax(dim=-1) == tuned.argmax(dim=-1))[leap_positions(labels, 1)].sum()
     nlls = (next_token_nll(logits, labels) for logits in (original, tuned))
-    return [float(value) for value in (kl, *nlls, agreeing, tokens)]
+    return [float(value) for value in (kl, *nlls, num_equal, tokens)]

@@ -1,4 +1,4 @@
-"""Distilled answers as training examples: token ids, and labels where the answer is.
+"""Answers as training examples: token ids, and labels for the tokens of the answer.
 
 Shapes: `B` batch, `L` length.
 """
@@ -29,7 +29,7 @@ Item = TypeVar("Item")
 
 
 def evenly(items: Sequence[Item], count: int) -> list[Item]:
-    """Take `count` of the items, or all if there are fewer, evenly spread over the sequence."""
+    """Return `count` items, evenly spread over the sequence, or all items if there are fewer."""
     count = min(count, len(items))
     return [items[number * len(items) // count] for number in range(count)]
 
@@ -37,31 +37,32 @@ def evenly(items: Sequence[Item], count: int) -> list[Item]:
 def split_examples(
     examples: Sequence[Example], held_out: int
 ) -> tuple[list[Example], list[Example]]:
-    """Take `held_out` examples, evenly spread over the file, out of training.
+    """Split examples into a training set and `held_out` examples, evenly spread over the sequence.
 
     Raises:
-        ValueError: fewer than `held_out + 1` examples.
+        ValueError: there are fewer than `held_out + 1` examples.
     """
     if not 0 <= held_out < len(examples):
         raise ValueError(
-            f"held_out must leave something to train on: got {held_out} of {len(examples)} examples."
+            f"held_out must be from 0 to {len(examples) - 1}, one less than the number of examples, got "
+            f"{held_out}."
         )
-    chosen = {i * len(examples) // held_out for i in range(held_out)}
+    indices = {i * len(examples) // held_out for i in range(held_out)}
     return (
-        [example for i, example in enumerate(examples) if i not in chosen],
-        [examples[i] for i in sorted(chosen)],
+        [example for i, example in enumerate(examples) if i not in indices],
+        [examples[i] for i in sorted(indices)],
     )
 
 
 def to_examples(rows: Iterable[Example | Mapping[str, Any]]) -> list[Example]:
-    """Return answers as examples.
+    """Convert the rows of a dataset to examples.
 
     Args:
-        rows: examples; or rows, as of a `datasets.Dataset`, with `input_ids` and, where tokens of the
-            prompt are not learned, `labels` that are -100 there.
+        rows: examples; or rows, for instance of a `datasets.Dataset`, with `input_ids` and optionally
+            `labels`, which are -100 for the prompt.
 
     Raises:
-        ValueError: a row has no `input_ids`, or labels that do not belong to one answer at its end.
+        ValueError: a row has no `input_ids`, or its labels are not those of one answer at its end.
     """
     return [
         row if isinstance(row, Example) else _to_example(row, number)
@@ -72,16 +73,16 @@ def to_examples(rows: Iterable[Example | Mapping[str, Any]]) -> list[Example]:
 def _to_example(row: Mapping[str, Any], number: int) -> Example:
     if "input_ids" not in row:
         raise ValueError(
-            f"Row {number} has no input_ids, but {', '.join(map(str, row))}. Tokenize the answers, or "
-            "read a file of them with read_answers."
+            f"Row {number} must have input_ids, got {', '.join(map(str, row))}. Tokenize the answers, or "
+            "read a file of answers with load_answers."
         )
     input_ids = list(row["input_ids"])
     labels = list(row.get("labels", input_ids))
     start = next((i for i, label in enumerate(labels) if label != IGNORE_INDEX), len(labels))
     if labels[start:] != input_ids[start:]:
         raise ValueError(
-            f"Row {number}: labels must be {IGNORE_INDEX} for the tokens of the prompt and the input_ids "
-            "from there on, because heads learn one answer at the end of each row."
+            f"Row {number}: labels must be {IGNORE_INDEX} for the prompt and equal to input_ids for the "
+            "answer, because heads learn one answer at the end of each row."
         )
     return Example(input_ids, start)
 
@@ -89,10 +90,10 @@ def _to_example(row: Mapping[str, Any], number: int) -> Example:
 def check_targets(
     examples: Sequence[Example], leap_offsets: Sequence[int], *, train_on_prompts: bool = False
 ) -> None:
-    """Raise a ValueError if a head has nothing to learn from any example.
+    """Raise a ValueError if a head has no target in any example.
 
-    A target lies in the answer, `offset` tokens or more behind the example's first: an answer shorter
-    than the furthest offset still has some, if its prompt is long enough.
+    A target is an answer token at least `offset` tokens after the example's first token. An answer
+    shorter than the furthest offset therefore still has targets if its prompt is long enough.
     """
     furthest = max(leap_offsets, default=1)
     longest = max((len(example.input_ids) for example in examples), default=0)
@@ -102,25 +103,25 @@ def check_targets(
         for example, start in zip(examples, starts, strict=True)
     ):
         raise ValueError(
-            f"leap_offsets {tuple(leap_offsets)}: nothing in {len(examples)} answers is a target at "
-            f"offset {furthest}; the longest has {longest} tokens with its prompt. Get longer "
-            "answers, raise max_length, or leave that head out."
+            f"leap_offsets must not exceed the answers, got {tuple(leap_offsets)}: none of the "
+            f"{len(examples)} answers has a target at offset {furthest}; the longest has {longest} tokens "
+            "with its prompt. Use longer answers, raise max_length, or leave that head out."
         )
 
 
 def draft_vocabulary(examples: Sequence[Example], size: int, vocab_size: int) -> tuple[int, ...]:
-    """Choose the tokens that heads may draft: the most frequent ones of the answers.
+    """Return the draft vocabulary: the `size` most frequent tokens of the answers.
 
-    Where the answers hold fewer than `size`, the lowest ids fill up: subword vocabularies are
-    numbered roughly by frequency.
+    If the answers have fewer distinct tokens, the lowest unused ids are added, because subword
+    vocabularies are numbered roughly by frequency.
 
     Args:
-        examples: what the heads will learn.
-        size: tokens wanted.
-        vocab_size: the backbone's vocabulary.
+        examples: the training examples.
+        size: size of the draft vocabulary.
+        vocab_size: size of the backbone's vocabulary.
 
     Returns:
-        Increasing token ids, `size` of them.
+        `size` token ids in increasing order.
 
     Raises:
         ValueError: `size` is not from 1 to `vocab_size`.
@@ -130,23 +131,24 @@ def draft_vocabulary(examples: Sequence[Example], size: int, vocab_size: int) ->
     counts = Counter(
         token for example in examples for token in example.input_ids[example.answer_start :]
     )
-    chosen = [token for token, _ in counts.most_common(size)]
+    frequent = [token for token, _ in counts.most_common(size)]
     unseen = (token for token in range(vocab_size) if token not in counts)
-    return tuple(sorted([*chosen, *islice(unseen, size - len(chosen))]))
+    return tuple(sorted([*frequent, *islice(unseen, size - len(frequent))]))
 
 
-Row = dict[str, Any]  # columns of one example's or pack's tokens
+Row = dict[str, Any]  # one example or pack: `input_ids`, `labels`, …, each of length `L`
 
 
 class AnswerDataset(Dataset[Row]):
-    """Examples as a Trainer takes them: `input_ids` and unshifted `labels`.
+    """Examples as rows for a Trainer: `input_ids` and unshifted `labels`.
 
-    The row behind the last one is empty: a token that is no target, to fill up batches.
+    The index after the last example gives an empty row, one token without a target, which
+    `GroupedSampler` uses to fill batches.
 
     Args:
         examples: the examples.
-        train_on_prompts: also learn to predict the prompts' tokens.
-        load_states: returns an example's states `(L, K·H)`, which become `known_states`.
+        train_on_prompts: also train on the tokens of the prompts.
+        load_states: returns the states `(L, K·H)` of an example, for the column `known_states`.
     """
 
     def __init__(
@@ -165,12 +167,12 @@ class AnswerDataset(Dataset[Row]):
         return len(self.examples)
 
     def __getitem__(self, index: int) -> Row:
-        """Return one example's token ids and labels, and its states where they are known."""
+        """Return the token ids and labels of one example, and its states with `load_states`."""
         if index == len(self.examples):
             return {"input_ids": [0], "labels": [IGNORE_INDEX]}
         example = self.examples[index]
-        masked = 0 if self.train_on_prompts else example.answer_start
-        labels = [IGNORE_INDEX] * masked + example.input_ids[masked:]
+        first = 0 if self.train_on_prompts else example.answer_start
+        labels = [IGNORE_INDEX] * first + example.input_ids[first:]
         row: Row = {"input_ids": example.input_ids, "labels": labels}
         if self.load_states is not None:
             row["known_states"] = self.load_states(example)
@@ -180,31 +182,29 @@ class AnswerDataset(Dataset[Row]):
 def collate(rows: Sequence[Row]) -> dict[str, torch.Tensor]:
     """Pad rows on the right: `input_ids`, `attention_mask` and `labels`, each `(B, L)`.
 
-    Known states become `known_states` `(B, L, K·H)`.
+    Rows with states also give `known_states` `(B, L, K·H)`.
     """
-    length = max(len(row["input_ids"]) for row in rows)
+    lengths = [len(row["input_ids"]) for row in rows]
+    length = max(lengths)
 
-    def padded(name: str, value: int) -> torch.Tensor:
+    def pad(name: str, value: int) -> torch.Tensor:
         return torch.tensor([row[name] + [value] * (length - len(row[name])) for row in rows])
 
-    ones = [{"mask": [1] * len(row["input_ids"])} for row in rows]
-    mask = torch.tensor([row["mask"] + [0] * (length - len(row["mask"])) for row in ones])
     return {
-        "input_ids": padded("input_ids", 0),  # hidden by the mask, so any id will do
-        "attention_mask": mask,
-        "labels": padded("labels", IGNORE_INDEX),
-        **padded_states(rows, length),
+        "input_ids": pad("input_ids", 0),  # the mask hides the padding, so any id will do
+        "attention_mask": torch.tensor([[1] * n + [0] * (length - n) for n in lengths]),
+        "labels": pad("labels", IGNORE_INDEX),
+        **pad_states(rows, length),
     }
 
 
-def padded_states(rows: Sequence[Row], length: int) -> dict[str, torch.Tensor]:
-    """Return `known_states` `(B, length, K·H)`, 0 where a row has none, or nothing if no row has any."""
-    known = [
-        (number, row["known_states"]) for number, row in enumerate(rows) if "known_states" in row
-    ]
-    if not known:
+def pad_states(rows: Sequence[Row], length: int) -> dict[str, torch.Tensor]:
+    """Return `known_states` `(B, length, K·H)`, zero in rows without states; empty if no row has any."""
+    states = {i: row["known_states"] for i, row in enumerate(rows) if "known_states" in row}
+    if not states:
         return {}
-    padded = known[0][1].new_zeros(len(rows), length, known[0][1].shape[1])
-    for number, states in known:
-        padded[number, : len(states)] = states
-    return {"known_states": padded}
+    first = next(iter(states.values()))
+    batch = first.new_zeros(len(rows), length, first.shape[1])
+    for i, row_states in states.items():
+        batch[i, : len(row_states)] = row_states
+    return {"known_states": batch}

@@ -1,4 +1,4 @@
-"""Hashes that tell whether two runs used the same model, tokenizer or prompts."""
+"""Hashes that identify a model, a tokenizer or JSON data across runs."""
 
 from __future__ import annotations
 
@@ -10,31 +10,33 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
 def model_fingerprint(model: PreTrainedModel, dtype: torch.dtype | None = None) -> str:
-    """Return a cheap hash of a model: names, shapes, dtypes and first 16 values of its parameters.
+    """Return a cheap hash of a model: name, shape, dtype and first 16 values of each parameter.
 
-    It tells checkpoints apart, and a merged or trained model from its base. It is no checksum of
-    the weights: a change that spares the start of every parameter goes unnoticed.
+    It distinguishes checkpoints, and a merged or trained model from its base. It is not a checksum of
+    the weights: it misses a change that leaves the first values of every parameter as they are.
 
     Args:
         model: the model.
-        dtype: take the parameters that are of the model's dtype as if they were of this one.
+        dtype: hash the parameters in the model's dtype as if they had this dtype.
     """
     digest = hashlib.sha256()
     for name, parameter in sorted(model.named_parameters()):
         is_cast = dtype is not None and parameter.dtype == model.dtype
-        shown = dtype if is_cast else parameter.dtype
-        digest.update(f"{name} {tuple(parameter.shape)} {shown}\n".encode())
+        hash_dtype = dtype if is_cast else parameter.dtype
+        digest.update(f"{name} {tuple(parameter.shape)} {hash_dtype}\n".encode())
         if not parameter.is_meta:
-            first = parameter.detach().reshape(-1)[:16].to(shown).cpu().contiguous()
-            digest.update(first.view(torch.uint8).numpy().tobytes())
+            values = parameter.detach().reshape(-1)[:16].to(hash_dtype).cpu().contiguous()
+            digest.update(values.view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 
 
-def is_model_of(model: PreTrainedModel, fingerprint: str, dtype: torch.dtype) -> bool | None:
-    """Return whether a fingerprint, taken in `dtype`, is that of `model`; None if it can't be known.
+def matches_fingerprint(
+    model: PreTrainedModel, fingerprint: str, dtype: torch.dtype
+) -> bool | None:
+    """Return whether a fingerprint that was taken in `dtype` belongs to `model`.
 
-    It can't if the model is quantized, or loaded in a dtype that does not hold all numbers of the
-    other and the rest does not settle it.
+    The result is None, for unknown, if the model is quantized, or if the fingerprints differ but the
+    model's dtype cannot represent all numbers of `dtype`, so that rounding may explain the difference.
     """
     if getattr(model, "is_quantized", False):
         return None

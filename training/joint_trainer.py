@@ -1,7 +1,7 @@
-"""Stage 2, joint tuning: LoRA on backbone and heads, loss = NTP + β · Σ heads (arXiv 2505.17505).
+"""Stage 2, joint tuning: LoRA on backbone and heads with loss = NTP + β · Σ heads (arXiv 2505.17505).
 
-Held-out answers say what it did to both: how much better the heads draft, and how far the backbone has
-drifted from the original.
+On held-out answers it measures how well the heads draft, and how far the backbone has drifted from the
+original.
 """
 
 from collections.abc import Sequence
@@ -15,34 +15,34 @@ from modeling_lmtp.losses_lmtp import IGNORE_INDEX
 from modeling_lmtp.modeling_lmtp import LMTPForCausalLM
 
 from .adapters import add_adapters, cast_trained, check_trainable, parameter_groups
-from .answer_trainer import AnswerTrainer, prepared, remove_autocast
+from .answer_trainer import AnswerTrainer, prepare_training, remove_autocast
 from .arguments import JointTrainingArguments
 from .drift import DriftReport, measure_drift, next_token_kl, next_token_nll, original_model
 from .examples import AnswerDataset, Example
-from .leap_trainer import Answers
+from .leap_trainer import AnswerRows
 
 
 class JointTrainer(AnswerTrainer):
-    """A `transformers.Trainer` that tunes backbone and heads with LoRA adapters, which it adds.
+    """A `transformers.Trainer` that adds LoRA adapters to backbone and heads, and trains them.
 
-    A backbone in 16 bits stays so; what trains is kept in float32. Beside what every Trainer logs, it
-    logs, as means over the batches since the last time, `loss_ntp`, `loss_head_<offset>` and, where it
-    counts, `kl` to the original. It evaluates what `LeapTrainer` evaluates, and the drift from the
-    original backbone (`eval_kl`, `eval_perplexity_original`, …, see `DriftReport`).
+    A backbone in 16 bits stays in 16 bits; trainable weights are in float32. In addition to the Trainer's
+    logs, it logs the means over the batches since the last log entry of `loss_ntp`, `loss_head_<offset>`
+    and, with `kl_weight`, `kl`. It evaluates the metrics of `LeapTrainer` and the drift from the original
+    backbone (`eval_kl`, `eval_perplexity_original`, …, see `DriftReport`).
 
-    After `train`, `trainer.model` is the model in PEFT's wrapper: its `save_pretrained` writes the
-    adapter, its `merge_and_unload` returns a plain `LMTPForCausalLM`. The configuration says then what it
-    was trained with (`leap_loss_weight`), not that its backbone trains (`train_backbone`): merged, it is a
-    checkpoint whose heads can be trained further by `LeapTrainer`.
+    After `train`, `trainer.model` is the model in PEFT's wrapper: `save_pretrained` writes the adapter,
+    `merge_and_unload` returns a plain `LMTPForCausalLM`. The configuration then records
+    `leap_loss_weight` but not `train_backbone`, so that `LeapTrainer` can train the merged model's heads
+    further.
 
     Args:
-        model: heads that were trained by `LeapTrainer`. It may be quantized; then the "original" is
-            what the quantized model was.
-        args: the arguments.
+        model: a model with heads that `LeapTrainer` trained. It may be quantized; drift is then measured
+            from the quantized model.
+        args: the training arguments.
         train_dataset, eval_dataset, options: see `LeapTrainer`.
 
     Raises:
-        ValueError: `model` cannot be trained (see `check_trainable`), or there is nothing to learn.
+        ValueError: `model` cannot be trained (see `check_trainable`), or a head has no targets.
     """
 
     args: JointTrainingArguments
@@ -52,15 +52,17 @@ class JointTrainer(AnswerTrainer):
         self,
         model: LMTPForCausalLM,
         args: JointTrainingArguments,
-        train_dataset: Answers,
-        eval_dataset: Answers | None = None,
+        train_dataset: AnswerRows,
+        eval_dataset: AnswerRows | None = None,
         **options: Any,
     ) -> None:
         check_trainable(model)
-        args, examples, held_out, identity = prepared(model, args, train_dataset, eval_dataset)
-        # Nobody's loss counts the heads at 0, so no optimizer needs to know them
+        args, examples, held_out, identity = prepare_training(
+            model, args, train_dataset, eval_dataset
+        )
+        # With weight 0 the heads get no gradient, so they need no adapters and no optimizer state
         self.head_training = args.head_training if args.leap_loss_weight else "none"
-        set_seed(args.seed)  # adapters start at random
+        set_seed(args.seed)  # LoRA initializes its weights at random
         model.config.leap_loss_weight = args.leap_loss_weight
         adapted = add_adapters(
             model,
@@ -69,7 +71,7 @@ class JointTrainer(AnswerTrainer):
             dropout=args.lora_dropout,
             heads=self.head_training,
         )
-        self._parts: list[dict[str, torch.Tensor]] = []
+        self._loss_parts: list[dict[str, torch.Tensor]] = []  # since the last log entry
         rows = AnswerDataset(examples, train_on_prompts=args.train_on_prompts)
         lengths = [len(example.input_ids) for example in examples]
         super().__init__(
@@ -77,7 +79,7 @@ class JointTrainer(AnswerTrainer):
         )
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
-        """Train the adapters; see `AnswerTrainer.train`."""
+        """Train the adapters in place; see `AnswerTrainer.train`."""
         config, dtype = self.lmtp_model.config, self.lmtp_model.backbone.dtype
         train_backbone, config.train_backbone = config.train_backbone, True
         try:
@@ -88,9 +90,9 @@ class JointTrainer(AnswerTrainer):
             cast_trained(self.model, dtype, only_heads=True)
             self.model.eval()
 
-    def metrics(self, examples: Sequence[Example]) -> dict[str, float]:
-        """Return what held-out answers say of the heads, and of the drift."""
-        return {**super().metrics(examples), **self.drift_report(examples).as_dict()}
+    def held_out_metrics(self, examples: Sequence[Example]) -> dict[str, float]:
+        """Return the metrics of the heads, and of the drift, on held-out answers."""
+        return {**super().held_out_metrics(examples), **self.drift_report(examples).as_dict()}
 
     def drift_report(self, examples: Sequence[Example]) -> DriftReport:
         """Compare the tuned backbone with the original on answers."""
@@ -99,7 +101,7 @@ class JointTrainer(AnswerTrainer):
             return measure_drift(model, examples, progress=self.shows_progress)
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
-        """Make the optimizer that the arguments name, with one group for each part."""
+        """Create the optimizer of the arguments, with one parameter group each for backbone and heads."""
         if self.optimizer is None:
             optimizer_class, options = self.get_optimizer_cls_and_kwargs(self.args)
             rate = self.args.learning_rate
@@ -115,10 +117,9 @@ class JointTrainer(AnswerTrainer):
         return_outputs: bool = False,
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> Any:
-        """Compute the model's own loss, and add the KL to the original backbone."""
-        if (
-            not model.training
-        ):  # the metrics say what it did to both, and nothing is logged as training
+        """Compute the model's loss and, in training, add the KL to the original backbone."""
+        # In evaluation `held_out_metrics` reports the KL, and the parts must not enter the training log
+        if not model.training:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         labels = inputs["labels"]
         inputs = {**inputs, "use_cache": False}
@@ -126,38 +127,45 @@ class JointTrainer(AnswerTrainer):
         loss, outputs = super().compute_loss(
             model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch
         )
-        count = max(int((labels[:, 1:] != IGNORE_INDEX).sum()), 1)
-        parts = {"loss_ntp": next_token_nll(outputs["logits"].detach(), labels) / count}
+        num_targets = max(int((labels[:, 1:] != IGNORE_INDEX).sum()), 1)
+        parts = {"loss_ntp": next_token_nll(outputs["logits"].detach(), labels) / num_targets}
         if outputs.get("leap_losses") is not None:
             offsets = self.model.config.leap_offsets
             names = [f"loss_head_{offset}" for offset in offsets]
             parts.update(zip(names, outputs["leap_losses"], strict=True))
         if original is not None:
             kl, _ = next_token_kl(original, outputs["logits"], labels)
-            parts["kl"] = kl.detach() / count
-            kl = kl * self._num_averaged(num_items_in_batch) / (num_items_in_batch or count)
+            parts["kl"] = kl.detach() / num_targets
+            kl = (
+                kl
+                * self._averaging_factor(num_items_in_batch)
+                / (num_items_in_batch or num_targets)
+            )
             loss = loss + self.args.kl_weight * kl
-        self._parts.append(parts)
+        self._loss_parts.append(parts)
         return (loss, outputs) if return_outputs else loss
 
     def _original_logits(self, model: torch.nn.Module, inputs: dict[str, Any]) -> torch.Tensor:
-        """Return `(B, L, V)`, by the pass that training makes (autocast included), adapters off."""
+        """Return the logits `(B, L, V)` without adapters.
+
+        The pass goes through the Trainer's wrapped model, so that it runs under the same autocast.
+        """
         inputs = {name: value for name, value in inputs.items() if name != "labels"}
         with original_model(self.accelerator.unwrap_model(model)):
             return model(**inputs).logits
 
-    def _num_averaged(self, num_items_in_batch: torch.Tensor | int | None) -> int:
-        """Return over how many processes losses that are shares of one sum will be averaged."""
-        shares = num_items_in_batch is not None and self.args.average_tokens_across_devices
-        return int(self.accelerator.num_processes) if shares else 1
+    def _averaging_factor(self, num_items_in_batch: torch.Tensor | int | None) -> int:
+        """Return the factor that turns DDP's average of the processes' losses back into their sum."""
+        is_global = num_items_in_batch is not None and self.args.average_tokens_across_devices
+        return int(self.accelerator.num_processes) if is_global else 1
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """Log, and add the parts of the loss and the heads' learning rate."""
-        if "loss" in logs and self._parts:
-            for name in self._parts[0]:
-                mean = torch.stack([parts[name] for parts in self._parts]).mean()
+        """Add the parts of the loss and the heads' learning rate to the log entry."""
+        if "loss" in logs and self._loss_parts:
+            for name in self._loss_parts[0]:
+                mean = torch.stack([parts[name] for parts in self._loss_parts]).mean()
                 logs[name] = float(self.accelerator.reduce(mean, "mean"))
-            self._parts.clear()
+            self._loss_parts.clear()
             if self.head_training != "none":
                 logs["learning_rate_heads"] = self.lr_scheduler.get_last_lr()[-1]
         super().log(logs, *args, **kwargs)

@@ -1,6 +1,7 @@
-"""What leap heads learn in warm-up: the answers' tokens, the backbone's own distribution, or both.
+"""The loss of warm-up: the answers' tokens, the backbone's distribution, or a mix of both.
 
-Shapes: `B` batch, `L` length, `H` hidden size, `N` targets of one head, `m` leap heads.
+Shapes: `B` batch, `L` length, `H` hidden size, `K` states that a head reads of each token, `n` targets of
+one chunk, `D` draft vocabulary size, `m` leap heads.
 """
 
 from collections.abc import Callable, Sequence
@@ -21,25 +22,24 @@ from modeling_lmtp.losses_lmtp import (
 )
 from modeling_lmtp.unembeddings_lmtp import DraftUnembedding
 
-# The columns of a tally; targets outside the draft vocabulary are counted, and not learned
+# The columns of a tally; targets outside the draft vocabulary are only counted
 MEASURES = ("loss", "divergence", "correct", "targets", "outside")
 
 OUTSIDE = MEASURES.index("outside")
 
 
 class HeadObjective:
-    """The heads' loss, and what it says of each head; goes to `forward` as `leap_objective`.
+    """The heads' loss, with running sums per head; pass it to `forward` as `leap_objective`.
 
-    The loss of one target is `(1 - w) · CE(target) + w · T² · KL(p ‖ q)`: `q` is the head's
-    distribution at temperature `T`, `p` the one that the frozen unembedding gives where the backbone
-    itself predicts that target, one position before it. With a draft vocabulary both are over its
-    tokens alone. `p` and `q` are the unembedding's own, before any cap or scale that an architecture
-    puts on its logits afterwards.
+    The loss of one target is `(1 - w) · CE(target) + w · T² · KL(p ‖ q)` (arXiv 1503.02531). `q` is the
+    head's distribution at temperature `T`, and `p` the backbone's own next-token distribution for that
+    target, read one position before it. With a draft vocabulary, both cover only its tokens. Both come
+    straight from the unembedding, before any soft-capping or scaling of the architecture's logits.
 
     Args:
         num_heads: `m`.
-        weight: `w`, the share of the backbone's distribution, from 0 (none, its tokens alone) to 1.
-        temperature: `T`; higher ones show more of the less likely tokens.
+        weight: `w`, the weight of the backbone's distribution, from 0 (only the answers' tokens) to 1.
+        temperature: `T`; higher values give more weight to unlikely tokens.
     """
 
     def __init__(self, num_heads: int, weight: float = 0.0, temperature: float = 1.0) -> None:
@@ -49,11 +49,11 @@ class HeadObjective:
         self.tally = self.new_tally()
 
     def new_tally(self) -> torch.Tensor:
-        """Return `(m, 5)` zeros, a column for each of `MEASURES`."""
+        """Return `(m, 5)` zeros, one column for each of `MEASURES`."""
         return torch.zeros(self.num_heads, len(MEASURES))
 
     def take_tally(self) -> torch.Tensor:
-        """Return what has been counted since the last time, `(m, 5)`, and start anew."""
+        """Return the sums since the last call, `(m, 5)`, and reset them."""
         tally, self.tally = self.tally, self.new_tally()
         return tally
 
@@ -68,55 +68,57 @@ class HeadObjective:
         *,
         active: Sequence[bool] | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Add up the losses of the heads and count their targets; arguments as for `leap_losses`.
+        """Compute the sum of the heads' losses, and update the tally.
 
         Args:
-            active: which heads take part, at least one; by default all.
+            model, hidden_states, input_ids, labels, position_ids, num_items: see `leap_losses`.
+            active: for each head whether it trains, at least one; by default all do.
 
         Returns:
-            The sum, a scalar, and each head's mean `(m,)`, detached: 0 of those that take no part.
+            The sum, a scalar, and each head's mean loss `(m,)`, detached; 0 for inactive heads.
         """
-        tokens_of_text, labels = labels, to_draft_labels(model, labels)
+        token_labels, labels = labels, to_draft_labels(model, labels)
         self.tally = self.tally.to(labels.device)
         teacher = _teacher(model) if self.weight else None
         unembeddings = model.draft_unembeddings()
 
-        def loss_of(index: int) -> TokenLoss:
+        def head_loss(index: int) -> TokenLoss:
             tokens = head_tokens(model, index, hidden_states, input_ids, labels, position_ids)
             offset = model.config.leap_offsets[index]
             tally, unembedding = self.tally[index], unembeddings[index]
-            all_targets = leap_positions(mask_starts(tokens_of_text, position_ids, offset), offset)
-            tally[OUTSIDE] += len(all_targets[0]) - len(tokens.targets)
-            of_chunk = _LossOfChunk(
+            # `tokens` holds only the targets inside the draft vocabulary
+            rows, _ = leap_positions(mask_starts(token_labels, position_ids, offset), offset)
+            tally[OUTSIDE] += len(rows) - len(tokens.targets)
+            chunk_loss = _ChunkLoss(
                 self, tally, unembedding, tokens, teacher, hidden_states, offset
             )
-            return TokenLoss(of_chunk, tokens.features, unembedding.parameters())
+            return TokenLoss(chunk_loss, tokens.features, unembedding.parameters())
 
         heads = [i for i in range(self.num_heads) if active is None or active[i]]
-        loss, of_heads = sum_of_means(map(loss_of, heads), num_items)
-        means = of_heads.new_zeros(self.num_heads)
-        means[heads] = of_heads
+        loss, active_means = sum_of_means(map(head_loss, heads), num_items)
+        means = active_means.new_zeros(self.num_heads)
+        means[heads] = active_means
         return loss, means
 
 
 def _teacher(model: Any) -> Callable[[torch.Tensor], torch.Tensor]:
-    """Return what maps the backbone's states `(n, H)` to its logits of the draft vocabulary `(n, D)`."""
+    """Return a function from the backbone's states `(n, H)` to its draft-vocabulary logits `(n, D)`."""
     unembedding = model.get_output_embeddings()
     token_ids = model.config.draft_token_ids
     return unembedding if token_ids is None else DraftUnembedding(unembedding, token_ids)
 
 
-class _LossOfChunk:
-    """One head's loss, chunk by chunk (see `TokenLoss`).
+class _ChunkLoss:
+    """Computes one head's loss chunk by chunk (see `TokenLoss`).
 
     Args:
-        objective: the weight and the temperature.
-        tally: `(5,)`, the head's; what is seen is added to it.
-        unembedding: the head's.
-        tokens: what the head learns from.
-        teacher: see `_teacher`; None where only tokens are learned.
-        hidden_states: `(B, L, H)`, the backbone's; or `(B, L, K·H)`, the last of `K` states the last.
-        offset: the head's.
+        objective: holds the weight and the temperature.
+        tally: the head's row `(5,)` of the tally, updated in place.
+        unembedding: the head's unembedding.
+        tokens: the head's features and targets.
+        teacher: see `_teacher`; None if the weight is 0.
+        hidden_states: `(B, L, K·H)`, the backbone's states; the last layer's come last.
+        offset: the head's offset.
     """
 
     def __init__(
@@ -138,7 +140,12 @@ class _LossOfChunk:
         self.offset = offset
 
     def __call__(self, states: torch.Tensor, chunk: slice) -> torch.Tensor:
-        """Return the sum of the losses of `states` `(n, H)`, the head's targets `chunk`."""
+        """Return the sum of the losses of one chunk of targets.
+
+        Args:
+            states: `(n, H)`, the head's states for these targets.
+            chunk: the targets' range in `tokens`.
+        """
         targets = self.tokens.targets[chunk]
         logits = at_least_float32(self.unembedding(states))
         loss = hard = nn.functional.cross_entropy(logits, targets, reduction="sum")
@@ -154,7 +161,7 @@ class _LossOfChunk:
 
     @torch.no_grad()
     def _teacher_logits(self, chunk: slice) -> torch.Tensor:
-        """Return `(n, D)`, from the states that lie one before the targets."""
+        """Return the backbone's logits `(n, D)` for the targets, from one position before each."""
         assert self.teacher is not None
         rows, positions = self.tokens.rows[chunk], self.tokens.positions[chunk]
         before_target = positions + self.offset - 1
@@ -169,8 +176,10 @@ def soft_loss(
 
     Args:
         logits, teacher_logits: `(n, D)` each.
-        temperature: `T`; its square keeps the size of the gradient.
+        temperature: `T`; the factor `T²` keeps gradients comparable across temperatures.
     """
-    wanted = (teacher_logits / temperature).softmax(dim=-1)
-    cross_entropy = nn.functional.cross_entropy(logits / temperature, wanted, reduction="sum")
-    return (cross_entropy - torch.special.entr(wanted).sum()) * temperature**2
+    teacher_probs = (teacher_logits / temperature).softmax(dim=-1)
+    cross_entropy = nn.functional.cross_entropy(
+        logits / temperature, teacher_probs, reduction="sum"
+    )
+    return (cross_entropy - torch.special.entr(teacher_probs).sum()) * temperature**2

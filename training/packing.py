@@ -1,11 +1,11 @@
-"""Packing: several answers in one sequence, so that no time goes into padding, and none sees another.
+"""Packing: put several answers into one sequence to avoid padding, without attention between them.
 
-The parts of a pack are told apart by `position_ids` that start anew with each. Transformers derives
-the attention mask from them where no `attention_mask` is given, for eager, sdpa and flex attention,
-and FlashAttention its sequence lengths where a batch has one row. Not every model heeds them
-(recurrent layers carry on), so `check_isolation` tries it.
+In a pack, `position_ids` restart at each part. Without an `attention_mask`, Transformers derives the mask
+from them for eager, sdpa and flex attention, and for FlashAttention the sequence lengths if the batch has
+one row. Some models ignore them (recurrent layers carry their state over), so `check_isolation` compares
+packed and separate states before training.
 
-Shapes: `B` batch, `L` length.
+Shapes: `B` batch, `L` length, `H` hidden size.
 """
 
 from bisect import bisect_left, insort
@@ -19,23 +19,23 @@ from modeling_lmtp.losses_lmtp import IGNORE_INDEX, at_least_float32
 from modeling_lmtp.states_lmtp import head_states
 from modeling_lmtp.transformers_lmtp import attention_implementation
 
-from .examples import AnswerDataset, Row, collate, padded_states
+from .examples import AnswerDataset, Row, collate, pad_states
 
-TRIED_LENGTHS = (7, 12, 9)
-# How far, relative to their size, states may lie from those of a part alone. Rounding in 16 bits
-# moves them by a percent or so, another part in sight by most of their size.
+PROBE_LENGTHS = (7, 12, 9)
+# Largest allowed relative difference between packed and separate states. Rounding in 16 bits causes
+# about 1 %, attention to another part most of 100 %.
 TOLERANCES = {torch.float64: 1e-5, torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.1}
 
 
 class PackedDataset(Dataset[Row]):
-    """Rows of several examples each: `input_ids`, `labels`, `position_ids` that restart, known states.
+    """Packs of several examples: `input_ids`, `labels`, restarting `position_ids`, `known_states`.
 
     Args:
-        rows: the examples' rows.
-        pack_length: tokens that a pack holds at most.
+        rows: the examples as rows.
+        pack_length: maximum number of tokens per pack.
 
     Raises:
-        ValueError: an example is longer than a pack.
+        ValueError: an example is longer than `pack_length`.
     """
 
     def __init__(self, rows: AnswerDataset, pack_length: int) -> None:
@@ -47,7 +47,7 @@ class PackedDataset(Dataset[Row]):
         return len(self.packs)
 
     def __getitem__(self, index: int) -> Row:
-        """Return one pack; the one behind the last is empty, see `AnswerDataset`."""
+        """Return one pack; the index after the last gives an empty one, see `AnswerDataset`."""
         parts = self.packs[index] if index < len(self.packs) else [len(self.rows)]
         rows = [self.rows[part] for part in parts]
         packed: Row = {"input_ids": [], "labels": [], "position_ids": []}
@@ -60,46 +60,46 @@ class PackedDataset(Dataset[Row]):
         return packed
 
     def lengths(self) -> list[int]:
-        """Return the tokens of each pack."""
+        """Return the number of tokens of each pack."""
         return [sum(len(self.rows.examples[i].input_ids) for i in pack) for pack in self.packs]
 
 
 def pack(lengths: Sequence[int], pack_length: int) -> list[list[int]]:
-    """Share out rows among as few packs as is easy: longest first, each where it fits most tightly.
+    """Assign rows to packs by best-fit decreasing: longest row first, each to the fullest pack it fits.
 
     Args:
-        lengths: tokens of each row.
-        pack_length: tokens that a pack holds at most.
+        lengths: number of tokens of each row.
+        pack_length: maximum number of tokens per pack.
 
     Returns:
-        The rows' indices, pack by pack.
+        The row indices of each pack.
 
     Raises:
-        ValueError: a row is longer than a pack.
+        ValueError: a row is longer than `pack_length`.
     """
     if max(lengths) > pack_length:
         raise ValueError(
-            f"pack_length is {pack_length}, but an example has {max(lengths)} tokens. Raise it, or cut "
-            "examples with max_length."
+            f"pack_length must be at least the longest example's {max(lengths)} tokens, got "
+            f"{pack_length}. Raise max_length, or truncate the examples."
         )
     packs: list[list[int]] = []
-    room: list[tuple[int, int]] = []  # tokens that still fit, and the pack; sorted
+    room: list[tuple[int, int]] = []  # (free tokens, pack), sorted
     for row in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        tightest = bisect_left(room, (lengths[row], 0))
-        if tightest == len(room):
-            left, chosen = pack_length, len(packs)
+        best = bisect_left(room, (lengths[row], 0))
+        if best == len(room):
+            free, index = pack_length, len(packs)
             packs.append([])
         else:
-            left, chosen = room.pop(tightest)
-        packs[chosen].append(row)
-        insort(room, (left - lengths[row], chosen))
+            free, index = room.pop(best)
+        packs[index].append(row)
+        insort(room, (free - lengths[row], index))
     return packs
 
 
 def collate_packs(rows: Sequence[Row]) -> dict[str, torch.Tensor]:
-    """Put packs in a batch: `input_ids`, `labels`, `position_ids`, each `(B, L)`, and no mask.
+    """Collate packs: `input_ids`, `labels` and `position_ids`, each `(B, L)`, without a mask.
 
-    Shorter packs end in one more part, which is no target.
+    Padding forms one more part without targets, with its own `position_ids`.
     """
     length = max(len(row["input_ids"]) for row in rows)
     fill = [length - len(row["input_ids"]) for row in rows]
@@ -111,60 +111,60 @@ def collate_packs(rows: Sequence[Row]) -> dict[str, torch.Tensor]:
         ],
     }
     tensors = {name: torch.tensor(values) for name, values in columns.items()}
-    return {**tensors, **padded_states(rows, length)}
+    return {**tensors, **pad_states(rows, length)}
 
 
 def collate_rows(rows: Sequence[Row]) -> dict[str, torch.Tensor]:
-    """Put packs, or rows of one answer each, in a batch."""
+    """Collate packs, or rows of one answer each."""
     return collate_packs(rows) if "position_ids" in rows[0] else collate(rows)
 
 
 @torch.no_grad()
 def check_isolation(backbone: Any, batch_size: int) -> None:
-    """Try whether the parts of a pack stay apart, on random tokens.
+    """Check on random tokens that the parts of a pack do not see each other.
 
     Args:
-        backbone: the model as it will train, on its device.
-        batch_size: packs in a batch; with more than one, two are tried.
+        backbone: the backbone on its training device, with its attention implementation.
+        batch_size: number of packs per batch; the check uses at most two.
 
     Raises:
-        ValueError: a part's states are not those that it has alone.
+        ValueError: the states of a part depend on the other parts.
     """
-    difference = largest_difference(backbone, min(batch_size, 2))
+    difference = max_relative_difference(backbone, min(batch_size, 2))
     tolerance = TOLERANCES[backbone.dtype]
     if not difference <= tolerance:
         raise ValueError(
             f"{type(backbone).__name__} with {attention_implementation(backbone.config)} attention does "
-            f"not keep packed answers apart in batches of {batch_size}: their states differ by "
-            f"{difference:.2g} of their size from those of each alone ({tolerance:g} is allowed). Train "
-            "without packing, or try batch_size=1 with more gradient_accumulation_steps, or "
-            "attn_implementation='sdpa'."
+            f"not keep packed answers apart in batches of {batch_size}: the relative difference from the "
+            f"states of separate answers must be at most {tolerance:g}, got {difference:.2g}. Train "
+            "without packing, or try per_device_train_batch_size=1 with more "
+            "gradient_accumulation_steps, or attn_implementation='sdpa'."
         )
 
 
 @torch.no_grad()
-def largest_difference(backbone: Any, num_rows: int) -> float:
-    """Return how much packed parts' states differ from those of each alone, relative to their size."""
+def max_relative_difference(backbone: Any, num_rows: int) -> float:
+    """Return the largest relative difference between the states of a part in a pack and alone."""
     generator = torch.Generator().manual_seed(0)
     vocab_size = backbone.get_input_embeddings().weight.shape[0]
-    parts = [torch.randint(vocab_size, (n,), generator=generator).tolist() for n in TRIED_LENGTHS]
+    parts = [torch.randint(vocab_size, (n,), generator=generator).tolist() for n in PROBE_LENGTHS]
     orders = [parts, parts[::-1]][:num_rows]
     was_training = backbone.training
     backbone.eval()
     try:
         packed = collate_packs([_packed_row(order) for order in orders])
         states = _states(backbone, packed)
-        worst = 0.0
+        difference = 0.0
         for row, order in enumerate(orders):
             start = 0
             for part in order:
                 alone = _states(backbone, {"input_ids": torch.tensor([part])})[0]
-                there = states[row, start : start + len(part)]
-                worst = max(worst, ((there - alone).norm() / alone.norm()).item())
+                in_pack = states[row, start : start + len(part)]
+                difference = max(difference, ((in_pack - alone).norm() / alone.norm()).item())
                 start += len(part)
     finally:
         backbone.train(was_training)
-    return worst
+    return difference
 
 
 def _packed_row(parts: Sequence[list[int]]) -> dict[str, list[int]]:

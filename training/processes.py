@@ -1,6 +1,6 @@
-"""Several processes that share one job, as `accelerate launch` and `torchrun` start them.
+"""Processes that share one job, as `accelerate launch` and `torchrun` start them.
 
-Only small Python objects travel between them; what they make goes to files.
+The processes exchange only small Python objects; their results go to files.
 """
 
 from __future__ import annotations
@@ -16,43 +16,43 @@ from accelerate.utils import broadcast_object_list
 T = TypeVar("T")
 
 
-class MainProcessFailed(RuntimeError):  # noqa: N818
-    """Raised by `on_main` on the other processes when the main one failed; that one says why."""
+class MainProcessError(RuntimeError):
+    """Raised by `on_main` on the other processes when the main process failed, with its error message."""
 
 
-def processes(**options: Any) -> PartialState:
-    """Return which of how many processes this is: one of one unless it was launched otherwise.
+def process_state(**options: Any) -> PartialState:
+    """Return Accelerate's state of this process: its index, and the number of processes.
 
     Args:
-        options: for `torch.distributed.init_process_group`; they count in the first call only, and
-            only where there are several processes.
+        options: passed to `torch.distributed.init_process_group`; they have an effect only in the first
+            call, and only with several processes.
 
     Raises:
-        RuntimeError: several processes were launched, but each would take itself for the only one.
+        RuntimeError: several processes were launched, but Accelerate does not connect them.
     """
-    launched = int(os.environ.get("WORLD_SIZE", "1"))
-    # Without an accelerator, PartialState joins processes only if told that the CPU is meant.
+    num_launched = int(os.environ.get("WORLD_SIZE", "1"))
+    # Without an accelerator, PartialState connects processes only with `cpu=True`
     on_cpu = not torch.accelerator.is_available()
-    state = PartialState(cpu=on_cpu, **(options if launched > 1 else {}))
-    if launched > 1 and state.num_processes != launched:
+    state = PartialState(cpu=on_cpu, **(options if num_launched > 1 else {}))
+    if num_launched > 1 and state.num_processes != num_launched:
         raise RuntimeError(
-            f"{launched} processes were launched, but they are not joined: PartialState was made "
-            f"for {state.num_processes} before, or accelerate can't join processes on "
-            f"{state.device.type!r}. Launch one process."
+            f"{num_launched} processes were launched, but they are not connected: PartialState was "
+            f"created for {state.num_processes} before, or Accelerate does not support several processes "
+            f"on {state.device.type!r}. Launch one process."
         )
     return state
 
 
 def on_main(work: Callable[[], T]) -> T:
-    """Call `work` on the main process alone and return its result on every process.
+    """Call `work` on the main process only, and return its result on every process.
 
     Raises:
-        Exception: on the main process, what `work` raised.
-        MainProcessFailed: on the others, where `work` raised on the main process.
+        Exception: on the main process, the exception of `work`.
+        MainProcessError: on the other processes, if `work` raised an exception.
     """
     outcome: list[Any] = [None, None]
     error: Exception | None = None
-    if processes().is_main_process:
+    if process_state().is_main_process:
         try:
             outcome[0] = work()
         except Exception as caught:
@@ -62,5 +62,5 @@ def on_main(work: Callable[[], T]) -> T:
     if error is not None:
         raise error
     if outcome[1] is not None:
-        raise MainProcessFailed(f"the main process failed: {outcome[1]}")
+        raise MainProcessError(f"the main process failed: {outcome[1]}")
     return outcome[0]

@@ -1,6 +1,6 @@
-"""Prompts from a dataset: one of the Hub by its name, or a local folder or file.
+"""Read prompts from a dataset: on the Hub, or in a local folder or file.
 
-Needs the package `datasets`, which comes with `pip install 'modeling-lmtp[datasets]'`.
+It needs the package `datasets`: `pip install 'modeling-lmtp[datasets]'`.
 """
 
 from __future__ import annotations
@@ -16,19 +16,19 @@ from modeling_lmtp.conversion.prompts import Prompt, refuse
 if TYPE_CHECKING:
     from datasets import Dataset, DatasetDict
 
-# What `Dataset.save_to_disk` and `DatasetDict.save_to_disk` leave in their folder.
-_SAVED = ("state.json", "dataset_dict.json")
+# Files that `Dataset.save_to_disk` and `DatasetDict.save_to_disk` write
+_SAVE_TO_DISK_FILES = ("state.json", "dataset_dict.json")
 DEFAULT_SPLIT = "train"
 _USER_ROLES = ("user", "human")
 
 
 @dataclass(frozen=True)
 class DatasetSource:
-    """Which prompts of which dataset: its name or path, configuration, split, and field."""
+    """A dataset's name or path, its configuration and split, and the field that holds the prompts."""
 
     name: str
     config: str | None = None
-    split: str | None = None  # "train" where there are splits
+    split: str | None = None  # by default "train", if there are splits
     field: str = "prompt"
 
 
@@ -40,29 +40,29 @@ def read_dataset_prompts(
     """Read the prompts of a dataset.
 
     Args:
-        source: `name` is a dataset of the Hub, a folder that `save_to_disk` made, or a folder or
-            file of data (.jsonl, .json, .csv, .parquet, …). `field` names a column of strings, or
-            of conversations (lists of turns with "role" and "content", or "from" and "value"), of
-            which the user's first turn is asked.
-        limit: read the first so many rows.
-        on_bad_row: gets an error that names the row, from 0, where it holds no prompt; it may raise it,
-            as by default, or go on.
+        source: `name` is a Hub id, a folder that `save_to_disk` wrote, or a folder or file of data
+            (.jsonl, .json, .csv, .parquet, …). `field` is a column of strings, or of conversations
+            (lists of turns with "role" and "content", or "from" and "value"), whose first user turn is
+            the prompt.
+        limit: maximum number of rows to read.
+        on_bad_row: called with an error that gives the row (from 0) if a row has no valid prompt; it
+            raises by default, and may return to skip the row.
 
     Returns:
-        The prompts, and a record of what was read: name, configuration, split, field, rows, the
-        dataset's fingerprint, and its revision (a commit on the Hub, else a hash of its files).
+        The prompts, and a record of the source: name, configuration, split, field, rows, the dataset's
+        fingerprint, and its revision (a commit on the Hub, otherwise a hash of its files).
 
     Raises:
-        RuntimeError: `datasets` is not installed; says how to install it.
-        ValueError: there is no such configuration, split or field, or no rows, or its files can't be
-            read.
-        OSError: there is no such dataset, or it can't be fetched.
+        RuntimeError: `datasets` is not installed.
+        ValueError: the configuration, split or field does not exist, there are no rows, or the files
+            cannot be read.
+        OSError: the dataset does not exist, or cannot be downloaded.
     """
     dataset, split, revision = _load(source)
     if source.field not in dataset.column_names:
         raise ValueError(
-            f"field: dataset {source.name!r} has no field {source.field!r}; "
-            f"choose one of {sorted(dataset.column_names)}"
+            f"field must be a column of the dataset {source.name!r}, one of "
+            f"{', '.join(sorted(dataset.column_names))}, got {source.field!r}."
         )
     prompts = []
     for number, value in enumerate(islice(dataset[source.field], limit)):
@@ -82,60 +82,65 @@ def read_dataset_prompts(
 
 
 def _load(source: DatasetSource) -> tuple[Dataset, str | None, str | None]:
-    """Return the dataset, and its split and revision where it has them."""
+    """Return the dataset, and its split and revision if it has them."""
     try:
         import datasets
     except ImportError as error:
         raise RuntimeError(
-            "dataset: reading one needs the package `datasets`; "
-            "install it with: pip install 'modeling-lmtp[datasets]'"
+            "Reading a dataset needs the package `datasets`. Install it with "
+            "`pip install 'modeling-lmtp[datasets]'`."
         ) from error
-    saved = any((Path(source.name) / name).exists() for name in _SAVED)
+    is_saved_dataset = any((Path(source.name) / name).exists() for name in _SAVE_TO_DISK_FILES)
     try:
-        if saved:
-            return _choose_saved(datasets.load_from_disk(source.name), source)
+        if is_saved_dataset:
+            return _select_split(datasets.load_from_disk(source.name), source)
         builder = datasets.load_dataset_builder(**_location(source.name), name=source.config)
         builder.download_and_prepare()
         split = source.split or DEFAULT_SPLIT
         return builder.as_dataset(split=split), split, builder.hash
-    # The last one is how `load_from_disk` meets a dataset without rows
+    # `load_from_disk` raises an IndexError for a dataset without rows
     except (datasets.exceptions.DatasetsError, ValueError, IndexError) as error:
         reason = error.__cause__ or error
-        raise ValueError(f"dataset: {source.name!r} can't be read: {reason}") from error
+        raise ValueError(f"The dataset {source.name!r} cannot be read: {reason}") from error
 
 
 def _location(name: str) -> dict[str, str]:
-    """Return how `datasets` is told about a dataset, a folder or a single file."""
+    """Return the arguments of `load_dataset_builder` for a Hub id, a folder or a file."""
     path = Path(name).resolve()
     if path.is_file():
         return {"path": str(path.parent), "data_files": path.name}
     return {"path": str(path) if path.is_dir() else name}
 
 
-def _choose_saved(
+def _select_split(
     saved: Dataset | DatasetDict, source: DatasetSource
 ) -> tuple[Dataset, str | None, None]:
     if source.config is not None:
-        raise ValueError(f"it was saved without configurations, got config={source.config!r}")
+        raise ValueError(
+            f"config must be None for a saved dataset, got {source.config!r}. Leave it out."
+        )
     if isinstance(saved, dict):
         split = source.split or DEFAULT_SPLIT
         if split not in saved:
-            raise ValueError(f"it has no split {split!r}; choose one of {sorted(saved)}")
+            raise ValueError(f"split must be one of {', '.join(sorted(saved))}, got {split!r}.")
         return saved[split], split, None
     if source.split not in (None, str(saved.split)):
-        raise ValueError(f"it was saved without splits, got split={source.split!r}")
+        allowed = "None" if saved.split is None else f"{saved.split} or None"
+        raise ValueError(
+            f"split must be {allowed} for this saved dataset, got {source.split!r}. Leave it out."
+        )
     return saved, source.split, None
 
 
 def _prompt_text(value: Any, field: str) -> str:
-    """Return the prompt that a row's field holds: a string, or the user's first turn."""
+    """Return the prompt in a field's value: a string, or the first user turn of a conversation."""
     text = _first_user_turn(value) if isinstance(value, list) else value
     if not isinstance(text, str) or not text.strip():
         raise ValueError(
-            f"expected a non-empty string or a conversation with a turn of the user in field {field!r}, "
-            f"got {str(value)[:200]!r}"
+            f"field {field!r} must be a non-empty string or a conversation with a user turn, got "
+            f"{str(value)[:200]!r}"
         )
-    text.encode()  # half of a surrogate pair is no text, and tokenizers do not say so
+    text.encode()  # raises for a lone surrogate, with a clearer error than the tokenizer
     return text
 
 

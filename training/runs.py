@@ -1,4 +1,4 @@
-"""The folder of a training run: it belongs to one run, which may be stopped and go on."""
+"""The identity of a training run, recorded in its folder, so that only the same run resumes there."""
 
 import json
 from collections.abc import Sequence
@@ -9,15 +9,15 @@ from modeling_lmtp.conversion.options import own_fields
 from modeling_lmtp.conversion.saving import read_json
 from modeling_lmtp.modeling_lmtp import LMTPForCausalLM
 
-from .arguments import AnswerTrainingArguments, SameRun
+from .arguments import AnswerTrainingArguments, MayChangeOnResume
 from .distill_files import replace_file
 from .examples import Example
 from .fingerprints import json_sha256, model_fingerprint
 
 RECORD = "run.json"
-# Of `TrainingArguments`, what decides the weights that a run ends with; of our own, all but those
-# that are marked `SameRun`
-DECISIVE = (
+# The fields of `TrainingArguments` that affect the trained weights. Of this package's own fields, all
+# count except those marked `MayChangeOnResume`.
+RESULT_ARGUMENTS = (
     "max_steps",
     "weight_decay",
     "adam_beta1",
@@ -47,25 +47,25 @@ HEAD_SETTINGS = (
 def run_identity(
     args: AnswerTrainingArguments, model: LMTPForCausalLM, examples: Sequence[Example]
 ) -> dict[str, Any]:
-    """Return what makes a run this run.
+    """Return the values that must stay the same for a run to resume.
 
-    How a global batch is shared among processes and steps of accumulation is left open.
+    The split of a global batch into processes and accumulation steps may change.
 
     Args:
-        args: its arguments.
-        model: as it is before training.
-        examples: what it learns.
+        args: the training arguments.
+        model: the model before training.
+        examples: the training examples.
     """
     hints = get_type_hints(type(args), include_extras=True)
-    own = {
+    fixed_names = {
         field.name
         for field in own_fields(type(args))
-        if SameRun not in getattr(hints[field.name], "__metadata__", ())
+        if MayChangeOnResume not in getattr(hints[field.name], "__metadata__", ())
     }
     values = args.to_dict()  # enumerations as strings
     rows_per_step = args.per_device_train_batch_size * args.gradient_accumulation_steps
     return {
-        **{name: values[name] for name in (*sorted(own), *DECISIVE)},
+        **{name: values[name] for name in (*sorted(fixed_names), *RESULT_ARGUMENTS)},
         **{name: getattr(model.config, name) for name in HEAD_SETTINGS},
         "global_batch_size": rows_per_step * args.world_size,
         "checkpoint": model_fingerprint(model),
@@ -74,30 +74,32 @@ def run_identity(
 
 
 def claim_run_folder(run_folder: Path, identity: dict[str, Any]) -> None:
-    """Record in `run_folder` what run it holds, or check that it is this one.
+    """Record a run's identity in `run_folder`, or check that the folder holds the same run.
 
     Args:
-        run_folder: made if it does not exist.
-        identity: all that makes a run this run; JSON-serialisable.
+        run_folder: created if it does not exist.
+        identity: see `run_identity`; JSON-serialisable.
 
     Raises:
-        ValueError: it holds another run; names what differs.
+        ValueError: the folder holds another run; the message lists the differences.
     """
-    identity = json.loads(json.dumps(identity))  # as it will be read back
+    identity = json.loads(json.dumps(identity))  # JSON turns tuples into lists
     record = run_folder / RECORD
     if not record.exists():
         run_folder.mkdir(parents=True, exist_ok=True)
         replace_file(record, json.dumps(identity, indent=2) + "\n")
         return
-    found = read_json(record)
-    differing = sorted(key for key in {*identity, *found} if identity.get(key) != found.get(key))
-    if differing:
+    existing = read_json(record)
+    differences = sorted(
+        key for key in {*identity, *existing} if identity.get(key) != existing.get(key)
+    )
+    if differences:
         raise ValueError(
-            f"{run_folder} holds a run with another {', '.join(differing)}. Choose another output, "
+            f"{run_folder} holds a run with another {', '.join(differences)}. Choose another output, "
             "or delete that folder to start again."
         )
 
 
 def examples_sha256(examples: Sequence[Example]) -> str:
-    """Return the SHA-256 of the examples' tokens and answer starts, in hexadecimal."""
+    """Return a hash of the examples' tokens and answer starts."""
     return json_sha256([[example.input_ids, example.answer_start] for example in examples])

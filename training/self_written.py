@@ -1,4 +1,4 @@
-"""Prompts that a model writes itself, after the header of a user turn (Magpie, arXiv 2406.08464)."""
+"""Self-written prompts: the model continues the header of a user turn (Magpie, arXiv 2406.08464)."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ from modeling_lmtp.conversion.prompts import (
     render_turns,
 )
 
-from .distill_files import append_rows, cut_partial_line, refuse_differences
+from .distill_files import append_rows, check_same_origin, truncate_partial_line
 from .distill_settings import DistillSettings
-from .processes import on_main, processes
+from .processes import on_main, process_state
 
 SELF_WRITTEN = "self-written"
-# A sampled user turn is dropped when it is empty, cut off or known already. Far more samples than
-# prompts asked for means that the model repeats itself.
+# Empty, truncated and repeated user turns are dropped. A model that needs more samples than this keeps
+# repeating itself.
 MAX_SAMPLES_PER_PROMPT = 10
 
-# Answers may follow other settings than the prompts: these alone shape the prompts.
+# The settings that affect the prompts; those of the answers may change
 SETTINGS = ("seed", "batch_size", "magpie_temperature", "magpie_top_p", "magpie_max_tokens")
 
 
@@ -45,75 +45,77 @@ def self_written_prompts(
     log: SampleLog | None = None,
     progress: bool = False,
 ) -> list[Prompt]:
-    """Let the model write `count` different user turns (Magpie, arXiv 2406.08464).
+    """Let the model write `count` distinct user turns (Magpie, arXiv 2406.08464).
 
-    The model continues the bare header of a user turn of its chat template, until it closes the
-    turn. Empty, cut-off and repeated turns are dropped and sampled anew, up to
-    `MAX_SAMPLES_PER_PROMPT` samples for each prompt asked for; then a warning says how many were
-    found. The same model, settings and count give the same prompts, on any number of processes.
+    The model continues the header of a user turn of its chat template until it closes the turn. Empty,
+    truncated and repeated turns are dropped and replaced, up to `MAX_SAMPLES_PER_PROMPT · count` samples;
+    if these do not suffice, it warns and returns fewer prompts. The same model, settings and count give
+    the same prompts, on any number of processes.
 
     Args:
-        model, tokenizer: what writes.
-        count: how many prompts to write.
+        model, tokenizer: an instruct model and its tokenizer.
+        count: number of prompts.
         settings: how to sample (`magpie_…`, `batch_size`, `seed`).
-        log: keeps the samples, so that a stopped run goes on after them.
-        progress: show a bar.
+        log: keeps the samples, so that a stopped run can resume.
+        progress: show a progress bar.
 
     Raises:
-        ValueError: if `count` is below 1, or the tokenizer's chat template is missing or does not
-            show where a user turn begins and ends, or `log` was made differently.
-        RuntimeError: if no usable turn was sampled at all.
+        ValueError: `count` is below 1, the tokenizer has no chat template or one that does not show
+            where a user turn begins and ends, or `log` belongs to another run.
+        RuntimeError: no sample is a usable prompt.
     """
     if count < 1:
-        raise ValueError(f"count: expected at least 1, got {count}")
+        raise ValueError(f"count must be at least 1, got {count}.")
     turn = _user_turn(tokenizer)
-    found: dict[str, None] = {}  # a dict keeps the order
-    bar = tqdm(total=count, unit="prompt", disable=not (progress and processes().is_main_process))
+    prompts: dict[str, None] = {}  # an ordered set
+    bar = tqdm(
+        total=count, unit="prompt", disable=not (progress and process_state().is_main_process)
+    )
     limit = math.ceil(count * MAX_SAMPLES_PER_PROMPT / settings.batch_size)
     with bar:
-        for texts in _sampled_batches(model, tokenizer, turn, limit, settings, log):
+        for texts in _batches_of_user_turns(model, tokenizer, turn, limit, settings, log):
             for text in texts:
-                if text and len(found) < count:
-                    found.setdefault(text)
-            bar.update(len(found) - bar.n)
-            if len(found) == count:
+                if text and len(prompts) < count:
+                    prompts.setdefault(text)
+            bar.update(len(prompts) - bar.n)
+            if len(prompts) == count:
                 break
-    shortage = f"{len(found)} of {count} prompts in {count * MAX_SAMPLES_PER_PROMPT} samples"
-    if not found:
+    result = f"{len(prompts)} of {count} prompts in {count * MAX_SAMPLES_PER_PROMPT} samples"
+    if not prompts:
         raise RuntimeError(
-            f"{shortage}: the model closes no user turn within magpie_max_tokens="
-            f"{settings.magpie_max_tokens}; raise it, or read the prompts from a file"
+            f"The model wrote {result}: it closed no user turn within magpie_max_tokens="
+            f"{settings.magpie_max_tokens}. Raise it, or read the prompts from a file."
         )
-    if len(found) < count:
-        warnings.warn(f"the model wrote only {shortage}; going on with those", stacklevel=2)
-    return [Prompt(text, SELF_WRITTEN) for text in found]
+    if len(prompts) < count:
+        warnings.warn(f"The model wrote only {result}; the run continues with these.", stacklevel=2)
+    return [Prompt(text, SELF_WRITTEN) for text in prompts]
 
 
 @dataclass(frozen=True)
 class _UserTurn:
-    """A user turn of a chat template: the ids before its text and what closes it."""
+    """The token ids that open a user turn in a chat template, and the text that closes it."""
 
     header_ids: list[int]
     end: str
-    end_id: int | None  # the id of `end` where that is one special token
+    end_id: int | None  # the id of `end` if it is a single special token
 
 
 def _user_turn(tokenizer: PreTrainedTokenizerBase) -> _UserTurn:
     if not tokenizer.chat_template:
         raise ValueError(
-            "tokenizer: has no chat template, so a user turn has no header to continue; "
-            "read the prompts from a file instead"
+            "tokenizer must have a chat template to write prompts, got one without. Read the prompts from "
+            "a file instead."
         )
     rendered = render_turns(tokenizer, SENTINEL, add_generation_prompt=False)
-    if rendered.endswith(SENTINEL):  # some templates close the turn with the answer's header
+    if rendered.endswith(SENTINEL):  # in some templates only the answer's header closes the turn
         rendered = render_turns(tokenizer, SENTINEL, add_generation_prompt=True)
     header, _, tail = rendered.partition(SENTINEL)
-    # A trailing space belongs to the first word of the turn, as tokenizers cut text.
+    # Tokenizers attach a space to the word after it, so the model must write a trailing space itself
     header_ids = encode(tokenizer, header.rstrip(" "))
     if not header_ids or not tail or SENTINEL in tail:
         raise ValueError(
-            "tokenizer: its chat template does not show where a user turn begins and ends "
-            f"(rendered: {rendered!r}); read the prompts from a file instead"
+            "The tokenizer's chat template does not show where a user turn begins and ends: it renders "
+            f"{rendered!r}. Read the prompts from a file instead."
         )
     end = tail.strip() or tail
     first = encode(tokenizer, end)[0]
@@ -127,7 +129,7 @@ def _special_ids(tokenizer: PreTrainedTokenizerBase) -> set[int]:
     return {*tokenizer.all_special_ids, *(i for i, token in added.items() if token.special)}
 
 
-def _sampled_batches(
+def _batches_of_user_turns(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     turn: _UserTurn,
@@ -135,12 +137,12 @@ def _sampled_batches(
     settings: DistillSettings,
     log: SampleLog | None,
 ) -> Iterator[list[str]]:
-    """Yield batch 0, 1, … of sampled turns, `limit` of them: the logged ones, then new ones."""
-    state = processes()
+    """Yield `limit` batches of user turns in order: first those of the log, then new ones."""
+    state = process_state()
     logged = on_main(log.read)[:limit] if log else []
     yield from logged
     for start in range(len(logged), limit, state.num_processes):
-        # In each round every process samples one batch and gets those of the others.
+        # Each process samples one batch per round, and all processes receive all batches
         batch = start + state.process_index
         texts = _sample_user_turns(model, tokenizer, turn, batch, settings)
         batches = gather_object([texts])[: limit - start]
@@ -156,64 +158,66 @@ def _sample_user_turns(
     batch: int,
     settings: DistillSettings,
 ) -> list[str]:
-    """Sample one batch of user turns; what was not closed, or is not plain text, comes empty."""
+    """Sample one batch of user turns; a turn without an end, or with special tokens, becomes empty."""
     sampling = Sampling(
         settings.magpie_max_tokens,
         settings.magpie_temperature,
         settings.magpie_top_p,
         derived_seed(settings.seed, SELF_WRITTEN, batch),
     )
-    own_end = [] if turn.end_id is None else [turn.end_id]
+    turn_end_ids = [] if turn.end_id is None else [turn.end_id]
     rows = generate_ids(
         model,
         tokenizer,
         [turn.header_ids] * settings.batch_size,
         sampling,
-        stop_ids=[*own_end, *end_ids(model, tokenizer)],
+        stop_ids=[*turn_end_ids, *end_ids(model, tokenizer)],
         stop_string=turn.end if turn.end_id is None else None,
     )
     special = tokenizer.convert_ids_to_tokens(sorted(_special_ids(tokenizer)))
     texts = []
     for row in rows:
-        whole = str(tokenizer.decode(row, clean_up_tokenization_spaces=False))
-        text, closed, _ = whole.partition(turn.end)
-        plain = closed and not any(token in text for token in special)
-        texts.append(text.strip() if plain else "")
+        decoded = str(tokenizer.decode(row, clean_up_tokenization_spaces=False))
+        text, end, _ = decoded.partition(turn.end)
+        is_usable = end and not any(token in text for token in special)
+        texts.append(text.strip() if is_usable else "")
     return texts
 
 
 class SampleLog:
-    """The samples of one model with one set of settings, which let a stopped run resume.
+    """A log of sampled user turns, from which a stopped run resumes.
 
-    The first line of the file says what made them, each further one holds a batch.
+    The first line of the file identifies model and settings; each further line holds a batch.
 
     Args:
         path: a .jsonl file; it need not exist.
-        identity: what names the model and its tokenizer.
+        identity: identifies model and tokenizer, see `model_identity`.
         settings: how prompts are sampled.
     """
 
     def __init__(self, path: Path, identity: dict[str, Any], settings: DistillSettings) -> None:
         self.path = path
-        shaping = {name: getattr(settings, name) for name in SETTINGS}
-        self.header = {**identity, "settings": shaping}
+        self.header = {
+            **identity,
+            "settings": {name: getattr(settings, name) for name in SETTINGS},
+        }
 
     def read(self) -> list[list[str]]:
-        """Return the texts of batch 0, 1, …; a last line that was cut by a kill is removed.
+        """Return the batches of texts in order; a last line that a kill cut short is removed.
 
         Raises:
-            ValueError: the file was made by another model or with other settings.
+            ValueError: the file comes from another model or other settings.
         """
         if self.path.exists():
-            cut_partial_line(self.path)
+            truncate_partial_line(self.path)
             rows = [row for _, row in read_json_lines(self.path)]
             if rows:
-                refuse_differences(self.path, self.header, rows[0], self.header)
+                check_same_origin(self.path, self.header, rows[0], self.header)
                 return [row["texts"] for row in rows[1:]]
         self.path.parent.mkdir(parents=True, exist_ok=True)
         append_rows(self.path, [self.header])
         return []
 
     def append(self, batches: list[list[str]]) -> None:
-        """Append the texts of the next batches; they are on the disk when this returns."""
+        """Append the texts of the next batches, and flush them to disk."""
         append_rows(self.path, [{"texts": texts} for texts in batches])

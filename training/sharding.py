@@ -1,12 +1,12 @@
-"""A frozen backbone shared out among processes (FSDP), for one that fits no single device.
+"""Shard a frozen backbone across processes (FSDP), for backbones that do not fit on one device.
 
-Each transformer block is sharded on its own and gathered for its forward pass; embeddings, final norm
-and unembedding, which the heads need as well, stay whole. The heads are small: every process has them
-all, and DDP averages their gradients. So the weights that train, the optimizer and the checkpoints are
-the same as without sharding.
+Each transformer block is sharded and gathered for its forward pass. Embeddings, final norm and
+unembedding are replicated, because the heads need them too. So are the small heads themselves, whose
+gradients DDP averages. Trained weights, optimizer and checkpoints are therefore the same as without
+sharding.
 
-`accelerate launch --use_fsdp` asks for this as well. Accelerate itself would shard the heads too, could
-not resume in another number of processes, and has no FSDP without an accelerator.
+`accelerate launch --use_fsdp` turns this on as well. Accelerate's own FSDP would shard the heads too, could
+not resume with another number of processes, and does not run without an accelerator.
 """
 
 import os
@@ -22,52 +22,52 @@ from modeling_lmtp.transformers_lmtp import block_classes
 USE_FSDP = "ACCELERATE_USE_FSDP"
 
 
-def take_over_fsdp() -> bool:
-    """Return whether `accelerate launch` asked for FSDP; Accelerate won't know of it any more."""
+def pop_fsdp_flag() -> bool:
+    """Return whether `accelerate launch --use_fsdp` was used, and hide the flag from Accelerate."""
     return os.environ.pop(USE_FSDP, "false").lower() == "true"
 
 
 def is_sharded(backbone: nn.Module) -> bool:
-    """Return whether `shard_backbone` has been called."""
+    """Return whether a backbone, or a model that contains it, is sharded."""
     return any(isinstance(module, FSDPModule) for module in backbone.modules())
 
 
 def shard_backbone(model: Any, device: torch.device, num_processes: int) -> None:
-    """Share out the backbone's blocks, and move all else to `device`.
+    """Shard the backbone's blocks across processes, and move all other modules to `device`.
 
-    The model can run afterwards only if all processes run it together, and not be saved.
+    Afterwards all processes must run the model together, and its backbone cannot be saved.
 
     Args:
-        model: an `LMTPForCausalLM`; on the CPU, so that no device ever holds all of it.
-        device: this process's.
-        num_processes: all that train.
+        model: an `LMTPForCausalLM` on the CPU, so that no device ever holds the full backbone.
+        device: the device of this process.
+        num_processes: the number of processes that train.
 
     Raises:
-        ValueError: there is one process, or it is not known what the model's blocks are.
+        ValueError: there is only one process, or the model does not declare its blocks.
     """
     if num_processes == 1:
         raise ValueError(
-            "shard_backbone shares out the backbone among processes, but there is one. Launch several, "
-            "with `accelerate launch --num_processes`, or leave it out."
+            "shard_backbone needs several processes, got one. Launch more with `accelerate launch "
+            "--num_processes`, or leave it out."
         )
     backbone = model.backbone
     names = block_classes(backbone)
     blocks = [module for module in backbone.modules() if type(module).__name__ in names]
     if not blocks:
         raise ValueError(
-            f"{type(backbone).__name__} does not say what its blocks are (_no_split_modules), so it "
-            "cannot be sharded. Train without shard_backbone."
+            f"{type(backbone).__name__} cannot be sharded, because it does not declare its blocks "
+            "(_no_split_modules). Train without shard_backbone."
         )
     mesh = init_device_mesh(device.type, (num_processes,))
-    for block in reversed(blocks):  # inner ones first, should they be nested
+    for block in reversed(blocks):  # nested blocks must be sharded before the outer ones
         fully_shard(block, mesh=mesh, reshard_after_forward=True)
-    whole = {id(module) for block in blocks for module in block.modules()}
+    sharded = {id(module) for block in blocks for module in block.modules()}
     for module in model.modules():
-        if id(module) not in whole:
-            _move_own_tensors(module, device)
+        if id(module) not in sharded:
+            _move_direct_tensors(module, device)
 
 
-def _move_own_tensors(module: nn.Module, device: torch.device) -> None:
+def _move_direct_tensors(module: nn.Module, device: torch.device) -> None:
     for parameter in module.parameters(recurse=False):
         parameter.data = parameter.data.to(device)
     for name, buffer in module.named_buffers(recurse=False):
@@ -75,12 +75,12 @@ def _move_own_tensors(module: nn.Module, device: torch.device) -> None:
 
 
 def distribute_heads(model: Any, device: torch.device, *, find_unused: bool) -> nn.Module:
-    """Return `model` in a DDP wrapper that takes care of the heads alone.
+    """Wrap `model` in DDP for its heads only.
 
     Args:
-        model: an `LMTPForCausalLM`, sharded.
-        device: this process's.
-        find_unused: whether a step may leave a head out.
+        model: an `LMTPForCausalLM` with a sharded backbone.
+        device: the device of this process.
+        find_unused: allow steps in which some heads get no gradient.
     """
     frozen = [name for name, _ in model.named_parameters() if name.startswith("backbone.")]
     frozen += [name for name, _ in model.named_buffers() if name.startswith("backbone.")]

@@ -1,10 +1,10 @@
-"""The frozen backbone's states on disk: it reads each answer once, however many epochs and runs follow.
+"""Cache the frozen backbone's states on disk, so that it reads each answer only once.
 
-In warm-up most of the time goes into the backbone, which gives the same states every time. A folder
-holds those of one backbone, one file for each answer: runs with other heads, other
-settings or some of the answers share it, and a stopped run goes on where it was.
+Warm-up spends most of its time in the backbone, which computes the same states in every epoch and run. A
+folder holds the states of one backbone, one file per answer. Runs with other heads, other settings or a
+subset of the answers share it, and a stopped run keeps what it has computed.
 
-Shapes: `B` batch, `L` length, `K·H` numbers that heads read of each token.
+Shapes: `L` length, `K·H` numbers that heads read of each token.
 """
 
 from collections.abc import Sequence
@@ -18,21 +18,21 @@ from modeling_lmtp.modeling_lmtp import LMTPForCausalLM
 
 from .examples import AnswerDataset, Example, collate
 from .fingerprints import json_sha256, model_fingerprint
-from .processes import processes
+from .processes import process_state
 from .runs import claim_run_folder
 
-TOKENS_PER_BATCH = 4096  # padding included
+TOKENS_PER_BATCH = 4096  # including padding
 
 
 class StateCache:
-    """What heads read of each answer, `(L, K·H)`, kept in a folder.
+    """A folder with the states `(L, K·H)` that heads read of each answer.
 
     Args:
-        folder: made if it does not exist.
-        model: the backbone and `head_input`.
+        folder: created if it does not exist.
+        model: its backbone and its `head_input` determine the states.
 
     Raises:
-        ValueError: the folder holds another model's states.
+        ValueError: the folder holds the states of another backbone, or for another `head_input`.
     """
 
     def __init__(self, folder: Path, model: LMTPForCausalLM) -> None:
@@ -47,18 +47,18 @@ class StateCache:
         )
 
     def load(self, example: Example) -> torch.Tensor:
-        """Return an answer's states, `(L, K·H)`, in the backbone's dtype."""
+        """Return the states of an answer, `(L, K·H)`, in the backbone's dtype."""
         return load_file(self._path(example))["states"]
 
     def fill(self, examples: Sequence[Example], *, progress: bool = True) -> None:
-        """Run the backbone on the answers whose states are missing, each process its share."""
-        state = processes()
+        """Compute and save the missing states, each process its share."""
+        state = process_state()
         missing = [example for example in examples if not self._path(example).exists()]
         batches = _batches(missing)[state.process_index :: state.num_processes]
-        state.wait_for_everyone()  # none writes before all have looked
+        state.wait_for_everyone()  # a process that writes early would change what the others miss
         with tqdm(
             total=sum(len(example.input_ids) for batch in batches for example in batch),
-            desc="states of the backbone",
+            desc="caching backbone states",
             unit="token",
             unit_scale=True,
             disable=not (progress and batches and state.is_main_process),
@@ -86,7 +86,7 @@ class StateCache:
     def _save(self, example: Example, states: torch.Tensor) -> None:
         path = self._path(example)
         path.parent.mkdir(exist_ok=True)
-        unfinished = path.with_suffix(f".{processes().process_index}.unfinished")
+        unfinished = path.with_suffix(f".{process_state().process_index}.unfinished")
         try:
             save_file({"states": states.contiguous()}, unfinished)
             unfinished.replace(path)
@@ -95,7 +95,7 @@ class StateCache:
 
 
 def _batches(examples: Sequence[Example]) -> list[list[Example]]:
-    """Group answers of like length, the longest first, into batches of so many tokens or one answer."""
+    """Batch answers of similar length, longest first, with at most `TOKENS_PER_BATCH` or one answer."""
     batches: list[list[Example]] = []
     for example in sorted(examples, key=lambda example: -len(example.input_ids)):
         longest = len(batches[-1][0].input_ids) if batches else TOKENS_PER_BATCH

@@ -1,4 +1,4 @@
-"""`lmtp train`: from a backbone, or a checkpoint, and answers to a checkpoint with trained heads."""
+"""`lmtp train`: train leap heads on a backbone's answers, and save a checkpoint."""
 
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -21,16 +21,16 @@ from modeling_lmtp.modeling_lmtp import LMTPForCausalLM
 from .arguments import HeadOptions, LeapTrainingArguments
 from .examples import Example, draft_vocabulary
 from .leap_trainer import LeapTrainer
-from .processes import processes
+from .processes import process_state
 from .training_run import RunOptions, TrainingRun
 
 
 def train(options: RunOptions, heads: HeadOptions, args: LeapTrainingArguments) -> None:
     """Train leap heads on answers of their backbone (stage 1: the backbone stays frozen).
 
-    MODEL is a backbone, which gets new heads, or a checkpoint whose heads train on.
-    `accelerate launch --num_processes 2 --no_python lmtp train ...` trains in several processes;
-    `--use_fsdp` there means --shard_backbone here.
+    MODEL is a backbone, which gets new heads, or a checkpoint, whose heads are trained further.
+    `accelerate launch --num_processes 2 --no_python lmtp train ...` trains in several processes; its
+    option `--use_fsdp` turns on --shard_backbone.
 
     Examples:
     lmtp train MODEL answers.jsonl OUT --leap_offsets 2 3 4 --head_context path --draft_vocab_size 8192
@@ -40,22 +40,23 @@ def train(options: RunOptions, heads: HeadOptions, args: LeapTrainingArguments) 
     has_heads = has_leap_heads(options.model)
     if has_heads and heads != HeadOptions():
         raise ValueError(
-            f"{options.model!r} has leap heads already, so their offsets and layers are settled. Leave "
-            "out the options of heads to train them on, or start from the plain backbone."
+            f"{options.model!r} has leap heads already, which the options of heads cannot change. Leave "
+            "these options out to train the heads further, or start from the plain backbone."
         )
     tokenizer = load_tokenizer(options.model)
-    model = _load(options, on_cpu=args.shard_backbone)  # then no device holds it all
+    # A backbone to shard is loaded on the CPU, because no device may be able to hold all of it
+    model = _load(options, on_cpu=args.shard_backbone)
     run.read_answers(model, tokenizer)
     if not has_heads:
-        set_seed(args.seed)  # some weights start at random, the same in every process
+        set_seed(args.seed)  # every process must initialize the heads alike
         model = add_heads(model, heads, run.examples)
     trainer = LeapTrainer(model, args, run.examples, run.held_out, processing_class=tokenizer)
     trainer.train(resume_from_checkpoint=True)
     report = trainer.head_report(run.held_out)
-    if args.shard_backbone and processes().is_main_process:
-        model = _gathered(model, _load(options, on_cpu=True))
+    if args.shard_backbone and process_state().is_main_process:
+        model = _unsharded(model, _load(options, on_cpu=True))
     run.save(model, tokenizer, trainer, {"held_out": report.as_dict() if report else None})
-    if processes().is_main_process:
+    if process_state().is_main_process:
         if report is not None:
             console.print(f"On {len(run.held_out)} held-out answers: {report.summary()}.")
         console.print(f"Saved in {options.output}.", soft_wrap=True)
@@ -69,22 +70,22 @@ def _load(options: RunOptions, *, on_cpu: bool) -> Any:
     return load_backbone(options.model, options.dtype, device)
 
 
-def _gathered(model: LMTPForCausalLM, loaded: Any) -> LMTPForCausalLM:
-    """Return a model to save: the trained heads with the backbone as it was loaded, not sharded."""
+def _unsharded(model: LMTPForCausalLM, loaded: Any) -> LMTPForCausalLM:
+    """Return the trained heads on an unsharded, freshly loaded backbone, to save."""
     backbone = loaded.backbone if isinstance(loaded, LMTPForCausalLM) else loaded
-    whole = LMTPForCausalLM(model.config, backbone=backbone)
-    whole.generation_config = model.generation_config
-    whole.leap_heads.load_state_dict(model.leap_heads.state_dict())
-    return whole
+    unsharded = LMTPForCausalLM(model.config, backbone=backbone)
+    unsharded.generation_config = model.generation_config
+    unsharded.leap_heads.load_state_dict(model.leap_heads.state_dict())
+    return unsharded
 
 
 def add_heads(backbone: Any, heads: HeadOptions, examples: Sequence[Example]) -> LMTPForCausalLM:
-    """Give a backbone new heads.
+    """Add new leap heads to a backbone.
 
     Args:
-        backbone: the model.
-        heads: what heads.
-        examples: answers, whose most frequent tokens become the draft vocabulary.
+        backbone: a causal LM of Transformers.
+        heads: the options of the heads.
+        examples: answers; their most frequent tokens form the draft vocabulary, if there is one.
     """
     settings = asdict(heads)
     size = settings.pop("draft_vocab_size")

@@ -1,4 +1,4 @@
-"""The log of a training run as a file, and as a picture where matplotlib is there."""
+"""Save the log of a training run as JSON and, if matplotlib is installed, as a picture."""
 
 import json
 from collections.abc import Sequence
@@ -20,9 +20,8 @@ def save_training_log(
     """Write `training_log.json` and, with matplotlib, `training_log.png` into `folder`.
 
     Args:
-        folder: exists.
-        log: entries with `step`, `loss`, and for each offset `loss_head_…` and `top1_head_…`; or with
-            `step`, `held_out_tokens_per_step` and `held_out_top1`.
+        folder: an existing folder.
+        log: the Trainer's `log_history`; see `LeapTrainer` for the keys.
         leap_offsets: the heads' offsets.
     """
     record = {"leap_offsets": list(leap_offsets), "log": list(log)}
@@ -31,8 +30,8 @@ def save_training_log(
         from matplotlib.figure import Figure
     except ImportError:
         logger.warning_once(
-            f"matplotlib is not installed, so the training log is saved as {LOG_FILE} alone. For the "
-            "picture, install modeling-lmtp[plots]."
+            f"matplotlib is not installed, so only {LOG_FILE} is saved. Install modeling-lmtp[plots] to "
+            "get a picture of the training log too."
         )
         return
     figure = Figure(figsize=(12, 3.6), layout="constrained")

@@ -1,68 +1,70 @@
-"""One run of `lmtp train` or `lmtp joint`: from a file of answers to a saved checkpoint."""
+"""One run of `lmtp train` or `lmtp joint`: read the answers, and save the checkpoint and its record."""
 
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar
 
 from transformers import PreTrainedTokenizerBase
 
 from modeling_lmtp.conversion.options import Dtype, Options, Range, own_fields
 from modeling_lmtp.conversion.saving import file_sha256, run_folder_of, save_checkpoint
 
-from .answers import load_answers, warn
+from .answers import BadRows, load_answers, warn
 from .arguments import AnswerTrainingArguments
 from .examples import Example, split_examples
-from .processes import processes
+from .processes import process_state
 from .training_log import save_training_log
 
-REPORTS = "runs"  # where TensorBoard's reports go within the folder of a run
+REPORTS = "runs"  # the folder of TensorBoard's reports in a run's folder
 
 
 @dataclass
 class RunOptions(Options):
-    """What a run trains, on what, and where it is saved."""
+    """The model to train, the answers, and the output."""
 
     title: ClassVar[str] = "data"
 
-    model: str = field(metadata={"help": "A folder or Hub id."})
+    model: str = field(metadata={"help": "Folder or Hub id of the model."})
     answers: Path = field(
-        metadata={"help": "What `lmtp distill` made with this backbone (.jsonl)."}
+        metadata={"help": "Answers of this backbone, from `lmtp distill` (.jsonl)."}
     )
-    output: Path = field(metadata={"help": "New folder. Give the command again to resume a run."})
+    output: Path = field(metadata={"help": "New folder for the result; run again to resume."})
     held_out: Annotated[int, Range(ge=0)] = field(
-        default=32, metadata={"help": "Answers kept out of training, for evaluation."}
+        default=32, metadata={"help": "Number of answers to hold out for evaluation."}
     )
-    bad_rows: Literal["refuse", "skip"] = field(
-        default="refuse", metadata={"help": "What to do with rows that are not answers."}
+    bad_rows: BadRows = field(
+        default="refuse", metadata={"help": "How to treat rows that are not valid answers."}
     )
     dtype: Dtype = field(default="auto", metadata={"help": "Precision of the backbone."})
 
 
 class TrainingRun:
-    """A run, whose checkpoints are kept in `<output>.training` until `output` is saved.
+    """A run of a command, with its checkpoints in `<output>.training` until `output` is saved.
 
-    Called again after a stop, the command resumes from the last of them. Of several processes, the main
-    one writes.
+    After a stop, the same command resumes from the last checkpoint. Only the main process writes.
 
     Args:
-        command: its name, for the record.
-        options: what is trained, and where it is saved.
-        args: how; their `output_dir` becomes the folder of the run.
+        command: name of the command, for the record.
+        options: the model, the answers and the output.
+        args: the training arguments; `output_dir` is set to the folder of the run.
 
     Raises:
-        ValueError: `options.output` holds something, or `args` name another output.
+        ValueError: `options.output` is not empty, or `args.output_dir` is set.
     """
 
     def __init__(self, command: str, options: RunOptions, args: AnswerTrainingArguments) -> None:
         self.command = command
         self.options = options
         self.args = args
-        if args.output_dir not in (None, "trainer_output"):  # Transformers' default
+        if args.output_dir not in (
+            None,
+            "trainer_output",
+        ):  # the defaults of Transformers' releases
             raise ValueError(
-                f"--output_dir {args.output_dir} is the third argument of {command}, OUTPUT; leave the "
-                "option out."
+                f"--output_dir must be left out, got {args.output_dir}: the third argument of {command}, "
+                "OUTPUT, is the output."
             )
         self.folder = run_folder_of(options.output, command)
         args.output_dir = str(self.folder)
@@ -73,10 +75,10 @@ class TrainingRun:
         self.notes: Sequence[str] = ()
 
     def read_answers(self, model: Any, tokenizer: PreTrainedTokenizerBase) -> None:
-        """Read the answers, and set some aside.
+        """Read the answers, and hold some out for evaluation.
 
         Raises:
-            ValueError: a row is no answer, or too few are left to train on.
+            ValueError: a row is not an answer, or no answers are left to train on.
         """
         options, max_length = self.options, self.args.max_length
         answers = load_answers(options.answers, model, tokenizer, max_length, options.bad_rows)
@@ -91,25 +93,25 @@ class TrainingRun:
         trainer: Any,
         record: dict[str, Any],
     ) -> None:
-        """Save what was trained, and on the main process only, with a record of the run.
+        """Save the trained model with a record of the run, and delete the run's folder.
 
         Args:
-            model: a model, or an adapter in PEFT's wrapper.
-            tokenizer: its tokenizer.
-            trainer: has trained it.
-            record: what the command adds to the record.
+            model: the model, or PEFT's wrapper to save an adapter.
+            tokenizer: the model's tokenizer.
+            trainer: the trainer of the model.
+            record: entries that the command adds to the record.
         """
         output, log = self.options.output, trainer.state.log_history
         if self.args.push_to_hub:
-            trainer.push_to_hub()  # every process takes part
-        if processes().is_main_process:
+            trainer.push_to_hub()  # a collective call, so on every process
+        if process_state().is_main_process:
             record = {
                 "command": self.command,
                 "answers_sha256": file_sha256(self.options.answers),
                 "answers_notes": self.notes,
                 "examples": len(self.examples),
-                "processes": processes().num_processes,
-                "settings": settings(trainer.args),
+                "processes": process_state().num_processes,
+                "settings": recorded_arguments(trainer.args),
                 **record,
                 "log": log,
             }
@@ -120,12 +122,13 @@ class TrainingRun:
             if (self.folder / REPORTS).is_dir():
                 shutil.move(self.folder / REPORTS, output / REPORTS)
             shutil.rmtree(self.folder)
-        processes().wait_for_everyone()
+        process_state().wait_for_everyone()
 
 
-def settings(args: AnswerTrainingArguments) -> dict[str, Any]:
-    """Return the arguments for a record: this package's, and those that differ from the defaults."""
+def recorded_arguments(args: AnswerTrainingArguments) -> dict[str, Any]:
+    """Return the arguments for a record: this package's, and others that differ from their defaults."""
     values, defaults = args.to_dict(), type(args)().to_dict()
-    own = {field.name for field in own_fields(type(args))}
-    shown = {n: v for n, v in values.items() if n in own or v != defaults.get(n)}
-    return {name: value for name, value in shown.items() if not name.endswith(("_dir", "token"))}
+    names = {field.name for field in own_fields(type(args))}
+    recorded = {n: v for n, v in values.items() if n in names or v != defaults.get(n)}
+    # A published record must reveal neither local paths nor tokens
+    return {name: value for name, value in recorded.items() if not name.endswith(("_dir", "token"))}

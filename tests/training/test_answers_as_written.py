@@ -65,7 +65,7 @@ def test_answers_are_read_back_as_the_tokens_that_were_sampled(tmp_path):
 
 
 @pytest.mark.parametrize("change", [{"response": "the wind"}, {"response_ids": [9999]}], ids=str)
-def test_ids_that_are_not_those_of_the_text_are_not_learned(tmp_path, change):
+def test_recorded_ids_that_do_not_match_the_text_are_ignored(tmp_path, change):
     tokenizer, output = tiny_tokenizer(), tmp_path / "a.jsonl"
     sea = tokenizer("the sea")["input_ids"]
     answer(steered(tokenizer, *sea, END), tokenizer, output, "Hi")
@@ -84,7 +84,7 @@ class Clock(datetime):
         return datetime(2026, 11, cls.day, 12)
 
 
-def test_a_template_that_writes_the_date_writes_that_of_the_first_day(tmp_path, monkeypatch):
+def test_a_resumed_run_renders_prompts_with_its_first_date(tmp_path, monkeypatch):
     tokenizer, output = tiny_tokenizer(chat_template=DATED), tmp_path / "a.jsonl"
     monkeypatch.setattr(distilling, "datetime", Clock)
     answer(tiny_llama(), tokenizer, output, "Hi", "Ho", max_new_tokens=4)
@@ -101,7 +101,7 @@ def test_a_template_that_writes_the_date_writes_that_of_the_first_day(tmp_path, 
     assert json.loads(manifest_path(output).read_text())["rendered_at"].startswith("2026-11-01")
 
 
-def test_a_template_in_another_mode_is_another_run(tmp_path):
+def test_another_template_mode_makes_another_run(tmp_path):
     output = tmp_path / "a.jsonl"
     answer(tiny_llama(), tiny_tokenizer(), output, "Hi", max_new_tokens=4)
     manifest = json.loads(manifest_path(output).read_text())
@@ -111,7 +111,7 @@ def test_a_template_in_another_mode_is_another_run(tmp_path):
         answer(tiny_llama(), tiny_tokenizer(), output, "Hi", max_new_tokens=4)
 
 
-def test_templates_of_content_parts_render_the_prompt():
+def test_templates_that_loop_over_content_parts_render_the_prompt():
     tokenizer = tiny_tokenizer(chat_template=PARTS)
     question = render_prompt(tokenizer, "What is the capital?")
     assert question != render_prompt(tokenizer, "Write a poem")
@@ -134,7 +134,7 @@ def test_templates_that_cannot_render_a_prompt_are_refused(template, message):
 
 
 @pytest.mark.parametrize("pad_token_id", [320, -1])
-def test_a_padding_id_outside_the_vocabulary_pads_with_another(tmp_path, pad_token_id):
+def test_a_padding_id_outside_the_vocabulary_is_replaced(tmp_path, pad_token_id):
     model, tokenizer = LMTPForCausalLM.from_backbone(tiny_llama(320)), tiny_tokenizer()
     texts = ("Hi", "What is the capital of France?")
     answer(model, tokenizer, tmp_path / "a.jsonl", *texts, max_new_tokens=4)

@@ -24,13 +24,13 @@ GOOD = '{"prompt": "x", "response": "The sea."}'
 BAD = {
     '{"prompt": "x", "respo': "not JSON",
     "[1, 2]": "expected a JSON object, got list",
-    "{}": "expected text in the field 'prompt', got None",
-    '{"prompt": " ", "response": "y"}': "expected text in the field 'prompt', got ' '",
-    '{"prompt": "x"}': "expected text in the field 'response', got None; fields found: ['prompt']",
-    '{"prompt": "x", "response": 3}': "expected text in the field 'response', got 3",
-    '{"prompt": "x", "response": ""}': "the response is empty",
-    '{"prompt": "x", "response": "", "finished": false}': "the response is empty",
-    '{"prompt": "x", "response": "y", "finished": "no"}': "expected true or false in the field",
+    "{}": "field 'prompt' must be non-empty text, got None",
+    '{"prompt": " ", "response": "y"}': "field 'prompt' must be non-empty text, got ' '",
+    '{"prompt": "x"}': "field 'response' must be text, got None; the row has the fields ['prompt']",
+    '{"prompt": "x", "response": 3}': "field 'response' must be text, got 3",
+    '{"prompt": "x", "response": ""}': "response must not be empty",
+    '{"prompt": "x", "response": "", "finished": false}': "response must not be empty",
+    '{"prompt": "x", "response": "y", "finished": "no"}': "'finished' must be true or false, got 'no'",
     '{"prompt": "x", "response": "\\ud800"}': "surrogates not allowed",
 }
 
@@ -41,60 +41,60 @@ def write(path, *lines):
 
 
 @pytest.mark.parametrize("line", BAD, ids=BAD.values())
-def test_a_bad_row_is_refused_by_file_and_line_or_skipped_and_counted(tmp_path, line):
+def test_a_bad_row_raises_with_file_and_line_or_is_skipped_and_counted(tmp_path, line):
     path = write(tmp_path / "a.jsonl", GOOD, "", line, GOOD)
     with pytest.raises(ValueError, match=r"a\.jsonl:3: .*--bad_rows skip") as raised:
         read_answers(path, tiny_tokenizer(), END)
     assert BAD[line] in str(raised.value)
     answers = read_answers(path, tiny_tokenizer(), END, bad_rows="skip")
     assert len(answers.examples) == 2
-    [told] = answers.skipped
-    assert "a.jsonl:3: " in told
-    assert answers.notes == (f"1 bad rows skipped: {told}.",)
+    [skipped] = answers.skipped
+    assert "a.jsonl:3: " in skipped
+    assert answers.notes == (f"Skipped 1 bad rows: {skipped}.",)
 
 
-def test_many_skipped_rows_are_counted_and_the_first_ones_told(tmp_path):
+def test_a_note_counts_all_skipped_rows_and_lists_the_first(tmp_path):
     path = write(tmp_path / "a.jsonl", *["{}"] * 5, GOOD)
     answers = read_answers(path, tiny_tokenizer(), END, bad_rows="skip")
     assert len(answers.skipped) == 5
     [note] = answers.notes
-    assert note.startswith("5 bad rows skipped: ")
+    assert note.startswith("Skipped 5 bad rows: ")
     assert note.endswith("; and 2 more.")
     assert "a.jsonl:3" in note
     assert "a.jsonl:4" not in note
 
 
-def test_a_file_of_bad_rows_alone_holds_nothing(tmp_path):
+def test_a_file_with_only_bad_rows_is_refused(tmp_path):
     path = write(tmp_path / "a.jsonl", "{}", "{}")
-    with pytest.raises(ValueError, match=r"holds no answer .* 2 bad rows skipped"):
+    with pytest.raises(ValueError, match=r"holds no answer .* Skipped 2 bad rows"):
         read_answers(path, tiny_tokenizer(), END, bad_rows="skip")
-    with pytest.raises(ValueError, match="bad_rows: expected one of refuse, skip, got 'keep'"):
+    with pytest.raises(ValueError, match="bad_rows must be one of refuse, skip, got 'keep'"):
         read_answers(path, tiny_tokenizer(), END, bad_rows="keep")
 
 
-def test_an_answer_that_the_model_ended_at_once_is_its_end(tmp_path):
+def test_an_empty_finished_answer_becomes_the_end_token(tmp_path):
     row = '{"prompt": "x", "response": "", "finished": true}'
     path = write(tmp_path / "a.jsonl", row)
     [example] = read_answers(path, tiny_tokenizer(), END).examples
     assert example.input_ids[example.answer_start :] == [END]
-    with pytest.raises(ValueError, match="no token that ends it"):
+    with pytest.raises(ValueError, match="the model has no end-of-text token"):
         read_answers(path, tiny_tokenizer(), None)
 
 
-def test_a_prompt_that_leaves_no_room_is_told_of(tmp_path):
+def test_a_note_counts_prompts_that_leave_no_room_for_an_answer(tmp_path):
     path = write(tmp_path / "a.jsonl", GOOD, json.dumps({"prompt": "sea " * 90, "response": "x"}))
     answers = read_answers(path, tiny_tokenizer(), END, max_length=60)
     assert len(answers.examples) == 1
     [note] = answers.notes
-    assert "1 answers of" in note
-    assert "their prompts alone fill 60 tokens" in note
+    assert "Dropped 1 answers of" in note
+    assert "whose prompts alone fill 60 tokens" in note
 
 
-def test_a_token_that_the_model_does_not_have_makes_a_row_bad(tmp_path):
+def test_a_token_outside_the_vocabulary_makes_a_row_bad(tmp_path):
     path = write(tmp_path / "a.jsonl", GOOD)
     model = tiny_llama(vocab_size=300)
     with pytest.raises(
-        ValueError, match=r"a\.jsonl:1: its token 3\d\d is not in .* of 300: is the"
+        ValueError, match=r"a\.jsonl:1: token ids must be less than .* 300, got 3\d\d; the tok"
     ):
         load_answers(path, model, tiny_tokenizer(), 1024)
 
@@ -131,7 +131,7 @@ def test_rows_without_targets_change_nothing(tmp_path):
     assert report.head_report([*LONG, all_masked]).chain_tokens_per_step >= 1
 
 
-def test_answers_shorter_than_the_horizon_are_learned_as_far_as_they_go(tmp_path):
+def test_short_answers_train_the_heads_they_reach(tmp_path):
     short = [Example([9, 10, 11], 2), Example([9, 10], 1)]
     state, report = warmed_up(tmp_path, [*LONG, *short], batch_size=2)
     assert all(value.isfinite().all() for value in state.values())
@@ -147,13 +147,13 @@ def test_answers_shorter_than_the_horizon_are_learned_as_far_as_they_go(tmp_path
 )
 def test_a_head_without_any_target_is_refused_before_training(tmp_path, examples):
     with pytest.raises(
-        ValueError, match=f"nothing in {len(examples)} answers is a target at offset 5"
+        ValueError, match=f"none of the {len(examples)} answers has a target at offset 5"
     ):
         warmed_up(tmp_path / "run", examples)
     assert not (tmp_path / "run").exists()
 
 
-def test_a_target_may_lie_just_behind_the_furthest_offset():
+def test_one_target_at_the_furthest_offset_is_enough():
     check_targets([Example([5, 6, 7, 8, 9, 10], 1)], (2, 5))
     check_targets([Example(list(range(9)), 9)], (2, 5), train_on_prompts=True)
 
@@ -171,33 +171,33 @@ def folder(tmp_path_factory):
     return folder
 
 
-def test_train_joint_and_analyze_say_if_another_model_made_the_answers(
+def test_train_joint_and_analyze_warn_if_another_model_wrote_the_answers(
     folder, tmp_path, monkeypatch
 ):
-    told = []
-    monkeypatch.setattr("modeling_lmtp.training.answers.logger.warning", told.append)
+    warnings = []
+    monkeypatch.setattr("modeling_lmtp.training.answers.logger.warning", warnings.append)
     answers = folder / "answers.jsonl"
     train = ["--held_out", 2, "--leap_offsets", 2, 3]
     assert lmtp("train", folder / "mine", answers, tmp_path / "m", *train).exit_code == 0
-    assert not told
+    assert not warnings
     assert lmtp("train", folder / "other", answers, tmp_path / "o", *train).exit_code == 0
-    assert len(told) == 1
-    assert f"were made by another model or revision, {folder / 'mine'}" in told[0]
+    assert len(warnings) == 1
+    assert f"Another model or revision, {folder / 'mine'}, wrote the answers" in warnings[0]
     record = json.loads((tmp_path / "o" / "provenance.json").read_text())
-    assert record["answers_notes"] == told
+    assert record["answers_notes"] == warnings
     joint = ["--held_out", 2, "--lora_r", 2, "--num_train_epochs", 1]
     assert lmtp("joint", tmp_path / "o", answers, tmp_path / "j", *joint).exit_code == 0
-    assert len(told) == 2
+    assert len(warnings) == 2
     analyze = ["--num_answers", 2, "--marginalize_positions", 0, "--nodes", 2]
     options = ["--answers", answers, "--output", tmp_path / "a", *analyze]
     result = lmtp("analyze", tmp_path / "o", *options)
     assert result.exit_code == 0, result.output
     notes = json.loads((tmp_path / "a" / "analysis.json").read_text())["notes"]
-    assert told[1] in notes
-    assert "made by another model or revision" in " ".join(result.output.split())
+    assert warnings[1] in notes
+    assert "Another model or revision" in " ".join(result.output.split())
 
 
-def test_precision_makes_no_other_model(folder, tmp_path):
+def test_loading_in_another_precision_is_not_another_model(folder, tmp_path):
     answers = folder / "answers.jsonl"
     assert other_model_note(answers, tiny_llama()) is None
     assert other_model_note(answers, tiny_llama().double()) is None
@@ -210,23 +210,23 @@ def test_precision_makes_no_other_model(folder, tmp_path):
         json.dumps({"model": "m", "model_revision": "1a", **manifest})
     )
     assert other_model_note(sixteen, tiny_llama()) is None
-    assert "another model or revision, m (revision 1a)" in other_model_note(
+    assert "Another model or revision, m (revision 1a)" in other_model_note(
         sixteen, tiny_llama(seed=1)
     )
     assert other_model_note(write(tmp_path / "b.jsonl", GOOD), tiny_llama(seed=1)) is None
 
 
-def test_the_commands_refuse_bad_rows_or_skip_them_by_choice(folder, tmp_path):
+def test_commands_refuse_bad_rows_or_skip_them_with_an_option(folder, tmp_path):
     rows = (folder / "answers.jsonl").read_text().splitlines()
     answers = write(tmp_path / "answers.jsonl", *rows, "{}")
     output = tmp_path / "out"
     command = ["train", folder / "mine", answers, output, "--held_out", 2, "--leap_offsets", 2, 3]
-    assert "answers.jsonl:6: expected text in the field 'prompt'" in error_of(*command)
+    assert "answers.jsonl:6: field 'prompt' must be non-empty text" in error_of(*command)
     assert not output.exists()
     assert lmtp(*command, "--bad_rows", "skip").exit_code == 0
     record = json.loads((output / "provenance.json").read_text())
     assert record["examples"] == 3
-    assert record["answers_notes"][0].startswith("1 bad rows skipped")
+    assert record["answers_notes"][0].startswith("Skipped 1 bad rows")
     joint = [
         "joint",
         output,
@@ -247,7 +247,7 @@ def test_the_commands_refuse_bad_rows_or_skip_them_by_choice(folder, tmp_path):
     assert lmtp(*analyze, "--bad_rows", "skip").exit_code == 0
 
 
-def test_answers_are_cut_where_the_positions_of_the_model_end(tmp_path):
+def test_answers_are_truncated_to_the_positions_of_the_model(tmp_path):
     path = write(tmp_path / "a.jsonl", GOOD)
     whole = load_answers(path, tiny_llama(), tiny_tokenizer()).examples[0]
     model = tiny_llama(max_position_embeddings=len(whole.input_ids) - 2)

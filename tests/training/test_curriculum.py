@@ -24,13 +24,13 @@ def joined_at(curriculum, share, num_steps=12, num_heads=3):
         ("forward", 1.0, [0, 4, 8]),
     ],
 )
-def test_heads_join_in_turn_and_stay(curriculum, share, expected):
+def test_heads_are_added_one_by_one_and_stay(curriculum, share, expected):
     assert joined_at(curriculum, share) == expected
     assert all(active_heads(curriculum, 3, 11, 12, share))
 
 
 @pytest.mark.parametrize(("curriculum", "late"), [("forward", 1), ("reverse", 0)])
-def test_a_head_stays_as_it_is_until_it_joins(tmp_path, curriculum, late):
+def test_a_head_does_not_change_until_it_is_added(tmp_path, curriculum, late):
     """Of 12 steps the second head joins at the sixth, whose learning rate is still to come."""
     model = new_model()
     report = warm_up(

@@ -19,8 +19,8 @@ from modeling_lmtp.training.distill import (
     distill,
     manifest_path,
     model_fingerprint,
+    model_identity,
     read_rows,
-    run_identity,
 )
 
 TEXTS = (
@@ -69,7 +69,7 @@ def answer_alone(model, tokenizer, text, max_new_tokens):
     return output[0, input_ids.shape[1] :].tolist()
 
 
-def test_batched_answers_are_those_of_each_prompt_alone(model, tokenizer, tmp_path):
+def test_batched_answers_equal_those_of_each_prompt_alone(model, tokenizer, tmp_path):
     report = run(model, tokenizer, tmp_path / "out.jsonl", GREEDY)
     rows = {row["prompt"]: row for row in read_rows(tmp_path / "out.jsonl")}
     assert set(rows) == set(TEXTS)
@@ -93,7 +93,7 @@ def test_longest_prompts_come_first(model, tokenizer, tmp_path):
     assert lengths == sorted(lengths, reverse=True)
 
 
-def test_sampling_options_of_the_checkpoint_do_not_apply(model, tokenizer, tmp_path):
+def test_sampling_options_of_the_checkpoint_are_ignored(model, tokenizer, tmp_path):
     run(model, tokenizer, tmp_path / "plain.jsonl", GREEDY)
     opinionated = tiny_llama()
     opinionated.generation_config = GenerationConfig(
@@ -116,7 +116,7 @@ def test_sampling_options_of_the_checkpoint_do_not_apply(model, tokenizer, tmp_p
     assert opinionated.generation_config.to_dict() == before
 
 
-def test_sampled_answers_follow_the_seed_and_nothing_else(model, tokenizer, tmp_path):
+def test_sampled_answers_depend_only_on_the_seed(model, tokenizer, tmp_path):
     state = torch.random.get_rng_state()
     run(model, tokenizer, tmp_path / "first.jsonl", SAMPLED)
     torch.testing.assert_close(torch.random.get_rng_state(), state)
@@ -132,7 +132,7 @@ def test_sampled_answers_follow_the_seed_and_nothing_else(model, tokenizer, tmp_
     assert len(first) == len(second) == SAMPLED.num_answers
 
 
-def test_each_batch_draws_on_its_own(model, tokenizer, tmp_path):
+def test_each_batch_samples_with_its_own_seed(model, tokenizer, tmp_path):
     settings = replace(SAMPLED, batch_size=1, num_answers=4)
     run(model, tokenizer, tmp_path / "out.jsonl", settings, PROMPTS[1:2])
     assert len({row["response"] for row in read_rows(tmp_path / "out.jsonl")}) == 4
@@ -171,7 +171,7 @@ def kill_points(data: bytes) -> list[int]:
 
 
 @pytest.mark.parametrize("settings", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
-def test_a_killed_run_ends_up_like_one_that_was_never_killed(model, tokenizer, tmp_path, settings):
+def test_a_killed_run_resumes_to_the_same_file(model, tokenizer, tmp_path, settings):
     output = tmp_path / "out.jsonl"
     run(model, tokenizer, output, settings)
     whole, manifest = output.read_bytes(), json.loads(manifest_path(output).read_text())
@@ -186,7 +186,7 @@ def test_a_killed_run_ends_up_like_one_that_was_never_killed(model, tokenizer, t
         assert json.loads(manifest_path(output).read_text()) == manifest
 
 
-def test_a_kill_in_the_middle_of_a_run_keeps_what_was_answered(
+def test_a_kill_in_the_middle_of_a_run_keeps_the_answers_so_far(
     model, tokenizer, tmp_path, monkeypatch
 ):
     run(model, tokenizer, tmp_path / "whole.jsonl", SAMPLED)
@@ -208,13 +208,13 @@ def test_a_kill_in_the_middle_of_a_run_keeps_what_was_answered(
     assert output.read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
 
 
-def test_a_finished_run_answers_nothing_again(model, tokenizer, tmp_path, monkeypatch):
+def test_a_finished_run_generates_nothing(model, tokenizer, tmp_path, monkeypatch):
     run(model, tokenizer, tmp_path / "out.jsonl", GREEDY)
     monkeypatch.setattr("modeling_lmtp.training.distill.generate_ids", None)
     assert run(model, tokenizer, tmp_path / "out.jsonl", GREEDY).new_rows == 0
 
 
-def test_a_run_under_other_versions_adds_them_to_the_manifest(model, tokenizer, tmp_path):
+def test_a_run_with_other_library_versions_adds_them_to_the_manifest(model, tokenizer, tmp_path):
     output = tmp_path / "out.jsonl"
     run(model, tokenizer, output, GREEDY)
     manifest = json.loads(manifest_path(output).read_text())
@@ -228,15 +228,15 @@ def test_a_run_under_other_versions_adds_them_to_the_manifest(model, tokenizer, 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"model": tiny_llama(seed=1)}, "model_fingerprint is "),
-        ({"settings": replace(GREEDY, seed=7)}, "settings.seed is 0 there and 7 now"),
-        ({"settings": SAMPLED}, r"temperature is 0.0 there and 1.2 now; .*top_p"),
-        ({"prompts": PROMPTS[1:]}, "prompts_sha256 is "),
-        ({"tokenizer": tiny_tokenizer(chat_template=None)}, "tokenizer_sha256 is "),
+        ({"model": tiny_llama(seed=1)}, "model_fingerprint was "),
+        ({"settings": replace(GREEDY, seed=7)}, "settings.seed was 0 and is 7 now"),
+        ({"settings": SAMPLED}, r"temperature was 0.0 and is 1.2 now; .*top_p"),
+        ({"prompts": PROMPTS[1:]}, "prompts_sha256 was "),
+        ({"tokenizer": tiny_tokenizer(chat_template=None)}, "tokenizer_sha256 was "),
     ],
     ids=["model", "seed", "temperature", "prompts", "tokenizer"],
 )
-def test_an_output_made_differently_is_refused_untouched(
+def test_the_output_of_another_run_is_refused_and_unchanged(
     model, tokenizer, tmp_path, change, message
 ):
     output = tmp_path / "out.jsonl"
@@ -246,11 +246,11 @@ def test_an_output_made_differently_is_refused_untouched(
     before = {path: path.read_bytes() for path in tmp_path.iterdir()}
     with pytest.raises(ValueError, match=message) as caught:
         run(**{**same, **change}, output=output)
-    assert "Choose another output or delete" in str(caught.value)
+    assert "Choose another output, or delete" in str(caught.value)
     assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
-def test_an_output_without_manifest_is_refused_untouched(model, tokenizer, tmp_path):
+def test_an_output_without_manifest_is_refused_and_unchanged(model, tokenizer, tmp_path):
     output = tmp_path / "out.jsonl"
     output.write_text("mine")
     with pytest.raises(ValueError, match=r"exists without out.jsonl.manifest.json"):
@@ -258,10 +258,10 @@ def test_an_output_without_manifest_is_refused_untouched(model, tokenizer, tmp_p
     assert [path.read_text() for path in tmp_path.iterdir()] == ["mine"]
 
 
-def test_nothing_to_answer_and_wrong_file_names_are_refused(model, tokenizer, tmp_path):
-    with pytest.raises(ValueError, match="prompts: expected at least one"):
+def test_missing_prompts_and_wrong_file_names_are_refused(model, tokenizer, tmp_path):
+    with pytest.raises(ValueError, match="prompts must hold at least one prompt, got none"):
         run(model, tokenizer, tmp_path / "out.jsonl", GREEDY, [])
-    with pytest.raises(ValueError, match=r"output: expected a file name that ends in \.jsonl"):
+    with pytest.raises(ValueError, match=r"output must be a file name that ends in \.jsonl"):
         run(model, tokenizer, tmp_path / "out.jsonl.gz", GREEDY)
     assert list(tmp_path.iterdir()) == []
 
@@ -281,12 +281,12 @@ def test_nothing_to_answer_and_wrong_file_names_are_refused(model, tokenizer, tm
     ],
     ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
 )
-def test_settings_that_mean_nothing_are_refused(wrong, message):
+def test_invalid_settings_are_refused(wrong, message):
     with pytest.raises(ValueError, match=message):
         DistillSettings(**wrong)
 
 
-def test_the_fingerprint_tells_models_and_dtypes_apart(model):
+def test_the_fingerprint_distinguishes_models_and_dtypes(model):
     assert model_fingerprint(tiny_llama()) == model_fingerprint(model)
     assert model_fingerprint(tiny_llama(seed=1)) != model_fingerprint(model)
     assert model_fingerprint(tiny_llama().bfloat16()) != model_fingerprint(model)
@@ -314,8 +314,11 @@ def test_appended_rows_are_read_back(tmp_path):
         ("{", r"rows.jsonl:2: not JSON.*the line is cut off"),
         ("oops\n", r"rows.jsonl:2: not JSON: Expecting value"),
         ("[1]\n", r"rows.jsonl:2: expected a JSON object, got list"),
-        ('{"id": "b"}\n', r"rows.jsonl:2: expected .* in field 'kind', got None.*\['id'\]"),
-        (json.dumps({**GOOD_ROW, "finished": 1}), r"rows.jsonl:2: expected bool in .*'finished'"),
+        ('{"id": "b"}\n', r"rows.jsonl:2: field 'kind' must be .*, got None.*\['id'\]"),
+        (
+            json.dumps({**GOOD_ROW, "finished": 1}),
+            r"rows.jsonl:2: field 'finished' must be bool, got 1",
+        ),
     ],
     ids=["cut off", "not JSON", "no object", "missing field", "wrong type"],
 )
@@ -326,12 +329,12 @@ def test_malformed_rows_are_named_by_file_and_line(tmp_path, line, message):
         read_rows(path)
 
 
-def test_heads_on_a_model_make_no_other_of_it(model, tokenizer, tmp_path):
+def test_leap_heads_do_not_change_the_identity_of_a_model(model, tokenizer, tmp_path):
     with_heads = LMTPForCausalLM.from_backbone(model, leap_offsets=(2,))
-    assert run_identity(with_heads, tokenizer) == run_identity(model, tokenizer)
+    assert model_identity(with_heads, tokenizer) == model_identity(model, tokenizer)
 
 
-def test_answers_end_where_the_positions_of_the_model_do(tokenizer, tmp_path):
+def test_answers_end_at_the_last_position_of_the_model(tokenizer, tmp_path):
     longest = max(len(render_prompt(tokenizer, text)) for text in TEXTS)
     config = GPT2Config(n_positions=longest + 3, vocab_size=320, n_embd=32, n_layer=1, n_head=2)
     model = GPT2LMHeadModel(config).eval()
@@ -342,6 +345,8 @@ def test_answers_end_where_the_positions_of_the_model_do(tokenizer, tmp_path):
     assert {row["tokens"] for row in rows[:4]} == {3}  # the first batch has the longest prompt
     assert not any(row["finished"] for row in rows)
     model.config.n_positions = longest
-    with pytest.raises(ValueError, match=f"tokens, and the model has {longest} positions"):
+    with pytest.raises(
+        ValueError, match=rf"than the model has positions \({longest}\), got {longest} for"
+    ):
         run(model, tokenizer, tmp_path / "other.jsonl", GREEDY)
     assert not (tmp_path / "other.jsonl").exists()

@@ -14,7 +14,7 @@ import pytest
 from commands import lmtp
 from tiny import tiny_llama, tiny_tokenizer
 
-from modeling_lmtp.training.distill_files import claimed, manifest_path, part_path
+from modeling_lmtp.training.distill_files import manifest_path, part_path, writer_lock
 
 TEXTS = ["What is the sea?", "Write a poem.", "A spider asks", "Paris", "The wind", "France?"]
 SETTINGS = ["--max_new_tokens", 8, "--batch_size", 2]
@@ -43,7 +43,7 @@ def error_of(folder, output, *arguments, **options):
     return re.sub(r"\s+", " ", result.output)
 
 
-def test_a_bar_tells_speed_and_time_left_and_a_line_says_what_there_is(folder, tmp_path):
+def test_the_bar_shows_speed_and_remaining_time_and_a_line_reports_the_result(folder, tmp_path):
     output = tmp_path / "out.jsonl"
     result = distill(folder, output, "--prompts", folder / "prompts.jsonl")
     assert re.search(r"6/6 \[00:\d\d<00:\d\d, .*answer.*, \d+ tokens/s\]", result.stderr)
@@ -57,7 +57,7 @@ def test_a_bar_tells_speed_and_time_left_and_a_line_says_what_there_is(folder, t
     assert re.search(r"\(0 of them new, in 0:00:0\d\)", again.stdout)
 
 
-def test_the_manifest_says_where_the_prompts_are_from(folder, tmp_path):
+def test_the_manifest_records_the_source_of_the_prompts(folder, tmp_path):
     output = tmp_path / "out.jsonl"
     distill(
         folder, output, "--prompts", folder / "prompts.jsonl", "--limit", 4, "--self_written", 1
@@ -97,11 +97,11 @@ def test_self_written_prompts_survive_a_stop_at_any_time(folder, tmp_path, monke
         assert "0 of them new" in distill(folder, output, "--self_written", 3).stdout
 
 
-def test_one_run_at_a_time_writes_prompts(folder, tmp_path):
+def test_only_one_run_at_a_time_samples_prompts(folder, tmp_path):
     output = tmp_path / "out.jsonl"
-    with claimed(tmp_path / "out.jsonl.samples.jsonl"):
+    with writer_lock(tmp_path / "out.jsonl.samples.jsonl"):
         message = error_of(folder, output, "--self_written", 3)
-    assert "out.jsonl.samples.jsonl: another process is writing to it" in message
+    assert "out.jsonl.samples.jsonl. Wait for it" in message
 
 
 def test_other_self_written_prompts_need_another_output(folder, tmp_path):
@@ -109,9 +109,9 @@ def test_other_self_written_prompts_need_another_output(folder, tmp_path):
     distill(folder, output, "--self_written", 2)
     before = {path: path.read_bytes() for path in tmp_path.iterdir()}
     more = error_of(folder, output, "--self_written", 3)
-    assert "out.jsonl: was made with --self_written 2." in more
+    assert "out.jsonl was made with --self_written 2." in more
     seed = error_of(folder, output, "--self_written", 2, "--seed", 1)
-    assert "settings.seed is 0 there and 1 now" in seed
+    assert "settings.seed was 0 and is 1 now" in seed
     assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
@@ -128,34 +128,40 @@ def test_an_output_without_self_written_prompts_is_refused_before_any_are_sample
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "There is nothing to answer: pass --prompts FILE, --dataset NAME or --self_written"),
+        (
+            [],
+            "There are no prompts to answer: pass --prompts FILE, --dataset NAME or --self_written",
+        ),
         (["--prompts", "p.jsonl", "--dataset", "d"], "Pass --prompts FILE or --dataset NAME, not"),
-        (["--prompts", "p.jsonl", "--split", "test"], "--split test goes with --dataset NAME"),
-        (["--self_written", 2, "--dataset_config", "de"], "--dataset_config de goes with --data"),
-        (["--self_written", 2, "--limit", 9], "--limit 9 goes with --prompts FILE or --dataset"),
-        (["--limit", 9], "There is nothing to answer"),
-        (["--prompts", "p.jsonl", "--server_model", "m"], "--server_model m goes with --server"),
-        (["--prompts", "p.jsonl", "--server", "localhost:8000"], "server: expected an address"),
-        (["--server", "http://x/v1", "--self_written", 2], "--self_written needs the model itself"),
+        (["--prompts", "p.jsonl", "--split", "test"], "--split test needs --dataset NAME"),
+        (["--self_written", 2, "--dataset_config", "de"], "--dataset_config de needs --data"),
+        (["--self_written", 2, "--limit", 9], "--limit 9 needs --prompts FILE or --dataset"),
+        (["--limit", 9], "There are no prompts to answer"),
+        (["--prompts", "p.jsonl", "--server_model", "m"], "--server_model m needs --server"),
+        (["--prompts", "p.jsonl", "--server", "localhost:8000"], "server must be a URL"),
+        (
+            ["--server", "http://x/v1", "--self_written", 2],
+            "--self_written must be 0 with --server",
+        ),
         (
             ["--server", "http://x/v1", "--prompts", "p.jsonl", "--dtype", "float16"],
-            "--dtype float16 has no effect on a server",
+            "--dtype float16 has no effect with --server",
         ),
         (["--prompts", "missing.jsonl"], "No such file or directory: 'missing.jsonl'"),
     ],
     ids=lambda value: " ".join(map(str, value[:1] + value[-2:])) if type(value) is list else "",
 )
-def test_options_that_mean_nothing_together_are_refused(folder, tmp_path, arguments, message):
+def test_contradicting_options_are_refused(folder, tmp_path, arguments, message):
     assert message in error_of(folder, tmp_path / "out.jsonl", *arguments)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_wrong_output_name_is_refused_before_anything_is_loaded(folder, tmp_path):
     message = error_of(folder, tmp_path / "out.json", "--prompts", "missing", model="missing")
-    assert "output: expected a file name that ends in .jsonl, got 'out.json'" in message
+    assert "output must be a file name that ends in .jsonl, got 'out.json'" in message
 
 
-def test_launched_processes_finish_what_three_others_began(folder, tmp_path):
+def test_two_processes_finish_the_run_of_three_others(folder, tmp_path):
     arguments = ["--prompts", folder / "prompts.jsonl", "--self_written", 2]
     one, two = tmp_path / "one" / "out.jsonl", tmp_path / "two" / "out.jsonl"
     distill(folder, one, *arguments)
@@ -189,7 +195,7 @@ def test_launched_processes_finish_what_three_others_began(folder, tmp_path):
     }
 
 
-def test_bad_rows_are_refused_or_skipped_and_counted_by_choice(folder, tmp_path, caplog):
+def test_bad_rows_are_refused_or_skipped_with_an_option(folder, tmp_path, caplog):
     prompts, output = tmp_path / "prompts.jsonl", tmp_path / "out.jsonl"
     good = json.dumps({"prompt": TEXTS[0]})
     prompts.write_text(f'{good}\n{{"prompt": ""}}\n{{"prompt": \n')
@@ -208,11 +214,11 @@ def test_bad_rows_are_refused_or_skipped_and_counted_by_choice(folder, tmp_path,
         logger.removeHandler(caplog.handler)
     assert result.exit_code == 0
     assert len(output.read_text().splitlines()) == 1
-    assert "2 bad rows skipped: " in caplog.text
+    assert "Skipped 2 bad rows: " in caplog.text
     assert "prompts.jsonl:3: not JSON" in caplog.text
 
 
-def test_a_damaged_manifest_is_named(folder, tmp_path):
+def test_the_error_names_a_damaged_manifest(folder, tmp_path):
     output = tmp_path / "out.jsonl"
     assert distill(folder, output, "--prompts", folder / "prompts.jsonl").exit_code == 0
     manifest_path(output).write_text("{")

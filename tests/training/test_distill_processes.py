@@ -21,8 +21,8 @@ from modeling_lmtp.training.distill import (
     model_fingerprint,
     read_rows,
 )
-from modeling_lmtp.training.distill_files import AnswerFiles, claimed, find_parts, part_path
-from modeling_lmtp.training.processes import MainProcessFailed, on_main, processes
+from modeling_lmtp.training.distill_files import AnswerFiles, find_parts, part_path, writer_lock
+from modeling_lmtp.training.processes import MainProcessError, on_main, process_state
 from modeling_lmtp.training.self_written import SampleLog, self_written_prompts
 
 # Python 3.12 and later warn of every fork beside other threads; torch keeps some. Accelerate warns
@@ -76,7 +76,7 @@ def run(model, tokenizer, output, settings=SETTINGS, killed_process=None, after=
     answers = []
 
     def generate_ids(*args, **kwargs):
-        if processes().process_index == killed_process and len(answers) == after:
+        if process_state().process_index == killed_process and len(answers) == after:
             os._exit(9)
         answers.append(None)
         return generate(*args, **kwargs)
@@ -87,7 +87,7 @@ def run(model, tokenizer, output, settings=SETTINGS, killed_process=None, after=
         return distill(model, tokenizer, PROMPTS, output, settings, progress=False)
     finally:
         distill_module.generate_ids = generate
-        (output.parent / f"answered-{processes().process_index}").write_text(str(len(answers)))
+        (output.parent / f"answered-{process_state().process_index}").write_text(str(len(answers)))
 
 
 def made(output):
@@ -113,7 +113,7 @@ def test_each_process_answers_its_share_of_the_same_file(
 
 @pytest.mark.parametrize("killed_process", [0, 1])
 @pytest.mark.parametrize("processes_then", [1, 3])
-def test_a_job_with_a_killed_process_is_finished_by_any_number(
+def test_any_number_of_processes_finishes_a_job_with_a_killed_process(
     model, tokenizer, tmp_path, whole, killed_process, processes_then
 ):
     output = tmp_path / "out.jsonl"
@@ -149,7 +149,7 @@ def deal(whole, output, num_parts, cut):
 
 @pytest.mark.parametrize("num_parts", [2, 3, 12])
 @pytest.mark.parametrize("cut", [0, 1, 70, 400])
-def test_parts_cut_anywhere_are_folded_and_finished(
+def test_parts_that_were_cut_anywhere_are_folded_and_finished(
     model, tokenizer, tmp_path, whole, num_parts, cut
 ):
     output = tmp_path / "out.jsonl"
@@ -158,7 +158,7 @@ def test_parts_cut_anywhere_are_folded_and_finished(
     assert made(output) == whole
 
 
-def test_a_kill_between_folding_and_removing_parts_doubles_nothing(
+def test_a_kill_between_folding_and_removing_parts_duplicates_no_row(
     model, tokenizer, tmp_path, whole
 ):
     output = tmp_path / "out.jsonl"
@@ -168,7 +168,7 @@ def test_a_kill_between_folding_and_removing_parts_doubles_nothing(
     assert made(output) == whole
 
 
-def test_parts_without_the_answers_of_the_first_process_count(model, tokenizer, tmp_path, whole):
+def test_parts_count_without_a_file_of_the_main_process(model, tokenizer, tmp_path, whole):
     output = tmp_path / "out.jsonl"
     deal(whole, output, 2, 0)
     output.unlink()
@@ -176,24 +176,24 @@ def test_parts_without_the_answers_of_the_first_process_count(model, tokenizer, 
     assert made(output) == whole
 
 
-def test_parts_of_another_run_are_refused_untouched(model, tokenizer, tmp_path, whole):
+def test_parts_of_another_run_are_refused_and_unchanged(model, tokenizer, tmp_path, whole):
     output = tmp_path / "out.jsonl"
     deal(whole, output, 2, 9)
     output.unlink()
     before = made_so_far(tmp_path)
-    with pytest.raises(ValueError, match=r"settings.seed is 0 there and 3 now"):
+    with pytest.raises(ValueError, match=r"settings.seed was 0 and is 3 now"):
         run(model, tokenizer, output, replace(SETTINGS, seed=3))
     assert made_so_far(tmp_path) == before
     manifest_path(output).unlink()
-    with pytest.raises(ValueError, match=r"out.jsonl.part1.jsonl: exists without out.jsonl.manif"):
+    with pytest.raises(ValueError, match=r"out.jsonl.part1.jsonl exists without out.jsonl.manif"):
         run(model, tokenizer, output)
 
 
-def test_a_row_of_no_prompt_is_refused(model, tokenizer, tmp_path, whole):
+def test_a_row_that_answers_no_prompt_is_refused(model, tokenizer, tmp_path, whole):
     output = tmp_path / "out.jsonl"
     deal(whole, output, 1, 0)
     append_rows(output, [{**read_rows(output)[0], "id": "mine"}])
-    with pytest.raises(ValueError, match="row 'mine' answers none of the prompts"):
+    with pytest.raises(ValueError, match="a row 'mine' that answers none of the prompts"):
         run(model, tokenizer, output)
 
 
@@ -206,35 +206,35 @@ def test_files_that_look_like_parts_are_left_alone(model, tokenizer, tmp_path, w
     assert [path.read_text() for path in others] == ["mine", "mine"]
 
 
-def test_a_refusal_is_told_by_the_main_process_and_ends_all(model, tokenizer, tmp_path, whole):
+def test_a_refusal_on_the_main_process_ends_all_processes(model, tokenizer, tmp_path, whole):
     output = tmp_path / "out.jsonl"
     deal(whole, output, 1, 0)
 
     def refused():
         try:
             run(model, tokenizer, output, replace(SETTINGS, seed=3))
-        except (ValueError, MainProcessFailed) as error:
+        except (ValueError, MainProcessError) as error:
             message = f"{type(error).__name__}: {error}"
-            (tmp_path / f"error-{processes().process_index}").write_text(message)
+            (tmp_path / f"error-{process_state().process_index}").write_text(message)
 
     launch(2, refused)
     first, second = ((tmp_path / f"error-{process}").read_text() for process in range(2))
     assert first.startswith("ValueError: ")
-    assert "settings.seed is 0 there and 3 now" in first
-    assert second == f"MainProcessFailed: the main process failed: {first}"
+    assert "settings.seed was 0 and is 3 now" in first
+    assert second == f"MainProcessError: the main process failed: {first}"
     assert made(output) == whole
 
 
 @pytest.mark.parametrize("process", [0, 1])
-def test_a_process_that_outlived_its_launcher_keeps_others_off(
+def test_a_process_that_outlived_its_launcher_locks_its_file(
     model, tokenizer, tmp_path, whole, process
 ):
     output = tmp_path / "out.jsonl"
     deal(whole, output, 2, 9)
     path = part_path(output, process) if process else output
-    with claimed(path):
+    with writer_lock(path):
         before = made_so_far(tmp_path)
-        with pytest.raises(ValueError, match=f"{path.name}: another process is writing to it"):
+        with pytest.raises(ValueError, match=f"Another process is writing to .*{path.name}"):
             run(model, tokenizer, output)
         assert made_so_far(tmp_path) == before
     run(model, tokenizer, output)
@@ -242,38 +242,38 @@ def test_a_process_that_outlived_its_launcher_keeps_others_off(
     assert not list(tmp_path.glob(".*"))
 
 
-def test_a_later_process_claims_its_part_too(model, tokenizer, tmp_path):
+def test_every_process_locks_its_part(model, tokenizer, tmp_path):
     output = tmp_path / "out.jsonl"
     with (
-        claimed(part_path(output, 1)),
+        writer_lock(part_path(output, 1)),
         pytest.raises(
-            ProcessRaisedException, match=r"out.jsonl.part1.jsonl: another process is writing to it"
+            ProcessRaisedException, match=r"Another process is writing to .*out.jsonl.part1.jsonl"
         ),
     ):
         launch(2, run, model, tokenizer, output)
 
 
-def test_answers_that_went_elsewhere_are_missed(tmp_path):
+def test_missing_answers_of_other_processes_are_an_error(tmp_path):
     files = AnswerFiles(tmp_path / "out.jsonl", {"versions": []}, ["a", "b"], 0)
     files.open()
-    with pytest.raises(RuntimeError, match=r"out.jsonl: 2 answers are missing. Let all processes"):
+    with pytest.raises(RuntimeError, match=r"out.jsonl lacks 2 answers. Write to a folder"):
         files.close()
 
 
-def test_what_the_main_process_found_out_is_known_to_all(tmp_path):
+def test_on_main_returns_its_result_on_every_process(tmp_path):
     def ask():
-        index = processes().process_index
+        index = process_state().process_index
         (tmp_path / f"{index}").write_text(on_main(lambda: f"asked process {index}"))
 
     launch(3, ask)
     assert {path.read_text() for path in tmp_path.iterdir()} == {"asked process 0"}
 
 
-def test_processes_that_are_not_joined_are_refused(monkeypatch):
+def test_unconnected_processes_are_refused(monkeypatch):
     PartialState()  # of one process
     monkeypatch.setenv("WORLD_SIZE", "4")
-    with pytest.raises(RuntimeError, match="4 processes were launched, but they are not joined"):
-        processes()
+    with pytest.raises(RuntimeError, match="4 processes were launched, but they are not connected"):
+        process_state()
 
 
 def sample_log(model, path, settings=WRITING):
@@ -291,7 +291,7 @@ def test_self_written_prompts_do_not_depend_on_the_number_of_processes(model, to
 
     def write_together():
         texts = json.dumps([prompt.text for prompt in write(model, tokenizer, together)])
-        (tmp_path / f"prompts-{processes().process_index}").write_text(texts)
+        (tmp_path / f"prompts-{process_state().process_index}").write_text(texts)
 
     launch(3, write_together)
     for process in range(3):
@@ -305,7 +305,7 @@ def test_self_written_prompts_do_not_depend_on_the_number_of_processes(model, to
     assert together.read_bytes() == alone.read_bytes()
 
 
-def test_a_stopped_sampling_goes_on_after_what_it_logged(model, tokenizer, tmp_path):
+def test_stopped_sampling_resumes_after_the_logged_batches(model, tokenizer, tmp_path):
     path = tmp_path / "new" / "log.jsonl"
     prompts = write(model, tokenizer, path)
     whole = path.read_bytes()
@@ -317,7 +317,7 @@ def test_a_stopped_sampling_goes_on_after_what_it_logged(model, tokenizer, tmp_p
         assert path.read_bytes() == whole, f"killed after {offset} bytes"
 
 
-def test_a_finished_sampling_asks_the_model_no_more(model, tokenizer, tmp_path, monkeypatch):
+def test_finished_sampling_does_not_run_the_model_again(model, tokenizer, tmp_path, monkeypatch):
     path = tmp_path / "log.jsonl"
     prompts = write(model, tokenizer, path)
     monkeypatch.setattr("modeling_lmtp.training.self_written.generate_ids", None)
@@ -328,12 +328,12 @@ def test_a_finished_sampling_asks_the_model_no_more(model, tokenizer, tmp_path, 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"settings": replace(WRITING, seed=3)}, "settings.seed is 0 there and 3 now"),
-        ({"model": tiny_llama(seed=1)}, "model_fingerprint is "),
+        ({"settings": replace(WRITING, seed=3)}, "settings.seed was 0 and is 3 now"),
+        ({"model": tiny_llama(seed=1)}, "model_fingerprint was "),
     ],
     ids=["settings", "model"],
 )
-def test_a_log_of_other_samples_is_refused_untouched(model, tmp_path, change, message):
+def test_a_log_of_another_run_is_refused_and_unchanged(model, tmp_path, change, message):
     path = tmp_path / "log.jsonl"
     log = sample_log(model, path)
     assert log.read() == []

@@ -134,7 +134,7 @@ def run(server, output, settings=SETTINGS, prompts=PROMPTS):
     return distill_from_server(server, prompts, output, settings, progress=False)
 
 
-def test_a_server_is_asked_each_prompt_once_with_the_settings(server, fake, tmp_path):
+def test_a_server_gets_each_prompt_once_with_the_settings(server, fake, tmp_path):
     output = tmp_path / "out.jsonl"
     report = run(replace(server, url=server.url + "/"), output, SAMPLED)
     assert {path for path, _ in fake.requests} == {"/v1/chat/completions"}
@@ -172,7 +172,7 @@ def test_the_manifest_names_the_model_of_the_server(server, tmp_path):
     assert manifest["rows"] == len(TEXTS)
 
 
-def test_an_answer_is_finished_if_the_server_says_that_it_stopped(server, fake, tmp_path):
+def test_an_answer_is_finished_if_its_finish_reason_is_stop(server, fake, tmp_path):
     fake.faults = [answers(reason="length"), answers(reason="stop"), answers(reason="length")]
     run(server, tmp_path / "out.jsonl")
     finished = [row["finished"] for row in read_rows(tmp_path / "out.jsonl")]
@@ -180,13 +180,13 @@ def test_an_answer_is_finished_if_the_server_says_that_it_stopped(server, fake, 
 
 
 @pytest.mark.parametrize("batch_size", [1, 4])
-def test_no_more_requests_run_at_once_than_asked_for(server, fake, tmp_path, batch_size):
+def test_batch_size_limits_the_concurrent_requests(server, fake, tmp_path, batch_size):
     fake.delay = 0.05
     run(server, tmp_path / "out.jsonl", replace(SAMPLED, batch_size=batch_size))
     assert fake.most_under_way == batch_size
 
 
-def test_a_key_is_sent_only_where_there_is_one(server, fake, tmp_path):
+def test_the_api_key_is_sent_only_if_it_is_set(server, fake, tmp_path):
     run(server, tmp_path / "without.jsonl")
     assert not any("Authorization" in headers for headers in fake.headers)
     fake.headers.clear()
@@ -209,14 +209,16 @@ def test_a_key_is_sent_only_where_there_is_one(server, fake, tmp_path):
     ],
     ids=["429", "429 with Retry-After", "500", "503", "408", "hung up", "broken off"],
 )
-def test_a_fault_that_passes_is_tried_again(server, fake, tmp_path, whole, fault):
+def test_temporary_errors_are_retried(server, fake, tmp_path, whole, fault):
     fake.faults = [None, fault, None, fault, fault]
     run(server, tmp_path / "out.jsonl", SAMPLED)
     assert (tmp_path / "out.jsonl").read_bytes() == whole
     assert len(fake.requests) == 2 * len(TEXTS) + 3
 
 
-def test_pauses_grow_unless_the_server_says_how_long_to_wait(server, fake, tmp_path, monkeypatch):
+def test_the_backoff_doubles_unless_the_server_sends_retry_after(
+    server, fake, tmp_path, monkeypatch
+):
     pauses = []
 
     class Impatient(threading.Event):
@@ -237,26 +239,26 @@ def test_pauses_grow_unless_the_server_says_how_long_to_wait(server, fake, tmp_p
 PERMANENT = {
     "not found": (
         status(404, "no model x"),
-        r"refused the prompt '.+': HTTP 404 .*no model x.*--serv",
+        r"rejected the prompt '.+': HTTP 404 .*no model x.*--serv",
     ),
-    "bad key": (status(401), r"refused the prompt .*: HTTP 401 .*OPENAI_API_KEY"),
-    "redirect": (status(302, Location="http://127.0.0.1:1/"), "refused the prompt .*: HTTP 302"),
-    "no JSON": (raw(b"<html>"), r"expected a chat completion .* got '<html>'"),
-    "no object": (raw(b"[]"), r"expected a chat completion .* got '\[\]'"),
-    "no choices": (answers(choices=[]), "expected a chat completion"),
-    "no usage": (answers(usage=None), "expected a chat completion"),
-    "no text": (answers(message={"content": None}), "expected a chat completion"),
-    "no finish_reason": (answers(reason=None), "expected a chat completion"),
+    "bad key": (status(401), r"rejected the prompt .*: HTTP 401 .*OPENAI_API_KEY"),
+    "redirect": (status(302, Location="http://127.0.0.1:1/"), "rejected the prompt .*: HTTP 302"),
+    "no JSON": (raw(b"<html>"), r"must be a chat completion .* got '<html>'"),
+    "no object": (raw(b"[]"), r"must be a chat completion .* got '\[\]'"),
+    "no choices": (answers(choices=[]), "must be a chat completion"),
+    "no usage": (answers(usage=None), "must be a chat completion"),
+    "no text": (answers(message={"content": None}), "must be a chat completion"),
+    "no finish_reason": (answers(reason=None), "must be a chat completion"),
     "reasoning": (answers(message={"reasoning_content": "hm"}), "without a reasoning parser"),
 }
 
 
 @pytest.mark.parametrize("name", PERMANENT)
-def test_another_fault_is_an_error_that_loses_nothing(server, fake, tmp_path, whole, name):
+def test_permanent_errors_raise_and_lose_no_answer(server, fake, tmp_path, whole, name):
     fault, message = PERMANENT[name]
     output = tmp_path / "out.jsonl"
     fake.faults = [None, None, None, None, fault]
-    with pytest.raises(ValueError, match=f"server: .*{message}"):
+    with pytest.raises(ValueError, match=f"The server.*{message}"):
         run(server, output, SAMPLED)
     kept = len(read_rows(output))
     assert 4 <= kept < 2 * len(TEXTS)
@@ -266,11 +268,11 @@ def test_another_fault_is_an_error_that_loses_nothing(server, fake, tmp_path, wh
     assert output.read_bytes() == whole
 
 
-def test_a_server_that_stays_at_fault_is_given_up(server, fake, tmp_path, whole):
+def test_a_server_that_keeps_failing_raises_after_all_attempts(server, fake, tmp_path, whole):
     output = tmp_path / "out.jsonl"
     fake.faults = [None] * 2 + [status(503, "overloaded")] * 99
     with pytest.raises(
-        ConnectionError, match=r"no answer \(tries: 3\), at last: HTTP 503 .*overload"
+        ConnectionError, match=r"no answer \(attempts: 3\); the last error was HTTP 503 .*overload"
     ):
         run(replace(server, tries=3), output, SAMPLED)
     fake.faults = []
@@ -278,22 +280,24 @@ def test_a_server_that_stays_at_fault_is_given_up(server, fake, tmp_path, whole)
     assert output.read_bytes() == whole
 
 
-def test_a_server_that_is_not_there_is_given_up(tmp_path):
+def test_an_unreachable_server_raises_after_all_attempts(tmp_path):
     with serving(FakeServer()) as url:
         pass
     server = Server(url, "served", tries=2, backoff=0.0)
-    with pytest.raises(ConnectionError, match=r"\(tries: 2\), at last: URLError: .*[Rr]efused"):
+    with pytest.raises(
+        ConnectionError, match=r"\(attempts: 2\); the last error was URLError: .*[Rr]efused"
+    ):
         run(server, tmp_path / "out.jsonl")
 
 
-def test_a_server_that_is_silent_is_given_up(server, fake, tmp_path):
+def test_a_silent_server_times_out(server, fake, tmp_path):
     fake.delay = 0.3
     hasty = replace(server, timeout=0.05, tries=1)
-    with pytest.raises(ConnectionError, match=r"\(tries: 1\), at last: TimeoutError"):
+    with pytest.raises(ConnectionError, match=r"\(attempts: 1\); the last error was TimeoutError"):
         run(hasty, tmp_path / "out.jsonl", prompts=PROMPTS[:1])
 
 
-def test_a_killed_run_goes_on_like_one_that_was_never_killed(server, tmp_path, whole):
+def test_a_killed_run_resumes_to_the_same_file(server, tmp_path, whole):
     output = tmp_path / "out.jsonl"
     run(server, output, SAMPLED)
     for offset in (0, 9, len(whole) // 2, len(whole) - 1):
@@ -306,9 +310,9 @@ def test_a_killed_run_goes_on_like_one_that_was_never_killed(server, tmp_path, w
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"server": {"model": "other"}}, "server_model is 'served' there and 'other' now"),
-        ({"settings": {"max_new_tokens": 10}}, "settings.max_new_tokens is 9 there and 10 now"),
-        ({"prompts": PROMPTS[1:]}, "prompts_sha256 is "),
+        ({"server": {"model": "other"}}, "server_model was 'served' and is 'other' now"),
+        ({"settings": {"max_new_tokens": 10}}, "settings.max_new_tokens was 9 and is 10 now"),
+        ({"prompts": PROMPTS[1:]}, "prompts_sha256 was "),
     ],
     ids=["model", "settings", "prompts"],
 )
@@ -321,7 +325,7 @@ def test_answers_of_another_run_are_refused(server, tmp_path, change, message):
         run(other, output, settings, change.get("prompts", PROMPTS))
 
 
-def test_batch_size_and_address_may_change_between_runs(server, tmp_path):
+def test_batch_size_and_url_may_change_between_runs(server, tmp_path):
     output = tmp_path / "out.jsonl"
     run(server, output)
     with serving(FakeServer()) as url:
@@ -329,7 +333,7 @@ def test_batch_size_and_address_may_change_between_runs(server, tmp_path):
         assert run(moved, output, replace(SETTINGS, batch_size=7)).new_rows == 0
 
 
-def test_a_server_answers_for_the_command_line(server, fake, tmp_path, monkeypatch):
+def test_the_command_line_uses_a_server(server, fake, tmp_path, monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", "s3cret")
     prompts = tmp_path / "p.jsonl"
     prompts.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in TEXTS))
@@ -342,7 +346,7 @@ def test_a_server_answers_for_the_command_line(server, fake, tmp_path, monkeypat
     assert {headers["Authorization"] for headers in fake.headers} == {"Bearer s3cret"}
 
 
-def test_answers_of_a_server_are_what_training_reads(server, tmp_path):
+def test_training_reads_the_answers_of_a_server(server, tmp_path):
     run(server, tmp_path / "out.jsonl")
     examples = read_examples(tmp_path / "out.jsonl", tiny_tokenizer(), end_id=2)
     assert len(examples) == len(TEXTS)

@@ -51,7 +51,7 @@ def test_simulated_steps_are_the_decoders_acceptance_lengths(offsets, kind):
     assert max(simulated) > 1, "nothing was accepted, so this shows nothing"
 
 
-def test_ranks_are_those_of_the_right_token_from_the_right_state():
+def test_ranks_are_those_of_the_target_from_the_scheduled_state():
     model, _, answer = model_and_answer((3, 5))
     ranks = draft_ranks(model, answer)
     tokens = torch.tensor([answer.input_ids])

@@ -21,7 +21,7 @@ def write_rows(path, rows):
     return path
 
 
-def test_an_example_is_the_rendered_prompt_the_answer_and_the_end_of_a_finished_one(tmp_path):
+def test_an_example_is_prompt_plus_answer_plus_the_end_of_a_finished_answer(tmp_path):
     tokenizer = tiny_tokenizer()
     rows = [
         {"prompt": "one", "response": "two three", "finished": True},
@@ -34,7 +34,7 @@ def test_an_example_is_the_rendered_prompt_the_answer_and_the_end_of_a_finished_
     assert cut == Example([*prompt, *answer], len(prompt))
 
 
-def test_long_examples_are_cut_and_those_without_room_for_an_answer_left_out(tmp_path):
+def test_long_examples_are_truncated_and_those_without_room_for_an_answer_dropped(tmp_path):
     tokenizer = tiny_tokenizer()
     prompt_length = len(render_prompt(tokenizer, "one"))
     rows = [
@@ -51,19 +51,19 @@ def test_long_examples_are_cut_and_those_without_room_for_an_answer_left_out(tmp
 @pytest.mark.parametrize(
     "row", [{"prompt": "x"}, {"response": "x"}, {"prompt": "x", "response": 3}], ids=str
 )
-def test_a_row_without_a_field_is_named_by_file_and_line(tmp_path, row):
+def test_the_error_names_file_and_line_of_a_row_without_a_field(tmp_path, row):
     path = write_rows(tmp_path / "a.jsonl", [{"prompt": "x", "response": "y"}, row])
-    with pytest.raises(ValueError, match=r"a\.jsonl:2: expected text in the field"):
+    with pytest.raises(ValueError, match=r"a\.jsonl:2: field '\w+' must be"):
         read_examples(path, tiny_tokenizer(), END)
 
 
-def test_only_the_answer_is_a_target_unless_prompts_are_asked_for():
+def test_only_answer_tokens_are_targets_unless_prompts_are_trained_too():
     example = Example([5, 6, 7, 8], answer_start=2)
     assert AnswerDataset([example])[0]["labels"] == [-100, -100, 7, 8]
     assert AnswerDataset([example], train_on_prompts=True)[0]["labels"] == [5, 6, 7, 8]
 
 
-def test_rows_are_padded_on_the_right_and_padding_is_no_target():
+def test_rows_are_padded_on_the_right_and_padding_is_not_a_target():
     batch = collate(
         [{"input_ids": [5, 6, 7], "labels": [-100, 6, 7]}, {"input_ids": [8], "labels": [8]}]
     )
@@ -78,7 +78,7 @@ def test_held_out_examples_are_spread_over_the_file_and_not_trained_on():
     assert [e.input_ids[0] for e in held_out] == [0, 3, 6]
     assert sorted(e.input_ids[0] for e in train + held_out) == list(range(10))
     assert split_examples(examples, 0) == (examples, [])
-    with pytest.raises(ValueError, match="got 10 of 10 examples"):
+    with pytest.raises(ValueError, match=r"held_out must be from 0 to 9, .* got 10"):
         split_examples(examples, 10)
 
 

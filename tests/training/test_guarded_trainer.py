@@ -16,7 +16,7 @@ from tiny_training import warm_up
 from transformers import Trainer
 
 from modeling_lmtp.conversion.saving import save_checkpoint
-from modeling_lmtp.training.answer_trainer import last_whole_checkpoint
+from modeling_lmtp.training.answer_trainer import last_complete_checkpoint
 from modeling_lmtp.training.examples import Example
 
 pytestmark = [
@@ -47,26 +47,30 @@ def kept(folder):
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_a_loss_that_is_no_number_stops_the_run_and_its_batch_is_kept(tmp_path, stage):
+def test_a_nan_loss_stops_the_run_and_saves_its_batch(tmp_path, stage):
     model = STAGES[stage][1].new_model()
     with torch.no_grad():
         model.get_input_embeddings().weight[POISONED] = float("nan")
     rows = [*STAGES[stage][1].examples(19), Example([5, 6, 7, POISONED, 8, 9], 3)]
     with pytest.raises(RuntimeError, match=r"The loss is nan at step \d") as raised:
         run(stage, tmp_path, model, rows, save_steps=1)
-    told = re.match(r".* at step (\d+). Its batch is in (\S+) \(.*input_ids", str(raised.value))
-    step = int(told[1])
+    match = re.match(
+        r".* at step (\d+). Its batch was saved to (\S+) \(.*input_ids", str(raised.value)
+    )
+    step = int(match[1])
     assert step > 1, "the row was in the first batch: nothing is saved before it"
-    assert f"{tmp_path / f'checkpoint-{step - 1}'}, is from before" in str(raised.value)
+    assert f"The last checkpoint before it is {tmp_path / f'checkpoint-{step - 1}'}." in str(
+        raised.value
+    )
     assert not (tmp_path / f"checkpoint-{step}").exists()
-    batch = load_file(told[2])
+    batch = load_file(match[2])
     assert set(batch) >= {"input_ids", "attention_mask", "labels"}
     assert POISONED in batch["input_ids"]
     assert batch["input_ids"].shape[0] == 4
     assert all(value.isfinite().all() for value in trained(model).values())
 
 
-def test_a_loss_that_is_no_number_in_the_first_step_is_said_to_leave_nothing(tmp_path):
+def test_the_error_of_a_nan_loss_in_the_first_step_says_that_nothing_is_saved(tmp_path):
     model = warmup_runs.new_model()
     with torch.no_grad():
         model.leap_heads[0].blocks[0].linear.bias.fill_(float("nan"))
@@ -102,21 +106,21 @@ def full_disk(step, room):
 
 @pytest.mark.parametrize("room", [0, 12_000], ids=["for nothing", "for the weights alone"])
 @pytest.mark.parametrize("stage", STAGES)
-def test_a_full_disk_spares_the_checkpoint_before_and_the_run_goes_on_from_it(
+def test_a_full_disk_spares_the_previous_checkpoint_and_the_run_resumes_from_it(
     tmp_path, stage, room
 ):
     with full_disk(4, room), pytest.raises(OSError, match="could not be saved") as raised:
         run(stage, tmp_path / "full")
     message = str(raised.value)
     assert message.startswith("The checkpoint of step 4 could not be saved in")
-    assert f"{tmp_path / 'full' / 'checkpoint-2'} is whole: the run goes on from there" in message
+    assert f"the run will resume from {tmp_path / 'full' / 'checkpoint-2'}" in message
     assert kept(tmp_path / "full") == {"run.json", "checkpoint-2"}
     resumed, whole = run(stage, tmp_path / "full"), run(stage, tmp_path / "whole")
     torch.testing.assert_close(trained(resumed), trained(whole), rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("room", [0, 30_000], ids=["for nothing", "for all but the weights"])
-def test_a_full_disk_leaves_nothing_of_the_finished_checkpoint(tmp_path, room):
+def test_a_full_disk_leaves_no_partial_checkpoint(tmp_path, room):
     model, tokenizer = warmup_runs.new_model(), tiny_tokenizer()
     with files_of_at_most(room), pytest.raises(OSError, match=r"File too large|could not be saved"):
         save_checkpoint(model, tokenizer, tmp_path / "out", {})
@@ -135,21 +139,21 @@ def cut_state(checkpoint):
     [cut_state, lambda folder: (folder / "trainer_state.json").unlink()],
     ids=["state cut off", "state missing"],
 )
-def test_what_a_kill_left_half_written_is_no_checkpoint(tmp_path, damage):
+def test_a_half_written_checkpoint_is_ignored(tmp_path, damage):
     whole = run("warm-up", tmp_path)
-    last = Path(last_whole_checkpoint(tmp_path))
+    last = Path(last_complete_checkpoint(tmp_path))
     assert last.name == "checkpoint-10"
     damage(last)
-    assert Path(last_whole_checkpoint(tmp_path)).name == "checkpoint-8"
+    assert Path(last_complete_checkpoint(tmp_path)).name == "checkpoint-8"
     (last / "optimizer.pt").unlink()
     torch.testing.assert_close(trained(run("warm-up", tmp_path)), trained(whole), rtol=0, atol=0)
     for folder in tmp_path.glob("checkpoint-*"):
         shutil.rmtree(folder)
-    assert last_whole_checkpoint(tmp_path) is None
+    assert last_complete_checkpoint(tmp_path) is None
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_after_sixteen_bits_the_model_is_in_no_autocast(tmp_path, stage):
+def test_training_in_16_bits_leaves_no_autocast_on_the_model(tmp_path, stage):
     model = STAGES[stage][1].new_model(torch.bfloat16)
     forward = model.forward
     run(stage, tmp_path, model, num_train_epochs=1)

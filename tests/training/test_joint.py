@@ -65,7 +65,7 @@ def test_the_loss_is_ntp_and_weighted_heads(tmp_path, beta, accumulation):
         assert found == pytest.approx([ntp, *heads], rel=1e-5)
 
 
-def test_the_parts_that_are_logged_add_up_to_the_loss(tmp_path):
+def test_the_logged_parts_add_up_to_the_loss(tmp_path):
     _, report = tune(tmp_path, kl_weight=0.5, leap_loss_weight=0.2, num_train_epochs=1)
     names = ("loss_ntp", "loss_head_2", "loss_head_3", "kl")
     for ntp, first, second, kl, loss in zip(
@@ -77,7 +77,7 @@ def test_the_parts_that_are_logged_add_up_to_the_loss(tmp_path):
 
 
 @pytest.mark.parametrize("rates", [(1e-3, 1e-2), (1e-2, 1e-3), (1e-3, None)], ids=str)
-def test_backbone_and_heads_learn_at_their_own_rates(tmp_path, rates):
+def test_backbone_and_heads_have_their_own_learning_rates(tmp_path, rates):
     rate, head_rate = rates
     tuned, _ = tune(
         tmp_path,
@@ -96,7 +96,7 @@ def test_backbone_and_heads_learn_at_their_own_rates(tmp_path, rates):
     assert steps[True] == pytest.approx([head_rate or rate] * len(OFFSETS), rel=1e-3)
 
 
-def test_the_kl_and_its_gradient_are_the_naive_ones(monkeypatch):
+def test_the_kl_and_its_gradient_equal_a_naive_reference(monkeypatch):
     monkeypatch.setattr(drift, "CHUNK_SIZE", 5)
     generator = torch.Generator().manual_seed(3)
     original, tuned = torch.randn(2, 3, 9, 16, generator=generator)
@@ -159,11 +159,11 @@ def test_before_any_step_there_is_no_drift(tmp_path):
     found = measure_drift(tuned, answers)
     assert (found.kl, found.top1_agreement) == (0, 1)
     assert found.perplexity_original == found.perplexity_tuned
-    with pytest.raises(ValueError, match="hold out at least one answer"):
+    with pytest.raises(ValueError, match="examples must hold at least one answer"):
         measure_drift(tuned, [])
 
 
-def test_the_original_is_there_only_inside_the_block(tmp_path):
+def test_original_model_restores_the_adapters_after_the_block(tmp_path):
     tuned, _ = tune(tmp_path)
     ids = torch.tensor([examples(1)[0].input_ids])
     tuned.train()
@@ -179,7 +179,7 @@ def test_the_original_is_there_only_inside_the_block(tmp_path):
 
 @pytest.mark.parametrize("heads", ["lora", "full"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_both_learn_and_the_weights_below_the_adapters_stay(tmp_path, heads, dtype):
+def test_both_learn_and_the_weights_below_the_adapters_stay_frozen(tmp_path, heads, dtype):
     before = new_model(dtype).state_dict()
     tuned, report = tune(
         tmp_path, new_model(dtype), held_out=examples(4, 1), head_training=heads, num_train_epochs=3
@@ -197,7 +197,7 @@ def test_both_learn_and_the_weights_below_the_adapters_stay(tmp_path, heads, dty
     assert {tensor.dtype for tensor in base.values()} == {dtype}
 
 
-def test_without_a_weight_heads_stay_as_they_are(tmp_path):
+def test_weight_zero_freezes_the_heads(tmp_path):
     tuned, report = tune(tmp_path, leap_loss_weight=0.0, head_training="full")
     assert not any("leap_heads" in name for name in get_peft_model_state_dict(tuned))
     assert logged(report) == pytest.approx(logged(report, "loss_ntp"), rel=1e-5)
@@ -211,7 +211,7 @@ def test_a_model_without_heads_is_the_ntp_baseline(tmp_path):
     assert report.head_report(examples(2, 1)) is None
 
 
-def test_recomputed_activations_change_nothing(tmp_path):
+def test_gradient_checkpointing_changes_nothing(tmp_path):
     losses, passes = [], []
     for recompute in (False, True):
         calls, model = [], new_model()
@@ -243,7 +243,7 @@ class Watch(TrainerCallback):
 
 
 @pytest.mark.parametrize("heads", ["lora", "full"])
-def test_a_stopped_run_goes_on_to_the_same_weights(tmp_path, monkeypatch, heads):
+def test_a_stopped_run_resumes_to_the_same_weights(tmp_path, monkeypatch, heads):
     options = {"head_training": heads, "kl_weight": 0.1, "lora_dropout": 0.1, "save_steps": 2}
     whole, _ = tune(tmp_path / "whole", **options)
     original = JointTrainer.__init__
@@ -271,7 +271,7 @@ def test_a_stopped_run_goes_on_to_the_same_weights(tmp_path, monkeypatch, heads)
         torch.testing.assert_close(found[name], tensor, rtol=0, atol=0)
 
 
-def test_a_run_folder_of_another_run_is_refused_and_kept(tmp_path):
+def test_the_folder_of_another_run_is_refused_and_unchanged(tmp_path):
     tune(tmp_path, num_train_epochs=1)
     record = (tmp_path / "run.json").read_text()
     with pytest.raises(ValueError, match="another kl_weight"):
@@ -313,12 +313,12 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
     ],
     ids=str,
 )
-def test_settings_that_mean_nothing_are_refused(change, message):
+def test_invalid_settings_are_refused(change, message):
     with pytest.raises(ValueError, match=message):
         JointTrainingArguments(**change)
 
 
-def test_the_defaults_are_the_paper_s():
+def test_the_defaults_are_those_of_the_paper():
     found = JointTrainingArguments()
     assert (found.lora_r, found.lora_alpha, found.head_training) == (32, 16, "lora")
     assert (found.leap_loss_weight, found.learning_rate, found.num_train_epochs) == (0.1, 1e-5, 3)

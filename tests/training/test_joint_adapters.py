@@ -65,7 +65,7 @@ def test_an_adapter_loads_onto_a_fresh_base(tuned):
 
 
 @pytest.mark.parametrize("loader", [AutoPeftModelForCausalLM, AutoModelForCausalLM])
-def test_an_adapter_knows_its_base(tuned, loader):
+def test_an_adapter_records_its_base(tuned, loader):
     _, expected, folder = tuned
     assert_equal_outputs(loader.from_pretrained(folder / "adapter"), expected)
 
@@ -88,7 +88,7 @@ def test_an_adapter_is_small_and_holds_the_heads(tuned):
         assert all("lora_" in name for name in tensors)
 
 
-def test_the_merged_model_is_plain_and_the_same(tuned, tmp_path):
+def test_the_merged_model_is_plain_and_computes_the_same(tuned, tmp_path):
     _, expected, folder = tuned
     base = LMTPForCausalLM.from_pretrained(folder / "base")
     merged = PeftModel.from_pretrained(base, folder / "adapter").merge_and_unload()
@@ -111,14 +111,14 @@ def test_the_tuned_model_generates_the_same_with_and_without_leap_heads(tuned):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_in_16_bits_what_trains_is_in_32(dtype):
+def test_trainable_weights_are_float32_in_a_16_bit_model(dtype):
     for heads in ("lora", "full"):
         adapted = add_adapters(new_model(dtype), rank=4, heads=heads)
         trained = [parameter for parameter in adapted.parameters() if parameter.requires_grad]
         assert {parameter.dtype for parameter in trained} == {torch.float32}
 
 
-def test_another_way_to_train_heads_is_refused():
+def test_an_unknown_head_training_is_refused():
     with pytest.raises(ValueError, match="heads must be one of lora, full, none, got 'some'"):
         add_adapters(new_model(), heads="some")
 

@@ -38,11 +38,11 @@ def peak(request, peak_bytes):
 
 
 @pytest.mark.parametrize("lm_head_rank", [0, 2])
-def test_heads_that_share_an_unembedding_add_up_one_gradient_of_it(peak, lm_head_rank):
+def test_heads_with_a_shared_unembedding_accumulate_one_gradient(peak, lm_head_rank):
     more = peak(NUM_HEADS, lm_head_rank=lm_head_rank) - peak(1, lm_head_rank=lm_head_rank)
     assert more < GRADIENT
 
 
-def test_unembeddings_of_their_own_have_one_gradient_each(peak):
+def test_own_unembeddings_have_one_gradient_each(peak):
     more = peak(NUM_HEADS, share_lm_head=False) - peak(1, share_lm_head=False)
     assert more < NUM_HEADS * GRADIENT

@@ -38,7 +38,7 @@ def rows(answers):
     ]
 
 
-def test_rows_of_a_dataset_train_as_examples_do(tmp_path):
+def test_dataset_rows_train_like_examples(tmp_path):
     trained = []
     for answers in (examples(), rows(examples())):
         trainer = LeapTrainer(new_model(), settings(output_dir=str(tmp_path)), answers)
@@ -47,7 +47,7 @@ def test_rows_of_a_dataset_train_as_examples_do(tmp_path):
     torch.testing.assert_close(trained[1], trained[0], rtol=0, atol=0)
 
 
-def test_a_dataset_of_the_package_datasets_will_do(tmp_path):
+def test_a_datasets_dataset_is_accepted(tmp_path):
     datasets = pytest.importorskip("datasets")
     trainer = LeapTrainer(
         new_model(),
@@ -61,18 +61,18 @@ def test_a_dataset_of_the_package_datasets_will_do(tmp_path):
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ({"prompt": "a", "response": "b"}, "Row 0 has no input_ids, but prompt, response"),
+        ({"prompt": "a", "response": "b"}, "Row 0 must have input_ids, got prompt, response"),
         ({"input_ids": [5, 6, 7], "labels": [-100, 6, -100]}, "Row 0: labels must be -100 for"),
     ],
     ids=["text", "labels with a gap"],
 )
-def test_rows_that_are_no_answers_are_refused(tmp_path, row, message):
+def test_rows_that_are_not_answers_are_refused(tmp_path, row, message):
     with pytest.raises(ValueError, match=message):
         LeapTrainer(new_model(), settings(output_dir=str(tmp_path)), [row] * 4)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_evaluate_and_predict_return_what_held_out_answers_say(tmp_path, dtype):
+def test_evaluate_and_predict_return_the_held_out_metrics(tmp_path, dtype):
     model, held_out = new_model(dtype), examples(4, 1)
     trainer = LeapTrainer(model, settings(output_dir=str(tmp_path)), examples(), held_out)
     before = trainer.evaluate()
@@ -87,7 +87,7 @@ def test_evaluate_and_predict_return_what_held_out_answers_say(tmp_path, dtype):
     assert predicted["test_tokens_per_step"] == after["eval_tokens_per_step"]
 
 
-def test_the_loss_of_an_evaluation_is_that_of_the_heads(tmp_path):
+def test_the_evaluation_loss_is_the_loss_of_the_heads(tmp_path):
     model, held_out = new_model(), examples(4, 1)
     trainer = LeapTrainer(model, settings(output_dir=str(tmp_path)), examples(), held_out)
     tokens = torch.tensor([example.input_ids for example in held_out])
@@ -99,7 +99,7 @@ def test_the_loss_of_an_evaluation_is_that_of_the_heads(tmp_path):
     assert trainer.evaluate()["eval_loss"] == pytest.approx(expected.item(), rel=1e-5)
 
 
-def test_checkpoints_load_where_the_configuration_names_the_backbone(tmp_path):
+def test_checkpoints_load_if_the_configuration_names_the_backbone(tmp_path):
     tiny_llama(vocab_size=64).save_pretrained(tmp_path / "backbone")
     model = LMTPForCausalLM.from_backbone(str(tmp_path / "backbone"), leap_offsets=(2, 3))
     args = settings(output_dir=str(tmp_path / "run"))
@@ -114,7 +114,7 @@ def test_checkpoints_load_where_the_configuration_names_the_backbone(tmp_path):
         assert (folder / "tokenizer_config.json").exists()
 
 
-def test_without_being_asked_a_run_does_not_resume(tmp_path):
+def test_a_run_resumes_only_on_request(tmp_path):
     args = settings(output_dir=str(tmp_path), max_steps=4)
     assert LeapTrainer(new_model(), args, examples()).train().global_step == 4
     steps = []
@@ -125,7 +125,7 @@ def test_without_being_asked_a_run_does_not_resume(tmp_path):
     assert len(steps) == 4
 
 
-def test_a_joint_trainer_has_the_adapters_that_it_trains(tmp_path):
+def test_a_joint_trainer_adds_the_adapters_it_trains(tmp_path):
     args = JointTrainingArguments(output_dir=str(tmp_path), max_steps=2, disable_tqdm=True)
     trainer = JointTrainer(new_model(), args, rows(examples()), rows(examples(2, 1)))
     assert trainer.evaluate()["eval_kl"] == 0
@@ -150,7 +150,7 @@ def train(folder, output, *options):
     return [*arguments, "--leap_offsets", 2, 3, *options]
 
 
-def test_options_of_transformers_are_taken(folder, tmp_path):
+def test_options_of_transformers_are_accepted(folder, tmp_path):
     output = tmp_path / "out"
     options = ["--optim", "adafactor", "--max_grad_norm", 0.5, "--lr_scheduler_type", "linear"]
     result = lmtp(*train(folder, output, *options, "--max_steps", 3))
@@ -162,7 +162,7 @@ def test_options_of_transformers_are_taken(folder, tmp_path):
     assert "hub_token" not in settings_of_run
 
 
-def test_what_reports_are_written_lies_beside_the_checkpoint(folder, tmp_path):
+def test_reports_are_saved_with_the_checkpoint(folder, tmp_path):
     pytest.importorskip("tensorboard")
     output = tmp_path / "out"
     result = lmtp(*train(folder, output, "--report_to", "tensorboard"))
@@ -188,20 +188,20 @@ def test_heads_are_pushed_to_the_hub_as_a_checkpoint(folder, tmp_path):
     [
         (
             ["--output_dir", "elsewhere"],
-            "--output_dir elsewhere is the third argument of lmtp train",
+            "--output_dir must be left out, got elsewhere: the third argument of lmtp train",
         ),
-        (["--label_smoothing_factor", 0.1], "label_smoothing_factor takes the labels away"),
+        (["--label_smoothing_factor", 0.1], "label_smoothing_factor must be 0, got 0.1"),
         (["--num_train_epoch", 2], "did you mean --num_train_epochs?"),
         (["--per_device_train_batch_size", 0], "per_device_train_batch_size must be at least 1"),
         (["--lr_scheduler_type", "sideways"], "sideways is not a valid SchedulerType"),
     ],
     ids=str,
 )
-def test_options_that_mean_nothing_are_one_line(folder, tmp_path, options, message):
+def test_invalid_options_are_one_line_errors(folder, tmp_path, options, message):
     assert message in error_of(*train(folder, tmp_path / "out", *options))
     assert not list(tmp_path.iterdir())
 
 
-def test_arguments_are_checked_in_a_script_as_well():
+def test_arguments_are_checked_in_a_script_too():
     with pytest.raises(ValueError, match="curriculum must be one of none, forward, reverse"):
         LeapTrainingArguments(curriculum="sideways")

@@ -63,9 +63,7 @@ def naive(model, input_ids, labels, weight, temperature):
     ids=["shared", "own unembedding", "low-rank update", "all layers"],
 )
 @pytest.mark.parametrize(("weight", "temperature"), [(0.3, 1.0), (1.0, 2.5), (0.0, 1.0)])
-def test_losses_gradients_and_counts_are_those_of_a_naive_reference(
-    weight, temperature, heads, draft_ids
-):
+def test_losses_gradients_and_counts_equal_a_naive_reference(weight, temperature, heads, draft_ids):
     model = new_model(draft_token_ids=draft_ids, **heads)
     input_ids, labels = batch()
     objective = HeadObjective(len(OFFSETS), weight, temperature)
@@ -84,7 +82,7 @@ def test_losses_gradients_and_counts_are_those_of_a_naive_reference(
     assert objective.take_tally().count_nonzero() == 0
 
 
-def test_without_distillation_it_is_the_plain_loss():
+def test_without_distillation_the_objective_is_the_plain_loss():
     model = new_model(torch.float32, head_context=2)
     input_ids, labels = batch()
     plain = model(input_ids, labels=labels, leap_objective=leap_losses)
@@ -93,7 +91,7 @@ def test_without_distillation_it_is_the_plain_loss():
     assert torch.equal(plain.leap_losses, ours.leap_losses)
 
 
-def test_heads_that_are_not_active_learn_nothing_and_cost_nothing():
+def test_inactive_heads_get_no_gradient_and_run_no_computation():
     model = new_model(torch.float32)
     input_ids, labels = batch()
     run = []

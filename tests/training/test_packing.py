@@ -11,7 +11,7 @@ from modeling_lmtp.training.packing import (
     PackedDataset,
     check_isolation,
     collate_packs,
-    largest_difference,
+    max_relative_difference,
     pack,
 )
 
@@ -68,11 +68,11 @@ def test_the_loss_of_packs_is_the_sum_over_the_answers(options, attention, train
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("architecture", ["llama", "gpt2", "mistral", "qwen3_moe", "gpt_neox"])
-def test_attention_keeps_the_parts_apart(architecture, attention):
+def test_attention_isolates_the_parts(architecture, attention):
     backbone = tiny_causal_lm(architecture)
     backbone.set_attn_implementation(attention)
-    assert largest_difference(backbone, 2) < 1e-5
-    assert largest_difference(backbone.bfloat16(), 2) < 0.03
+    assert max_relative_difference(backbone, 2) < 1e-5
+    assert max_relative_difference(backbone.bfloat16(), 2) < 0.03
     check_isolation(backbone, batch_size=4)
 
 
@@ -80,24 +80,26 @@ def test_attention_keeps_the_parts_apart(architecture, attention):
     "architecture", ["mamba", "qwen3_next", "lfm2", "opt", "bloom", "falcon_h1"]
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_models_that_cannot_are_refused(architecture, dtype):
+def test_models_that_do_not_isolate_the_parts_are_refused(architecture, dtype):
     backbone = tiny_causal_lm(architecture).to(dtype)
     with pytest.raises(ValueError, match="does not keep packed answers apart in batches of 4"):
         check_isolation(backbone, batch_size=4)
 
 
-def test_every_answer_is_in_one_pack_and_none_is_too_long():
+def test_every_answer_is_in_one_pack_and_no_pack_is_too_long():
     lengths = torch.randint(1, 100, (500,), generator=torch.Generator().manual_seed(0)).tolist()
     packs = pack(lengths, 100)
     assert sorted(row for rows in packs for row in rows) == list(range(500))
     filled = [sum(lengths[row] for row in rows) for rows in packs]
     assert max(filled) <= 100
     assert sum(filled) / (100 * len(packs)) > 0.97
-    with pytest.raises(ValueError, match="pack_length is 50, but an example has 99 tokens"):
+    with pytest.raises(
+        ValueError, match="pack_length must be at least the longest example's 99 tokens, got 50"
+    ):
         pack(lengths, 50)
 
 
-def test_a_pack_holds_its_parts_one_after_another_and_ends_in_one_that_is_no_target():
+def test_a_pack_concatenates_its_parts_and_ends_in_padding_without_targets():
     packs = PackedDataset(AnswerDataset([Example([5, 6, 7, 8], 2), Example([9, 10, 11], 1)]), 7)
     assert packs[0] == {
         "input_ids": [5, 6, 7, 8, 9, 10, 11],

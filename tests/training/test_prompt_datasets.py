@@ -84,7 +84,7 @@ def test_a_folder_of_data_files_is_a_dataset(folder, tmp_path):
     assert texts(tmp_path, "data") == ["One?", "Two?", "Three?"]
 
 
-def test_the_record_tells_datasets_and_their_contents_apart(folder, tmp_path):
+def test_the_record_distinguishes_datasets_by_their_contents(folder, tmp_path):
     source = DatasetSource(str(folder / "files" / "a.jsonl"))
     _, record = read_dataset_prompts(source)
     assert record["fingerprint"]
@@ -106,41 +106,53 @@ def test_the_record_tells_datasets_and_their_contents_apart(folder, tmp_path):
 @pytest.mark.parametrize(
     ("name", "options", "message"),
     [
-        ("single", {"field": "text"}, "field: dataset .* has no field 'text'; choose one of .'ans"),
-        ("single", {"field": "blank"}, "single, row 1: expected a non-empty string .* got ' '"),
-        ("single", {"field": "number"}, "single, row 0: expected .* in field 'number', got '1'"),
-        ("single", {"field": "answers_only"}, "row 0: expected .* a turn of the user in field"),
+        (
+            "single",
+            {"field": "text"},
+            "field must be a column of .*, one of answers_only, .*, got 'text'",
+        ),
+        (
+            "single",
+            {"field": "blank"},
+            "single, row 1: field 'blank' must be a non-empty string .* got ' '",
+        ),
+        ("single", {"field": "number"}, "single, row 0: field 'number' must be .*, got '1'"),
+        (
+            "single",
+            {"field": "answers_only"},
+            "row 0: field 'answers_only' must be .* with a user turn",
+        ),
         (
             "single",
             {"split": "train"},
-            "single' can't be read: it was saved without splits, got split='train'",
+            "single' cannot be read: split must be None for .*, got 'train'",
         ),
         (
             "single",
             {"config": "de"},
-            "single' can't be read: it was saved without conf.*got config='de'",
+            "single' cannot be read: config must be None .*, got 'de'",
         ),
         (
             "splits",
             {"config": "de"},
-            "splits' can't be read: it was saved without conf.*got config='de'",
+            "splits' cannot be read: config must be None .*, got 'de'",
         ),
-        ("splits", {"split": "dev"}, r"it has no split 'dev'; choose one of \['test', 't"),
-        ("files/a.jsonl", {"split": "train[:0]"}, "can't be read: .* no data"),
-        ("no_rows", {}, "no_rows' can't be read"),
-        ("empty.csv", {}, "dataset: .*empty.csv' can't be read: .* no data"),
-        ("files/a.jsonl", {"split": "dev"}, 'dataset: .* can\'t be read: Unknown split "dev"'),
-        ("files/a.jsonl", {"config": "de"}, "can't be read: BuilderConfig 'de' not found"),
-        ("broken.jsonl", {}, "dataset: .*broken.jsonl' can't be read: "),
+        ("splits", {"split": "dev"}, "split must be one of test, train, got 'dev'"),
+        ("files/a.jsonl", {"split": "train[:0]"}, "cannot be read: .* no data"),
+        ("no_rows", {}, "no_rows' cannot be read"),
+        ("empty.csv", {}, "The dataset .*empty.csv' cannot be read: .* no data"),
+        ("files/a.jsonl", {"split": "dev"}, 'The dataset .* cannot be read: Unknown split "dev"'),
+        ("files/a.jsonl", {"config": "de"}, "cannot be read: BuilderConfig 'de' not found"),
+        ("broken.jsonl", {}, "The dataset .*broken.jsonl' cannot be read: "),
     ],
     ids=lambda value: "-".join(value.values()) if isinstance(value, dict) else None,
 )
-def test_what_holds_no_prompts_is_refused(folder, name, options, message):
+def test_datasets_without_prompts_are_refused(folder, name, options, message):
     with pytest.raises(ValueError, match=message):
         texts(folder, name, **options)
 
 
-def test_a_dataset_that_is_not_there_is_an_error_of_the_system(folder):
+def test_a_missing_dataset_is_an_os_error(folder):
     with pytest.raises(OSError, match=r"Couldn't find any data file at .*nothing/here"):
         texts(folder, "nothing/here")
 
@@ -151,7 +163,7 @@ def test_without_the_package_the_error_says_how_to_install_it(folder, monkeypatc
         texts(folder, "single")
 
 
-def test_lmtp_distill_asks_a_dataset(folder, tmp_path):
+def test_lmtp_distill_answers_the_prompts_of_a_dataset(folder, tmp_path):
     tiny_llama().save_pretrained(tmp_path / "backbone")
     tiny_tokenizer().save_pretrained(tmp_path / "backbone")
     output = tmp_path / "out.jsonl"
@@ -169,9 +181,9 @@ def test_lmtp_distill_asks_a_dataset(folder, tmp_path):
     assert "0 of them new" in distill().stdout
     other = distill("--field", "prompt")
     assert other.exit_code == 1
-    assert "prompts_sha256 is " in other.output
+    assert "prompts_sha256 was " in other.output
     wrong = distill("--field", "question")
-    assert wrong.output.count("error: field: dataset") == 1
+    assert wrong.output.count("error: field must be a column of the dataset") == 1
 
 
 @pytest.mark.parametrize("name", ["a.jsonl", "./a.jsonl", "."])
@@ -190,4 +202,4 @@ def test_rows_without_a_prompt_may_be_skipped(folder):
     assert [prompt.text for prompt in prompts] == ["a", "b"]
     assert record["rows"] == 2
     assert len(skipped) == 1
-    assert "row 1: expected a non-empty string" in str(skipped[0])
+    assert "row 1: field 'blank' must be a non-empty string" in str(skipped[0])

@@ -47,7 +47,7 @@ def test_prompts_are_read_with_their_kind(tmp_path, name):
     assert read_prompts(path) == [Prompt("a", "math"), Prompt("b")]
 
 
-def test_prompts_are_read_from_the_field_asked_for(tmp_path):
+def test_prompts_are_read_from_the_given_field(tmp_path):
     assert read_prompts(write_prompts(tmp_path / "p.jsonl", {"q": "a"}), "q") == [Prompt("a")]
 
 
@@ -63,7 +63,7 @@ def test_prompts_are_read_from_the_field_asked_for(tmp_path):
     ],
     ids=["missing", "blank", "list", "kind", "no object", "half a pair"],
 )
-def test_wrong_prompts_are_named_by_file_and_line(tmp_path, row, message):
+def test_the_error_names_file_and_line_of_an_invalid_prompt(tmp_path, row, message):
     with pytest.raises(ValueError, match=message):
         read_prompts(write_prompts(tmp_path / "p.jsonl", {"prompt": "a"}, row))
 
@@ -96,7 +96,7 @@ DAMAGED = {
 
 
 @pytest.mark.parametrize("kind", DAMAGED)
-def test_damaged_gzip_data_is_named_by_file_and_line(tmp_path, kind):
+def test_the_error_names_file_and_line_of_damaged_gzip_data(tmp_path, kind):
     damage, message = DAMAGED[kind]
     rows = [{"prompt": str(i**5)} for i in range(9999)]
     path = write_prompts(tmp_path / "p.jsonl.gz", *rows)
@@ -126,7 +126,7 @@ def with_bos(chat_template):
     ],
     ids=["template with BOS", "template without BOS", "no template"],
 )
-def test_a_rendered_prompt_has_the_bos_that_its_template_asks_for(template, text):
+def test_a_rendered_prompt_has_exactly_the_bos_of_its_template(template, text):
     tokenizer = with_bos(template)
     assert tokenizer.decode(render_prompt(tokenizer, "Hi é")) == text
 
@@ -138,7 +138,7 @@ OPEN_END = "{{ '[' + messages[0]['content'] }}{% if add_generation_prompt %}{{ '
 @pytest.mark.parametrize(
     "template", [CHAT_TEMPLATE, BRACKETS, OPEN_END], ids=["special", "text", "header of answer"]
 )
-def test_the_model_writes_prompts_of_its_own(model, template):
+def test_the_model_writes_prompts_itself(model, template):
     tokenizer = tiny_tokenizer(chat_template=template)
     settings = DistillSettings(batch_size=32, magpie_max_tokens=48)
     prompts = self_written_prompts(model, tokenizer, 3, settings)
@@ -165,7 +165,7 @@ def scripted(monkeypatch, tokenizer, batches):
     return calls
 
 
-def test_useless_prompts_are_dropped_and_replaced(model, tokenizer, monkeypatch):
+def test_unusable_prompts_are_dropped_and_replaced(model, tokenizer, monkeypatch):
     first = [f"One{END_OF_TURN}", f" \n{END_OF_TURN}", "cut off", f"One {END_OF_TURN}"]
     second = [f"a{START_OF_TURN}b{END_OF_TURN}", f"Two{END_OF_TURN}", f"Three{END_OF_TURN}", ""]
     calls = scripted(monkeypatch, tokenizer, [first, second])
@@ -184,13 +184,13 @@ def test_a_space_before_the_turn_is_left_to_its_first_word(model, monkeypatch):
 
 def test_a_model_that_repeats_itself_warns_and_stops(model, tokenizer, monkeypatch):
     calls = scripted(monkeypatch, tokenizer, [[f"One{END_OF_TURN}"]])
-    with pytest.warns(UserWarning, match="the model wrote only 1 of 2 prompts in 20 samples"):
+    with pytest.warns(UserWarning, match="The model wrote only 1 of 2 prompts in 20 samples"):
         prompts = self_written_prompts(model, tokenizer, 2, DistillSettings(batch_size=1))
     assert [prompt.text for prompt in prompts] == ["One"]
     assert len(calls) == 20
 
 
-def test_a_model_that_writes_no_prompt_is_an_error(model, tokenizer, monkeypatch):
+def test_a_model_that_writes_no_prompt_raises(model, tokenizer, monkeypatch):
     scripted(monkeypatch, tokenizer, [["never closed"]])
     with pytest.raises(RuntimeError, match=r"0 of 2 prompts.*magpie_max_tokens=128"):
         self_written_prompts(model, tokenizer, 2, DistillSettings())
@@ -199,19 +199,19 @@ def test_a_model_that_writes_no_prompt_is_an_error(model, tokenizer, monkeypatch
 @pytest.mark.parametrize(
     ("template", "message"),
     [
-        (None, "has no chat template"),
+        (None, "must have a chat template"),
         ("{{ messages[0]['content'] }}", "does not show where a user turn begins and ends"),
         ("{{ '[' + messages[0]['content'] * 2 + ']' }}", "does not show where a user turn begins"),
     ],
     ids=["no template", "bare", "twice"],
 )
 def test_self_written_prompts_need_a_user_turn_in_the_template(model, template, message):
-    with pytest.raises(ValueError, match=f"tokenizer: .*{message}"):
+    with pytest.raises(ValueError, match=f"tokenizer.*{message}"):
         self_written_prompts(model, tiny_tokenizer(chat_template=template), 1, DistillSettings())
 
 
 def test_the_number_of_self_written_prompts_is_at_least_one(model, tokenizer):
-    with pytest.raises(ValueError, match="count: expected at least 1, got 0"):
+    with pytest.raises(ValueError, match="count must be at least 1, got 0"):
         self_written_prompts(model, tokenizer, 0, DistillSettings())
 
 

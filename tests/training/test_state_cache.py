@@ -28,7 +28,7 @@ def answers():
 
 
 @pytest.mark.parametrize("head_input", ["last", "weighted"])
-def test_states_are_those_that_the_backbone_gives_each_answer_alone(tmp_path, head_input):
+def test_cached_states_equal_those_of_each_answer_alone(tmp_path, head_input):
     model = new_model(head_input=head_input).eval()
     cache = StateCache(tmp_path, model)
     cache.fill(answers())
@@ -48,7 +48,7 @@ def test_states_are_those_that_the_backbone_gives_each_answer_alone(tmp_path, he
     ],
     ids=["paper", "path, soft", "weighted", "packed"],
 )
-def test_weights_are_those_of_a_run_without(tmp_path, heads, changes):
+def test_a_run_with_cached_states_ends_with_the_same_weights(tmp_path, heads, changes):
     trained = []
     for name, folder in (("without", None), ("with", tmp_path / "states")):
         model = new_model(**heads)
@@ -76,7 +76,7 @@ def test_the_backbone_reads_each_answer_once_for_all_runs(tmp_path):
     assert passes == [1, 0, 1], "all answers of a run fit in one batch here"
 
 
-def test_a_stopped_filling_goes_on_and_leaves_no_halves(tmp_path, monkeypatch):
+def test_a_stopped_fill_resumes_and_leaves_no_partial_file(tmp_path, monkeypatch):
     model, rows = new_model(), answers()
     monkeypatch.setattr("modeling_lmtp.training.state_cache.TOKENS_PER_BATCH", 32)
     cache = StateCache(tmp_path, model)
@@ -118,7 +118,7 @@ def test_a_folder_of_another_backbone_is_refused(tmp_path):
 
 
 def test_sharding_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="cannot be filled while the backbone is sharded"):
+    with pytest.raises(ValueError, match="state_folder must be None with shard_backbone"):
         settings(shard_backbone=True, state_folder=str(tmp_path / "s"))
 
 

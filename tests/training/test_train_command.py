@@ -30,7 +30,7 @@ def train(tmp_path):
     return run
 
 
-def test_the_log_lies_beside_the_checkpoint(train):
+def test_the_log_is_saved_with_the_checkpoint(train):
     result, output = train(
         "--leap_offsets", 2, 3, "--per_device_train_batch_size", 2, "--logging_steps", 1
     )
@@ -48,9 +48,7 @@ def no_room(*_):
     raise OSError(28, "No space left on device")
 
 
-def test_a_disk_that_fills_in_the_last_step_is_made_room_on_and_the_command_given_again(
-    train, monkeypatch
-):
+def test_the_command_resumes_after_the_disk_was_full_in_the_last_step(train, monkeypatch):
     options = ["--leap_offsets", 2, 3, "--per_device_train_batch_size", 2, "--save_steps", 1]
     with monkeypatch.context() as patch:
         patch.setattr("modeling_lmtp.training.training_run.save_training_log", no_room)
@@ -66,9 +64,7 @@ def test_a_disk_that_fills_in_the_last_step_is_made_room_on_and_the_command_give
     assert [path.name for path in output.parent.glob("*out*")] == ["out"]
 
 
-def test_what_a_kill_leaves_of_the_run_beside_the_checkpoint_is_said_to_be_left_over(
-    train, monkeypatch
-):
+def test_the_error_names_a_run_folder_that_a_kill_left_behind(train, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr("modeling_lmtp.training.training_run.shutil", SimpleNamespace(rmtree=no_room))
         train("--leap_offsets", 2, 3)
@@ -83,7 +79,7 @@ def test_what_a_kill_leaves_of_the_run_beside_the_checkpoint_is_said_to_be_left_
     assert f"{output} already holds something" in " ".join(result.output.split())
 
 
-def test_options_reach_the_training(train):
+def test_options_reach_the_trainer(train):
     result, output = train(
         *(
             "--packing",
@@ -140,13 +136,13 @@ def test_options_reach_the_training(train):
             "distillation_weight must be at least 0 and at most 1, got 2.0",
         ),
         (["--curriculum", "up"], "invalid choice: 'up'"),
-        (["--head_context", "all"], "head_context must be a number of tokens, or path, got 'all'"),
+        (["--head_context", "all"], "head_context must be a number of tokens or path, got 'all'"),
         (["--head_input", "first"], "head_input must be 'last'"),
-        (["--shard_backbone"], "Launch several, with `accelerate launch --num_processes`"),
+        (["--shard_backbone"], "Launch more with `accelerate launch --num_processes`"),
     ],
     ids=str,
 )
-def test_errors_say_what_to_do_and_leave_nothing_behind(train, options, message):
+def test_errors_give_a_remedy_and_leave_no_files(train, options, message):
     result, output = train(*options)
     assert result.exit_code == 1
     assert message in " ".join(result.output.split())
@@ -154,7 +150,7 @@ def test_errors_say_what_to_do_and_leave_nothing_behind(train, options, message)
     assert not output.with_name("out.training").exists()
 
 
-def test_heads_start_alike_whatever_was_drawn_before(train, monkeypatch):
+def test_head_initialization_depends_only_on_the_seed(train, monkeypatch):
     started = []
 
     def note(model, *arguments, **options):
@@ -170,15 +166,15 @@ def test_heads_start_alike_whatever_was_drawn_before(train, monkeypatch):
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
-def test_the_current_folder_is_no_output(train, tmp_path, monkeypatch):
+def test_the_current_folder_is_refused_as_output(train, tmp_path, monkeypatch):
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
     result = lmtp("train", tmp_path / "backbone", tmp_path / "answers.jsonl", ".")
     assert "is the folder that you are in" in result.output
 
 
-def test_half_a_precision_that_a_cpu_does_not_train_is_refused(train, monkeypatch):
+def test_float16_on_a_cpu_is_refused(train, monkeypatch):
     monkeypatch.setattr("torch.accelerator.is_available", lambda: False)
     result, output = train("--leap_offsets", 2, 3, "--dtype", "float16")
-    assert "The backbone is in float16, in which a CPU does not train." in result.output
+    assert "got float16. Load it with one" in " ".join(result.output.split())
     assert not [*output.parent.glob("out*")]

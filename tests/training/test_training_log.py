@@ -20,7 +20,7 @@ def run(folder, held_out=4, **changes):
     return model, report
 
 
-def test_each_head_s_loss_and_accuracy_are_means_over_the_targets_since_the_last_entry(tmp_path):
+def test_loss_and_accuracy_of_each_head_are_means_since_the_last_entry(tmp_path):
     untrained = new_model()
     _, report = run(
         tmp_path,
@@ -62,7 +62,7 @@ def test_targets_outside_the_draft_vocabulary_are_logged_as_misses(tmp_path):
         assert entry[f"coverage_head_{offset}"] == pytest.approx(inside)
 
 
-def test_the_backbone_s_distribution_is_logged_where_it_is_learned(tmp_path):
+def test_the_divergence_is_logged_with_distillation(tmp_path):
     _, report = run(tmp_path, num_train_epochs=1, distillation_weight=0.5, logging_steps=1)
     first, *_, last = [entry for entry in report.state.log_history if "loss" in entry]
     assert first["divergence_head_2"] > 0
@@ -74,7 +74,7 @@ def test_the_backbone_s_distribution_is_logged_where_it_is_learned(tmp_path):
     [({}, [6, 12]), ({"eval_strategy": "steps", "eval_steps": 4}, [4, 8, 12])],
     ids=["epochs", "every 4 steps"],
 )
-def test_held_out_answers_are_evaluated_after_each_epoch_and_as_often_as_asked(
+def test_held_out_answers_are_evaluated_after_each_epoch_or_every_eval_steps(
     tmp_path, strategy, steps
 ):
     model, report = run(tmp_path, **strategy)
@@ -89,7 +89,7 @@ def test_held_out_answers_are_evaluated_after_each_epoch_and_as_often_as_asked(
     assert held_out[-1] in state["log_history"]
 
 
-def test_evaluation_changes_nothing_in_training(tmp_path):
+def test_evaluation_does_not_affect_training(tmp_path):
     without, _ = run(tmp_path / "without", held_out=0)
     often, _ = run(tmp_path / "often", eval_strategy="steps", eval_steps=1)
     torch.testing.assert_close(
@@ -106,10 +106,10 @@ def test_the_log_is_saved_with_a_picture(tmp_path):
     assert (tmp_path / "training_log.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_without_matplotlib_the_log_is_saved_alone_and_that_is_said(tmp_path, monkeypatch):
+def test_without_matplotlib_only_the_log_is_saved_with_a_warning(tmp_path, monkeypatch):
     said = []
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     monkeypatch.setattr(training_log.logger, "warning_once", said.append)
     save_training_log(tmp_path, [{"step": 1, "loss": 2.0}], (2, 3))
     assert [path.name for path in tmp_path.iterdir()] == ["training_log.json"]
-    assert "install modeling-lmtp[plots]" in said[0]
+    assert "Install modeling-lmtp[plots]" in said[0]

@@ -14,20 +14,20 @@ def order(size=8, seed=0, epoch=0, lengths=LENGTHS):
     return list(sampler)
 
 
-def test_an_epoch_holds_each_row_once_and_is_filled_up_with_the_empty_row():
+def test_an_epoch_has_each_row_once_and_is_filled_with_the_empty_row():
     assert sorted(order()) == [*range(230), 230, 230]
     assert order()[-2:] == [230, 230]
     assert sorted(order(lengths=LENGTHS[:16])) == list(range(16))
     assert sorted(order(lengths=[5])) == [0] + [1] * 7
 
 
-def test_epochs_and_seeds_differ_and_can_be_had_again():
+def test_the_order_depends_on_epoch_and_seed_and_is_reproducible():
     assert order() == order()
     assert order() != order(epoch=1) != order(seed=1, epoch=2)
     assert order(epoch=3) == order(epoch=3)
 
 
-def test_batches_hold_rows_of_like_length_and_the_longest_row_comes_first():
+def test_batches_have_rows_of_similar_length_and_the_longest_row_comes_first():
     epoch = order()
     assert LENGTHS[epoch[0]] == max(LENGTHS)
     spreads = []
@@ -40,6 +40,6 @@ def test_batches_hold_rows_of_like_length_and_the_longest_row_comes_first():
 
 
 @pytest.mark.parametrize("train_on_prompts", [False, True])
-def test_the_empty_row_is_no_target(train_on_prompts):
+def test_the_empty_row_has_no_target(train_on_prompts):
     rows = AnswerDataset([Example([5, 6], 1)], train_on_prompts=train_on_prompts)
     assert rows[1] == {"input_ids": [0], "labels": [-100]}

@@ -65,7 +65,7 @@ def new_trainer(trainer_class, model, folder, **options):
 
 
 @pytest.mark.parametrize("whole_heads", [False, True], ids=["LoRA heads", "whole heads"])
-def test_backbone_and_heads_learn_by_the_model_s_own_loss(tmp_path, whole_heads):
+def test_backbone_and_heads_learn_from_the_loss_of_the_model(tmp_path, whole_heads):
     model = new_model()
     adapters = LoraConfig(
         target_modules="all-linear",
@@ -100,7 +100,7 @@ def test_backbone_and_heads_learn_by_the_model_s_own_loss(tmp_path, whole_heads)
 
 
 @pytest.mark.skipif(not HAS_OWN_LOSS, reason="this TRL uses the model's own loss")
-def test_a_loss_without_the_heads_is_an_error_and_no_silent_loss(tmp_path):
+def test_a_trainer_whose_loss_omits_the_heads_raises(tmp_path):
     trainer = new_trainer(trl.SFTTrainer, new_model(), tmp_path)
     with pytest.raises(AttributeError, match="last_hidden_state"):
         trainer.train()

@@ -21,7 +21,7 @@ pytestmark = [
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_heads_learn_and_the_backbone_stays(tmp_path, dtype):
+def test_heads_learn_and_the_backbone_stays_frozen(tmp_path, dtype):
     model = new_model(dtype)
     before = {name: value.clone() for name, value in model.backbone.state_dict().items()}
     report = warm_up(model, examples(), examples(4, 1), tmp_path, settings(num_train_epochs=6))
@@ -36,7 +36,7 @@ def test_heads_learn_and_the_backbone_stays(tmp_path, dtype):
     assert epochs[-1]["eval_tokens_per_step"] >= 1
 
 
-def test_checkpoints_of_a_run_hold_the_heads_alone(tmp_path):
+def test_checkpoints_of_a_run_contain_only_the_heads(tmp_path):
     warm_up(new_model(), examples(), [], tmp_path, settings())
     saved = load_file(tmp_path / "checkpoint-12" / "model.safetensors")
     assert saved
@@ -86,7 +86,7 @@ def killed_after(step):
     ],
     ids=["plain", "grounded", "bfloat16, own unembedding", "packed", "curriculum"],
 )
-def test_a_stopped_run_goes_on_to_the_same_weights(tmp_path, heads, changes, step):
+def test_a_stopped_run_resumes_to_the_same_weights(tmp_path, heads, changes, step):
     whole, stopped, resumed = (new_model(**heads) for _ in range(3))
     answers = [examples(), examples(2, 1)]
     warm_up(whole, *answers, tmp_path / "whole", settings(**changes))
@@ -105,7 +105,7 @@ def test_a_stopped_run_goes_on_to_the_same_weights(tmp_path, heads, changes, ste
     assert len(held_out) == len(set(held_out)) >= 2
 
 
-def test_a_run_folder_of_another_run_is_refused_and_kept(tmp_path):
+def test_the_folder_of_another_run_is_refused_and_unchanged(tmp_path):
     warm_up(new_model(), examples(), [], tmp_path, settings())
     record = (tmp_path / "run.json").read_text()
     with pytest.raises(ValueError, match="another learning_rate"):
@@ -121,7 +121,7 @@ def test_a_run_folder_of_another_run_is_refused_and_kept(tmp_path):
     assert json.loads(record)["learning_rate"] == 1e-3
 
 
-def test_a_run_goes_on_only_with_as_many_answers_a_step(tmp_path):
+def test_a_run_resumes_only_with_the_same_global_batch_size(tmp_path):
     warm_up(new_model(), examples(), [], tmp_path, settings())
     again = settings(per_device_train_batch_size=2, gradient_accumulation_steps=2)
     warm_up(new_model(), examples(), [], tmp_path, again)
@@ -129,7 +129,7 @@ def test_a_run_goes_on_only_with_as_many_answers_a_step(tmp_path):
         warm_up(new_model(), examples(), [], tmp_path, settings(per_device_train_batch_size=8))
 
 
-def test_accumulated_gradients_are_those_of_one_batch(tmp_path):
+def test_accumulated_gradients_equal_those_of_one_batch(tmp_path):
     answers = [Example(row.input_ids[: 12 + i % 9], 2) for i, row in enumerate(examples(count=21))]
     runs = []
     for batch_size, steps in [(8, 1), (2, 4)]:
@@ -159,18 +159,20 @@ def test_heads_learn_from_states_without_dropout(tmp_path):
     assert report.state.log_history[0]["loss"] == pytest.approx(expected.item(), rel=1e-5)
 
 
-def test_a_backbone_that_cannot_keep_packed_answers_apart_is_refused_before_all_else(tmp_path):
+def test_a_backbone_that_does_not_isolate_packed_answers_is_refused_first(tmp_path):
     model = LMTPForCausalLM.from_backbone(tiny_causal_lm("mamba"), leap_offsets=(2, 3))
     with pytest.raises(ValueError, match="does not keep packed answers apart"):
         warm_up(model, examples(), [], tmp_path / "run", settings(packing=True, max_length=64))
-    with pytest.raises(ValueError, match="pack_length is 10, but an example has 20 tokens"):
+    with pytest.raises(
+        ValueError, match="pack_length must be at least the longest example's 20 tokens, got 10"
+    ):
         warm_up(
             new_model(), examples(), [], tmp_path / "run", settings(packing=True, max_length=10)
         )
     assert not (tmp_path / "run").exists()
 
 
-def test_packed_answers_are_learned_in_fewer_rows(tmp_path):
+def test_packing_trains_on_fewer_rows(tmp_path):
     packed = settings(
         packing=True,
         max_length=64,
@@ -185,8 +187,8 @@ def test_packed_answers_are_learned_in_fewer_rows(tmp_path):
     assert sum(losses[-4:]) < 0.95 * sum(losses[:4])
 
 
-def test_one_process_has_nothing_to_share_its_backbone_with(tmp_path):
-    with pytest.raises(ValueError, match="shard_backbone shares out the backbone among processes"):
+def test_sharding_in_one_process_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="shard_backbone needs several processes, got one"):
         warm_up(new_model(), examples(), [], tmp_path, settings(shard_backbone=True))
 
 
@@ -202,19 +204,19 @@ def test_one_process_has_nothing_to_share_its_backbone_with(tmp_path):
         ({"distillation_temperature": 0}, "distillation_temperature must be more than 0, got 0"),
         ({"curriculum": "up"}, "curriculum must be one of none, forward, reverse, got 'up'"),
         ({"curriculum_share": 0}, "curriculum_share must be more than 0 and at most 1, got 0"),
-        ({"label_smoothing_factor": 0.1}, "label_smoothing_factor takes the labels away"),
-        ({"fsdp": "full_shard"}, "would shard the heads as well. Pass shard_backbone"),
+        ({"label_smoothing_factor": 0.1}, "label_smoothing_factor must be 0, got 0.1"),
+        ({"fsdp": "full_shard"}, "would shard the heads too. Pass shard_backbone"),
     ],
     ids=str,
 )
-def test_settings_that_mean_nothing_are_refused(change, message):
+def test_invalid_settings_are_refused(change, message):
     with pytest.raises(ValueError, match=message):
         settings(**change)
 
 
 def test_models_without_heads_or_with_a_training_backbone_are_refused(tmp_path):
     without = LMTPForCausalLM.from_backbone(tiny_llama(), num_leap_heads=0)
-    with pytest.raises(ValueError, match="no leap heads to train"):
+    with pytest.raises(ValueError, match="leap_offsets must not be empty"):
         warm_up(without, examples(), [], tmp_path, settings())
     joint = LMTPForCausalLM.from_backbone(tiny_llama(), train_backbone=True)
     with pytest.raises(ValueError, match="LeapTrainer freezes the backbone"):

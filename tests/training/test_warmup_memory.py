@@ -64,18 +64,18 @@ class Largest(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("options", [{}, {"head_context": 2}], ids=["paper's", "grounded"])
-def test_what_is_kept_for_backward_does_not_depend_on_the_vocabulary(options):
+def test_memory_for_backward_does_not_depend_on_the_vocabulary(options):
     small, large = (kept_bytes(new_model(size, **options), 500) for size in (64, 4096))
     assert small == large
 
 
-def test_what_is_kept_for_backward_is_a_few_states_per_target_and_head():
+def test_memory_for_backward_is_a_few_states_per_target_and_head():
     model = new_model(64)
     bytes_per_target = (kept_bytes(model, 900) - kept_bytes(model, 500)) / 400
     assert bytes_per_target == pytest.approx(len(OFFSETS) * 4 * HIDDEN_SIZE * 4, rel=0.3)
 
 
-def test_own_unembeddings_keep_a_gradient_each_whatever_the_length():
+def test_own_unembeddings_keep_one_gradient_each_for_any_length():
     short, long = (kept_bytes(new_model(4096, share_lm_head=False), n) for n in (300, 900))
     shared = [kept_bytes(new_model(4096), n) for n in (300, 900)]
     assert short - shared[0] == long - shared[1] == len(OFFSETS) * 4096 * HIDDEN_SIZE * 4

@@ -111,7 +111,7 @@ def assert_same_checkpoint(actual_folder, expected_folder):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["ddp", "fsdp"])
-def test_two_processes_train_what_one_does(alone, tmp_path, kind):
+def test_two_processes_train_the_same_weights_as_one(alone, tmp_path, kind):
     shutil.copytree(alone / "stopped_in_one", tmp_path / kind / "stopped_in_one")
     save_sources(tmp_path)
     launch(["--multi_gpu"], tmp_path, kind)
@@ -135,7 +135,7 @@ def test_two_processes_train_what_one_does(alone, tmp_path, kind):
 
 
 @pytest.mark.slow
-def test_accelerate_launch_asks_for_fsdp_as_the_runs_do(alone, tmp_path):
+def test_accelerate_launch_use_fsdp_shards_the_backbone(alone, tmp_path):
     launch(["--use_fsdp", "--fsdp_version", "2"], tmp_path, "as_launched")
     expected, actual = (
         figures(folder, "loss") for folder in (alone / "plain", tmp_path / "as_launched")
