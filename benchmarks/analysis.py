@@ -13,8 +13,7 @@ import torch
 from tqdm.auto import tqdm
 
 from modeling_lmtp.backbone_lmtp import unembedding_size
-from modeling_lmtp.context_lmtp import num_visible
-from modeling_lmtp.leaps_lmtp import Draft, drafts
+from modeling_lmtp.leaps_lmtp import Draft, drafts, num_visible
 from modeling_lmtp.losses_lmtp import IGNORE_INDEX
 from modeling_lmtp.modeling_lmtp import LMTPForCausalLM
 from modeling_lmtp.training.evaluation import (
@@ -25,7 +24,7 @@ from modeling_lmtp.training.evaluation import (
 )
 from modeling_lmtp.training.examples import Example
 from modeling_lmtp.tree_lmtp import DraftTree, grow_tree
-from modeling_lmtp.vocabulary_lmtp import draft_labels
+from modeling_lmtp.unembeddings_lmtp import draft_labels
 
 from .attenuation import Attenuation, fit_attenuation
 from .marginalization import Marginals

@@ -18,7 +18,7 @@ from modeling_lmtp.conversion.loading import (
 )
 from modeling_lmtp.conversion.options import Dtype, Options, Range
 from modeling_lmtp.conversion.saving import check_output_folder, file_sha256
-from modeling_lmtp.training.answer_files import load_answers, unseen_answers
+from modeling_lmtp.training.answers import load_answers, unseen_answers
 from modeling_lmtp.training.examples import Example, split_examples
 from modeling_lmtp.training.fingerprints import model_fingerprint
 from modeling_lmtp.transformers_lmtp import attention_implementation

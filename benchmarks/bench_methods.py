@@ -4,8 +4,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from modeling_lmtp.drafting_lmtp import PromptLookupDrafter
 from modeling_lmtp.leaps_lmtp import drafts
-from modeling_lmtp.lookup_lmtp import PromptLookupDrafter
 from modeling_lmtp.modeling_lmtp import LMTPForCausalLM
 from modeling_lmtp.settings_lmtp import STRICT
 from modeling_lmtp.support_lmtp import Tier, decoding_tier

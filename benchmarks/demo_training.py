@@ -10,11 +10,13 @@ from modeling_lmtp.conversion.command_line import console
 from modeling_lmtp.conversion.loading import load_backbone
 from modeling_lmtp.conversion.prompts import answer_end_id, read_prompts
 from modeling_lmtp.conversion.saving import save_checkpoint
+from modeling_lmtp.training.answers import read_examples
+from modeling_lmtp.training.arguments import HeadOptions, LeapTrainingArguments
 from modeling_lmtp.training.distill import DistillSettings, append_rows, distill
-from modeling_lmtp.training.examples import read_examples, split_examples
+from modeling_lmtp.training.examples import split_examples
+from modeling_lmtp.training.leap_trainer import LeapTrainer
 from modeling_lmtp.training.self_written import self_written_prompts
-from modeling_lmtp.training.train_command import HeadShape, add_heads
-from modeling_lmtp.training.warmup import WarmupSettings, warm_up
+from modeling_lmtp.training.train_command import add_heads
 
 from .smollm2 import HUB_REPOSITORY
 from .tune_run import set_drafts, tune, verdict_table
@@ -59,20 +61,23 @@ def train_checkpoint(
     console.print("The heads learn the answers; the backbone stays as it is.")
     examples = read_examples(answers, tokenizer, answer_end_id(backbone, tokenizer))
     train, held_out = split_examples(examples, recipe.held_out)
-    shape = HeadShape(
-        leap_offsets=recipe.leap_offsets,
-        head_context=recipe.head_context,
+    heads = HeadOptions(
+        leap_offsets=list(recipe.leap_offsets),
+        head_context=str(recipe.head_context),
         draft_vocab_size=recipe.draft_vocab_size,
     )
-    model = add_heads(backbone, shape, train)
+    model = add_heads(backbone, heads, train)
     model.config.base_model_name_or_path = HUB_REPOSITORY
-    settings = WarmupSettings(
-        epochs=recipe.epochs,
-        batch_size=recipe.batch_size,
+    args = LeapTrainingArguments(
+        output_dir=str(output / "training"),
+        num_train_epochs=recipe.epochs,
+        per_device_train_batch_size=recipe.batch_size,
         learning_rate=recipe.learning_rate,
         seed=recipe.seed,
     )
-    report = warm_up(model, train, held_out, output / "training", settings)
+    trainer = LeapTrainer(model, args, train, held_out)
+    trainer.train(resume_from_checkpoint=True)
+    report = trainer.head_report(held_out)
     console.print("Finding the fastest draft on this device:")
     verdicts = tune(model, held_out, (1,))
     set_drafts(model, verdicts, {})
@@ -81,8 +86,8 @@ def train_checkpoint(
     record: dict[str, Any] = {
         "command": "lmtp demo --train",
         "recipe": asdict(recipe),
-        "held_out": report.held_out.as_dict() if report.held_out else None,
-        "log": report.log,
+        "held_out": report.as_dict() if report else None,
+        "log": trainer.state.log_history,
     }
     save_checkpoint(model, tokenizer, checkpoint, record)
 

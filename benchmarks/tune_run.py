@@ -14,7 +14,7 @@ from modeling_lmtp.conversion.loading import adapter_config, load_lmtp, load_tok
 from modeling_lmtp.conversion.options import Dtype, Options, Range
 from modeling_lmtp.modeling_lmtp import LMTPForCausalLM
 from modeling_lmtp.settings_lmtp import DRAFT_SHAPES, STRICT
-from modeling_lmtp.training.answer_files import load_answers, unseen_answers, warn
+from modeling_lmtp.training.answers import load_answers, unseen_answers, warn
 from modeling_lmtp.training.evaluation import evaluate_heads
 from modeling_lmtp.training.examples import Example, evenly
 from modeling_lmtp.transformers_lmtp import attention_implementation

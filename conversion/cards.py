@@ -11,7 +11,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined, UndefinedErro
 from safetensors import safe_open
 from transformers import AutoConfig
 
-from modeling_lmtp.checkpoints_lmtp import TAGS
+from modeling_lmtp.pretrained_lmtp import TAGS
 from modeling_lmtp.transformers_lmtp import TESTED
 
 from .measured import read_measured

@@ -8,15 +8,20 @@ from __future__ import annotations
 
 import gzip
 import json
+import re
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from datetime import datetime
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+import jinja2
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 SENTINEL = "lmtpsentinel"
+CLOCK = "strftime_now"  # what Transformers gives to chat templates
 
 
 @dataclass(frozen=True)
@@ -129,37 +134,112 @@ def _prompt(row: dict[str, Any], field: str) -> Prompt:
     return Prompt(text, kind)
 
 
-def render_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
+def render_prompt(
+    tokenizer: PreTrainedTokenizerBase, prompt: str, now: datetime | None = None
+) -> list[int]:
     """Return the token ids up to where the answer to `prompt` begins.
 
     With a chat template: one user turn and the header of the answer. The template writes the special
     tokens, so the tokenizer adds none (no second BOS). Without a template: the bare prompt, with the
     special tokens that the tokenizer adds.
+
+    Args:
+        tokenizer: the backbone's.
+        prompt: the text of the user.
+        now: the time for templates that write it; that of the call by default.
+
+    Raises:
+        ValueError: the chat template cannot render one user turn, or leaves out its text.
     """
     if not tokenizer.chat_template:
         return list(tokenizer(prompt)["input_ids"])
-    text = render_turns(tokenizer, prompt, add_generation_prompt=True)
+    text = render_turns(tokenizer, prompt, add_generation_prompt=True, now=now)
     return encode(tokenizer, text)
 
 
 def render_turns(
-    tokenizer: PreTrainedTokenizerBase, *turns: str, add_generation_prompt: bool
+    tokenizer: PreTrainedTokenizerBase,
+    *turns: str,
+    add_generation_prompt: bool,
+    now: datetime | None = None,
 ) -> str:
-    """Render alternating turns of user and assistant."""
+    """Render turns of user and assistant alternately.
+
+    Raises:
+        ValueError: the chat template cannot render them, or leaves out their text.
+    """
+    takes_parts = _takes_parts(tokenizer, str(tokenizer.chat_template))
+    return _render(tokenizer, turns, takes_parts, add_generation_prompt, now)
+
+
+def depends_on_time(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether the chat template writes the date or the time."""
+    return CLOCK in str(tokenizer.chat_template)
+
+
+def _at(chat_template: str, now: datetime) -> dict[str, Any]:
+    """Return arguments that make a chat template write another time than that of the call.
+
+    A macro of the clock's name hides Transformers' function; variables of a template may be data only,
+    so the macro looks up what the template will ask for.
+    """
+    formats = {match[2] for match in re.finditer(CLOCK + r"\(\s*(['\"])(.+?)\1", chat_template)}
+    macro = "{% macro " + CLOCK + "(format) %}{{ lmtp_times[format] }}{% endmacro %}"
+    times = {written: now.strftime(written) for written in formats}
+    return {"chat_template": macro + chat_template, "lmtp_times": times}
+
+
+@lru_cache(maxsize=8)
+def _takes_parts(tokenizer: PreTrainedTokenizerBase, chat_template: str) -> bool:
+    """Whether a chat template takes the content of a turn as a list of parts, as multimodal ones do.
+
+    A template that loops over parts renders a string without an error, and without its text.
+    """
+    for takes_parts in (False, True):
+        if SENTINEL in _render(tokenizer, (SENTINEL,), takes_parts, True, None):
+            return takes_parts
+    raise ValueError(
+        "The chat template renders a user turn without its text, whether its content is a string or a "
+        "list of parts, so every prompt would be the same. Load a tokenizer with another chat template."
+    )
+
+
+def _render(
+    tokenizer: PreTrainedTokenizerBase,
+    turns: Sequence[str],
+    takes_parts: bool,
+    add_generation_prompt: bool,
+    now: datetime | None,
+) -> str:
     messages = [
-        {"role": ("user", "assistant")[number % 2], "content": turn}
+        {
+            "role": ("user", "assistant")[number % 2],
+            "content": [{"type": "text", "text": turn}] if takes_parts else turn,
+        }
         for number, turn in enumerate(turns)
     ]
-    return str(
-        tokenizer.apply_chat_template(
-            messages, tokenize=False, add_generation_prompt=add_generation_prompt
+    options: dict[str, Any] = {}
+    if now is not None and depends_on_time(tokenizer):
+        options = _at(str(tokenizer.chat_template), now)
+    try:
+        rendered = tokenizer.apply_chat_template(
+            messages, tokenize=False, add_generation_prompt=add_generation_prompt, **options
         )
-    )
+    except (jinja2.TemplateError, TypeError) as error:  # a TypeError: text where parts are expected
+        if isinstance(error, TypeError) and not takes_parts:
+            return ""
+        raise ValueError(f"The chat template cannot render a user turn alone: {error}.") from error
+    return str(rendered)
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     """Return the token ids of rendered text; the tokenizer adds no special tokens."""
     return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+def decode_answer(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
+    """Return the text of an answer, its special tokens (of channels, thinking, tools) included."""
+    return str(tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))
 
 
 def end_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:

@@ -11,7 +11,7 @@ from huggingface_hub.utils.sha import git_hash
 from transformers.dynamic_module_utils import custom_object_save
 
 from modeling_lmtp import LMTPConfig, LMTPForCausalLM
-from modeling_lmtp.checkpoints_lmtp import AUTO_MAP
+from modeling_lmtp.pretrained_lmtp import AUTO_MAP
 
 from .saving import read_json
 

@@ -8,12 +8,13 @@ differs: in arXiv 2505.22757 the reverse curriculum begins with all heads and dr
 is then of no use for drafting; here both add heads, and the reverse one begins with the furthest.
 """
 
-NONE, FORWARD, REVERSE = "none", "forward", "reverse"
-CURRICULA = (NONE, FORWARD, REVERSE)
+from typing import Literal
+
+Curriculum = Literal["none", "forward", "reverse"]
 
 
 def active_heads(
-    curriculum: str, num_heads: int, step: int, num_steps: int, share: float
+    curriculum: Curriculum, num_heads: int, step: int, num_steps: int, share: float
 ) -> tuple[bool, ...]:
     """Return which heads take part in an optimizer step.
 
@@ -28,7 +29,7 @@ def active_heads(
         num_steps: those of the whole run.
         share: of the steps, over which the heads join.
     """
-    if curriculum == NONE:
+    if curriculum == "none":
         return (True,) * num_heads
     joined = tuple(step >= int(i * share * num_steps / num_heads) for i in range(num_heads))
-    return joined if curriculum == FORWARD else joined[::-1]
+    return joined if curriculum == "forward" else joined[::-1]

@@ -1,22 +1,24 @@
 """`lmtp distill`: gather prompts, then let the backbone, or a server, answer them."""
 
-from __future__ import annotations
-
+import dataclasses
 import os
+import sys
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, ClassVar
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
+from modeling_lmtp.conversion.command_line import console
 from modeling_lmtp.conversion.loading import load_backbone, load_tokenizer
+from modeling_lmtp.conversion.options import Dtype, Options, Range
 from modeling_lmtp.conversion.prompts import Prompt, read_prompts
 from modeling_lmtp.conversion.saving import file_sha256
 
-from .answers import SkippedRows
+from .answers import BadRows, SkippedRows
 from .distill import DistillReport, DistillSettings, distill, run_identity
 from .distill_files import (
     check_output_name,
@@ -25,37 +27,101 @@ from .distill_files import (
     replace_rows,
 )
 from .distill_server import Server, distill_from_server
-from .processes import on_main, processes
+from .processes import MainProcessFailed, on_main, processes
 from .prompt_datasets import DatasetSource, read_dataset_prompts
-from .sample_log import SampleLog
-from .self_written import self_written_prompts
+from .self_written import SampleLog, self_written_prompts
 
 logger = logging.get_logger(__name__)
 
 
-@dataclass(frozen=True)
-class PromptChoice:
-    """Which prompts to answer: those of a file or a dataset, self-written ones, or both.
+@dataclass
+class DistillOptions(Options):
+    """What answers, and where the answers go."""
 
-    Raises ValueError for a choice that means nothing.
-    """
+    title: ClassVar[str] = "model"
 
-    file: Path | None = None
-    dataset: DatasetSource | None = None
-    field: str = "prompt"  # of the file
-    self_written: int = 0
-    limit: int | None = None  # of the file or dataset
-    bad_rows: str = "refuse"  # or "skip", see `SkippedRows`
+    model: str = field(metadata={"help": "Folder or Hub id of the backbone."})
+    output: Path = field(
+        metadata={"help": "Answers (.jsonl). Give the command again to resume a run."}
+    )
+    dtype: Dtype = field(default="auto", metadata={"help": "Precision of the loaded backbone."})
+    server: str | None = field(
+        default=None,
+        metadata={
+            "metavar": "URL",
+            "help": "Ask an OpenAI-compatible server, such as http://localhost:8000/v1.",
+        },
+    )
+    server_model: str | None = field(
+        default=None, metadata={"help": "The model's name on that server; MODEL by default."}
+    )
 
     def __post_init__(self) -> None:
-        """Refuse no source and two sources at once."""
-        SkippedRows(self.bad_rows)
-        if self.file is not None and self.dataset is not None:
+        """Refuse options that mean nothing together."""
+        super().__post_init__()
+        if self.server is None and self.server_model is not None:
+            raise ValueError(
+                f"--server_model {self.server_model} goes with --server URL, which is missing."
+            )
+        if self.server is not None and self.dtype != "auto":
+            raise ValueError(f"--dtype {self.dtype} has no effect on a server: leave it out.")
+
+    def endpoint(self) -> Server | None:
+        """Return the server, if one answers; the environment variable OPENAI_API_KEY holds the key."""
+        if self.server is None:
+            return None
+        return Server(
+            self.server, self.server_model or self.model, os.environ.get("OPENAI_API_KEY")
+        )
+
+
+@dataclass
+class PromptOptions(Options):
+    """Which prompts to answer: those of a file or a dataset, self-written ones, or both."""
+
+    title: ClassVar[str] = "prompts"
+
+    prompts: Path | None = field(
+        default=None, metadata={"help": "A file of prompts (.jsonl or .jsonl.gz)."}
+    )
+    dataset: str | None = field(
+        default=None, metadata={"help": "A dataset: a Hub id, or a local folder or file."}
+    )
+    dataset_config: str | None = field(default=None, metadata={"help": "Its configuration."})
+    split: str | None = field(default=None, metadata={"help": "Its split; train by default."})
+    field: str = dataclasses.field(
+        default="prompt",
+        metadata={"help": "The field of the prompt; in a dataset, of a conversation too."},
+    )
+    self_written: Annotated[int, Range(ge=0)] = dataclasses.field(
+        default=0, metadata={"help": "Let an instruct model write N prompts itself."}
+    )
+    limit: Annotated[int | None, Range(ge=1)] = dataclasses.field(
+        default=None, metadata={"help": "Use the first N prompts of the file or dataset."}
+    )
+    bad_rows: BadRows = dataclasses.field(
+        default="refuse", metadata={"help": "What to do with rows that hold no prompt."}
+    )
+
+    def __post_init__(self) -> None:
+        """Refuse no source, two sources at once, and options of a source that is missing."""
+        super().__post_init__()
+        if self.prompts is not None and self.dataset is not None:
             raise ValueError("Pass --prompts FILE or --dataset NAME, not both.")
-        if self.file is None and self.dataset is None and not self.self_written:
+        if self.prompts is None and self.dataset is None and not self.self_written:
             raise ValueError(
                 "There is nothing to answer: pass --prompts FILE, --dataset NAME or "
-                "--self-written N (which goes with either)."
+                "--self_written N (which goes with either)."
+            )
+        for name in ("dataset_config", "split"):
+            if self.dataset is None and getattr(self, name) is not None:
+                raise ValueError(
+                    f"--{name} {getattr(self, name)} goes with --dataset NAME, which is missing."
+                )
+        if self.prompts is None and self.dataset is None and self.limit is not None:
+            raise ValueError(
+                f"--limit {self.limit} goes with --prompts FILE or --dataset NAME, which are missing; "
+                "--self_written alone says how many prompts the model writes."
             )
 
     def read(self) -> tuple[list[Prompt], dict[str, Any]]:
@@ -71,67 +137,52 @@ class PromptChoice:
         return prompts, sources
 
     def _read(self, on_bad_row: SkippedRows) -> tuple[list[Prompt], dict[str, Any]]:
-        if self.file is not None:
-            prompts = read_prompts(self.file, self.field, on_bad_row)[: self.limit]
-            sha256 = file_sha256(self.file)
-            record = {"path": str(self.file), "sha256": sha256, "field": self.field}
+        if self.prompts is not None:
+            prompts = read_prompts(self.prompts, self.field, on_bad_row)[: self.limit]
+            sha256 = file_sha256(self.prompts)
+            record = {"path": str(self.prompts), "sha256": sha256, "field": self.field}
             return prompts, {"file": {**record, "rows": len(prompts)}}
         if self.dataset is not None:
-            prompts, record = read_dataset_prompts(self.dataset, self.limit, on_bad_row)
+            source = DatasetSource(self.dataset, self.dataset_config, self.split, self.field)
+            prompts, record = read_dataset_prompts(source, self.limit, on_bad_row)
             return prompts, {"dataset": record}
         return [], {}
 
 
-def choose_prompts(
-    file: Path | None,
-    dataset: str | None,
-    config: str | None,
-    split: str | None,
-    field: str,
-    self_written: int,
-    limit: int | None,
-    bad_rows: str = "refuse",
-) -> PromptChoice:
-    """Return the choice that the options of `lmtp distill` make.
+def distill_answers(
+    options: DistillOptions, prompts: PromptOptions, settings: DistillSettings
+) -> None:
+    """Let a backbone answer prompts: its answers are what leap heads learn.
 
-    Raises:
-        ValueError: they mean nothing together.
+    `accelerate launch --num_processes 2 --no_python lmtp distill ...` shares the work among processes.
+    With --server no model is loaded: a server that holds the whole of MODEL, in the precision that the
+    heads will run with, answers, for instance vLLM; OPENAI_API_KEY holds the key, if it needs one.
+
+    Examples:
+    lmtp distill MODEL answers.jsonl --self_written 2000
+    lmtp distill MODEL answers.jsonl --dataset HuggingFaceH4/no_robots --field messages
+    lmtp distill MODEL answers.jsonl --prompts prompts.jsonl --server http://localhost:8000/v1
     """
-    if dataset is None:
-        for option, value in (("--dataset-config", config), ("--split", split)):
-            if value is not None:
-                raise ValueError(f"{option} {value} goes with --dataset NAME, which is missing.")
-        choice = PromptChoice(file, None, field, self_written, limit, bad_rows)
-        if file is None and limit is not None:
-            raise ValueError(
-                f"--limit {limit} goes with --prompts FILE or --dataset NAME, which are missing; how "
-                "many prompts the model writes is said by --self-written alone."
-            )
-        return choice
-    chosen = DatasetSource(dataset, config, split, field)
-    return PromptChoice(file, chosen, field, self_written, limit, bad_rows)
-
-
-def choose_server(model: str, url: str | None, name: str | None, dtype: str) -> Server | None:
-    """Return the server that the options of `lmtp distill` name, or None.
-
-    Raises:
-        ValueError: they mean nothing together.
-    """
-    if url is None:
-        if name is not None:
-            raise ValueError(f"--server-model {name} goes with --server URL, which is missing.")
-        return None
-    if dtype != "auto":
-        raise ValueError(f"--dtype {dtype} has no effect on a server: leave it out.")
-    return Server(url, name or model, os.environ.get("OPENAI_API_KEY"))
+    try:
+        report = distill_from(
+            options.model,
+            options.output,
+            settings,
+            prompts,
+            dtype=options.dtype,
+            server=options.endpoint(),
+        )
+    except MainProcessFailed:  # the main process says why
+        sys.exit(1)
+    if processes().is_main_process:
+        console.print(report.summary(), markup=False, soft_wrap=True)
 
 
 def distill_from(
     source: str,
     output: Path,
     settings: DistillSettings,
-    choice: PromptChoice,
+    choice: PromptOptions,
     *,
     dtype: str = "auto",
     server: Server | None = None,
@@ -155,7 +206,7 @@ def distill_from(
     check_output_name(output)
     if server is not None and choice.self_written:
         raise ValueError(
-            "--self-written needs the model itself, not a server. Let `lmtp distill` write "
+            "--self_written needs the model itself, not a server. Let `lmtp distill` write "
             "prompts with a smaller model first, and pass them with --prompts."
         )
     # What travels is small and may be waited for long, as in the end for the slowest process.
@@ -204,7 +255,7 @@ def _earlier_prompts(
         return None
     asked = (manifest.get("prompt_sources") or {}).get("self_written", count)
     if asked != count or not written.exists():
-        found = f"with --self-written {asked}" if written.exists() else f"without {written.name}"
+        found = f"with --self_written {asked}" if written.exists() else f"without {written.name}"
         raise ValueError(
             f"{output}: was made {found}. Choose another output or delete this one with its manifest"
         )

@@ -14,12 +14,9 @@ import os
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import torch
-import transformers
 from filelock import FileLock, Timeout
 
 from modeling_lmtp.conversion.prompts import read_json_lines
@@ -42,6 +39,7 @@ IDENTITY = (
     "tokenizer_sha256",
     "server_model",
     "prompts_sha256",
+    "rendered_sha256",
     "settings",
 )
 
@@ -332,12 +330,3 @@ def find_parts(output: Path) -> list[Path]:
 def row_id(prompt: str, answer: int) -> str:
     """Return the id of the answer number `answer` (from 0) to `prompt`: a hash of the two."""
     return hashlib.sha256(f"{answer}\n{prompt}".encode()).hexdigest()[:20]
-
-
-def package_versions() -> dict[str, str]:
-    """Return the versions that answers may depend on."""
-    return {
-        "modeling_lmtp": version("modeling-lmtp"),
-        "torch": str(torch.__version__),
-        "transformers": transformers.__version__,
-    }

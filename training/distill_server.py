@@ -24,8 +24,9 @@ from typing import Any
 
 from modeling_lmtp.conversion.batch_generation import derived_seed
 from modeling_lmtp.conversion.prompts import Prompt
+from modeling_lmtp.conversion.saving import versions
 
-from .distill_files import AnswerFiles, Row, package_versions
+from .distill_files import AnswerFiles, Row
 from .distill_run import (
     Batch,
     DistillReport,
@@ -105,7 +106,7 @@ def distill_from_server(
         "prompts_sha256": prompts_sha256(items),
         "prompt_sources": sources,
         "settings": {name: getattr(settings, name) for name in SETTINGS},
-        "versions": [package_versions()],
+        "versions": [versions()],
     }
     files = AnswerFiles(output, manifest, [item.id for item in items], duplicates)
     asking = _Asking(server, settings)
@@ -165,7 +166,7 @@ class _Asking:
                 if error.code not in (408, 429) and error.code < 500:
                     raise ValueError(
                         f"server: {self.server.url} refused the prompt {item.prompt.text[:80]!r}: "
-                        f"{reason}. Check --server (up to and with /v1), --server-model, "
+                        f"{reason}. Check --server (up to and with /v1), --server_model, "
                         "OPENAI_API_KEY and the prompt's length. What was answered is kept"
                     ) from error
             except (OSError, HTTPException) as error:

@@ -103,6 +103,13 @@ class DriftReport:
         """Return the report as JSON-serialisable values."""
         return asdict(self)
 
+    def summary(self) -> str:
+        """Return the report in a sentence."""
+        return (
+            f"KL {self.kl:.4f} nats per token, top-1 agreement {self.top1_agreement:.2%}, perplexity "
+            f"{self.perplexity_original:.3f} -> {self.perplexity_tuned:.3f}"
+        )
+
 
 @torch.no_grad()
 def measure_drift(

@@ -18,7 +18,7 @@ from modeling_lmtp.leaps_lmtp import drafts
 from modeling_lmtp.losses_lmtp import IGNORE_INDEX
 from modeling_lmtp.modeling_lmtp import LMTPForCausalLM
 from modeling_lmtp.tree_lmtp import DraftTree
-from modeling_lmtp.vocabulary_lmtp import draft_labels
+from modeling_lmtp.unembeddings_lmtp import draft_labels
 
 from .examples import Example
 
@@ -43,6 +43,19 @@ class HeadReport:
     def as_dict(self) -> dict[str, object]:
         """Return the report as JSON-serialisable values."""
         return asdict(self)
+
+    def summary(self) -> str:
+        """Return the report in a sentence."""
+        top1 = ", ".join(f"{row[0]:.2f}" for row in self.accuracies)
+        return (
+            f"top-1 accuracy per draft distance {top1}; simulated tokens per step of the chain "
+            f"{self.chain_tokens_per_step:.2f}"
+        )
+
+    def metrics(self) -> dict[str, float]:
+        """Return the report as numbers by name, as a Trainer logs them."""
+        top1 = {f"top1_distance_{a}": row[0] for a, row in enumerate(self.accuracies, start=1)}
+        return {"tokens_per_step": self.chain_tokens_per_step, **top1}
 
 
 @torch.no_grad()

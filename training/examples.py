@@ -4,7 +4,7 @@ Shapes: `B` batch, `L` length.
 """
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import islice
 from typing import Any, TypeVar
 
@@ -14,8 +14,6 @@ from torch.utils.data import Dataset
 from modeling_lmtp.conversion.prompts import Example
 from modeling_lmtp.losses_lmtp import IGNORE_INDEX
 
-from .answers import read_examples
-
 __all__ = [
     "AnswerDataset",
     "Example",
@@ -23,7 +21,6 @@ __all__ = [
     "collate",
     "draft_vocabulary",
     "evenly",
-    "read_examples",
     "split_examples",
 ]
 
@@ -54,6 +51,39 @@ def split_examples(
         [example for i, example in enumerate(examples) if i not in chosen],
         [examples[i] for i in sorted(chosen)],
     )
+
+
+def to_examples(rows: Iterable[Example | Mapping[str, Any]]) -> list[Example]:
+    """Return answers as examples.
+
+    Args:
+        rows: examples; or rows, as of a `datasets.Dataset`, with `input_ids` and, where tokens of the
+            prompt are not learned, `labels` that are -100 there.
+
+    Raises:
+        ValueError: a row has no `input_ids`, or labels that do not belong to one answer at its end.
+    """
+    return [
+        row if isinstance(row, Example) else _to_example(row, number)
+        for number, row in enumerate(rows)
+    ]
+
+
+def _to_example(row: Mapping[str, Any], number: int) -> Example:
+    if "input_ids" not in row:
+        raise ValueError(
+            f"Row {number} has no input_ids, but {', '.join(map(str, row))}. Tokenize the answers, or "
+            "read a file of them with read_answers."
+        )
+    input_ids = list(row["input_ids"])
+    labels = list(row.get("labels", input_ids))
+    start = next((i for i, label in enumerate(labels) if label != IGNORE_INDEX), len(labels))
+    if labels[start:] != input_ids[start:]:
+        raise ValueError(
+            f"Row {number}: labels must be {IGNORE_INDEX} for the tokens of the prompt and the input_ids "
+            "from there on, because heads learn one answer at the end of each row."
+        )
+    return Example(input_ids, start)
 
 
 def check_targets(

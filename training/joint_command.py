@@ -1,103 +1,74 @@
 """`lmtp joint`: from a checkpoint and answers to an adapter that tunes backbone and heads together."""
 
-import shutil
-from dataclasses import asdict
-from pathlib import Path
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
 
+from modeling_lmtp.conversion.command_line import console
 from modeling_lmtp.conversion.loading import adapter_config, load_lmtp, load_tokenizer
-from modeling_lmtp.conversion.saving import file_sha256, run_folder_of, save_checkpoint
 from modeling_lmtp.transformers_lmtp import commit_of
 
-from .answer_files import load_answers, warn
-from .examples import split_examples
-from .joint import JointReport, joint_tune
-from .joint_settings import JointSettings
+from .arguments import JointTrainingArguments
+from .evaluation import evaluate_heads
+from .joint_trainer import JointTrainer
 from .processes import processes
-from .quantized import load_quantized
-from .training_log import save_training_log
-
-COMMAND = "lmtp joint"
+from .training_run import RunOptions, TrainingRun
 
 
-def tune_jointly(
-    source: str,
-    answers: Path,
-    output: Path,
-    settings: JointSettings,
-    *,
-    max_length: int,
-    held_out: int,
-    dtype: str,
-    merge: bool = False,
-    bits: int | None = None,
-    bad_rows: str = "refuse",
-) -> JointReport:
-    """Tune backbone and heads, and save the adapter, or with `merge` the tuned checkpoint, in `output`.
+@dataclass
+class JointOptions(RunOptions):
+    """What a joint run trains, on what, and what is saved."""
 
-    Checkpoints of the run itself are kept in `<output>.training` until then; called again after a
-    stop, it goes on from the last. Of several processes, the main one writes.
+    title: ClassVar[str] = "data"
 
-    Args:
-        source: a checkpoint with leap heads.
-        answers: rows with `prompt` and `response`.
-        output: a new folder; an adapter there loads with
-            `PeftModel.from_pretrained(LMTPForCausalLM.from_pretrained(source), output)`.
-        settings: how to tune.
-        max_length: tokens of an example.
-        held_out: answers kept out of training.
-        dtype: of the backbone.
-        merge: save a full checkpoint instead of the adapter.
-        bits: 4 or 8 to quantize the backbone, see `load_quantized`.
-        bad_rows: of the answers, see `read_answers`.
+    merge: bool = field(
+        default=False, metadata={"help": "Save a full checkpoint in place of an adapter."}
+    )
 
-    Raises:
-        ValueError: `output` holds something, the checkpoint has no heads or is an adapter, the answers
-            are unusable, or a quantized backbone is to be merged.
+
+def joint(options: JointOptions, args: JointTrainingArguments) -> None:
+    """Tune backbone and leap heads together with LoRA (stage 2), and save the adapter.
+
+    MODEL is a checkpoint whose heads are trained. The adapter loads with
+    `PeftModel.from_pretrained(LMTPForCausalLM.from_pretrained(MODEL), OUTPUT)`.
+
+    Examples:
+    lmtp joint me/heads answers.jsonl adapter --kl_weight 0.1
+    lmtp joint me/heads answers.jsonl tuned --merge --head_learning_rate 1e-3
     """
-    run_folder = run_folder_of(output, COMMAND)
-    if merge and bits is not None:
+    run = TrainingRun("lmtp joint", options, args)
+    if (adapter := adapter_config(options.model)) is not None:
         raise ValueError(
-            f"merge would round the adapter into {bits} bits. Save the adapter, and merge it into the "
-            "checkpoint loaded whole."
-        )
-    if (adapter := adapter_config(source)) is not None:
-        raise ValueError(
-            f"{source!r} is an adapter, and a second one would be of no use without it. Tune "
+            f"{options.model!r} is an adapter, and a second one would be of no use without it. Tune "
             f"{adapter.base_model_name_or_path!r}, which it was trained on, or train the adapter again "
             "with --merge and tune what that saves."
         )
-    this_process = processes()  # before the model is loaded: each process takes its own device
-    tokenizer = load_tokenizer(source)
-    model = load_lmtp(source, dtype) if bits is None else load_quantized(source, bits, dtype)
-    found = load_answers(answers, model, tokenizer, max_length, bad_rows)
-    warn(found.notes)
-    training, evaluation = split_examples(found.examples, held_out)
+    tokenizer = load_tokenizer(options.model)
+    model = load_lmtp(options.model, options.dtype)
     revision = commit_of(model.config)
-    tuned, report = joint_tune(model, training, evaluation, run_folder, settings)
-    if this_process.is_main_process:
-        record: dict[str, Any] = {
-            "command": COMMAND,
-            "checkpoint": source,
-            "checkpoint_revision": revision,
-            "bits": bits,
-            "merged": merge,
-            "answers_sha256": file_sha256(answers),
-            "answers_notes": found.notes,
-            "examples": len(training),
-            "processes": this_process.num_processes,
-            "settings": asdict(settings),
-            "held_out": report.held_out(),
-            "log": report.log,
-        }
-        saved: Any = tuned.merge_and_unload() if merge else tuned
-        save_checkpoint(
-            saved,
-            tokenizer,
-            output,
-            record,
-            lambda folder: save_training_log(folder, report.log, model.config.leap_offsets),
-        )
-        shutil.rmtree(run_folder)
-    this_process.wait_for_everyone()
-    return report
+    run.read_answers(model, tokenizer)
+    before = evaluate_heads(model, run.held_out)[0] if run.held_out and model.leap_heads else None
+    reports: dict[str, Any] = {"heads_before": before}
+    trainer = JointTrainer(model, args, run.examples, run.held_out, processing_class=tokenizer)
+    trainer.train(resume_from_checkpoint=True)
+    reports["heads_after"] = trainer.head_report(run.held_out)
+    reports["drift"] = trainer.drift_report(run.held_out) if run.held_out else None
+    record = {
+        "checkpoint": options.model,
+        "checkpoint_revision": revision,
+        "merged": options.merge,
+        "held_out": {name: report and report.as_dict() for name, report in reports.items()},
+    }
+    saved: Any = trainer.model.merge_and_unload() if options.merge else trainer.model
+    run.save(saved, tokenizer, trainer, record)
+    if not processes().is_main_process:
+        return
+    names = {
+        "drift": "Drift from the original backbone",
+        "heads_before": "Heads before",
+        "heads_after": "Heads after",
+    }
+    for name, text in names.items():
+        if reports[name] is not None:
+            console.print(f"{text}: {reports[name].summary()}.", soft_wrap=True)
+    what = "the tuned checkpoint" if options.merge else "the adapter"
+    console.print(f"Saved {what} in {options.output}.", soft_wrap=True)

@@ -1,53 +1,110 @@
-"""The Trainer of joint tuning: a learning rate per part, and the loss towards the original backbone."""
+"""Stage 2, joint tuning: LoRA on backbone and heads, loss = NTP + β · Σ heads (arXiv 2505.17505).
 
+Held-out answers say what it did to both: how much better the heads draft, and how far the backbone has
+drifted from the original.
+"""
+
+from collections.abc import Sequence
 from typing import Any
 
 import torch
+from peft import PeftModel
+from transformers import set_seed
 
 from modeling_lmtp.losses_lmtp import IGNORE_INDEX
+from modeling_lmtp.modeling_lmtp import LMTPForCausalLM
 
-from .adapters import parameter_groups
-from .batches import GroupedSampler
-from .drift import next_token_kl, next_token_nll, original_model
-from .guarded_trainer import GuardedTrainer
-from .joint_settings import JointSettings
+from .adapters import add_adapters, cast_trained, check_trainable, parameter_groups
+from .answer_trainer import AnswerTrainer, prepared, remove_autocast
+from .arguments import JointTrainingArguments
+from .drift import DriftReport, measure_drift, next_token_kl, next_token_nll, original_model
+from .examples import AnswerDataset, Example
+from .leap_trainer import Answers
 
 
-class JointTrainer(GuardedTrainer):
-    """A Trainer with a learning rate per part, and the loss towards the original backbone.
+class JointTrainer(AnswerTrainer):
+    """A `transformers.Trainer` that tunes backbone and heads with LoRA adapters, which it adds.
 
-    It logs, as means over the batches since the last time, `loss_ntp`, `loss_head_<offset>` and, where
-    it counts, `kl` to the original.
+    A backbone in 16 bits stays so; what trains is kept in float32. Beside what every Trainer logs, it
+    logs, as means over the batches since the last time, `loss_ntp`, `loss_head_<offset>` and, where it
+    counts, `kl` to the original. It evaluates what `LeapTrainer` evaluates, and the drift from the
+    original backbone (`eval_kl`, `eval_perplexity_original`, …, see `DriftReport`).
+
+    After `train`, `trainer.model` is the model in PEFT's wrapper: its `save_pretrained` writes the
+    adapter, its `merge_and_unload` returns a plain `LMTPForCausalLM`. The configuration says then what it
+    was trained with (`leap_loss_weight`), not that its backbone trains (`train_backbone`): merged, it is a
+    checkpoint whose heads can be trained further by `LeapTrainer`.
 
     Args:
-        settings: how to tune.
-        arguments: the Trainer's own; its model is `LMTPForCausalLM` in PEFT's wrapper.
+        model: heads that were trained by `LeapTrainer`. It may be quantized; then the "original" is
+            what the quantized model was.
+        args: the arguments.
+        train_dataset, eval_dataset, options: see `LeapTrainer`.
+
+    Raises:
+        ValueError: `model` cannot be trained (see `check_trainable`), or there is nothing to learn.
     """
 
+    args: JointTrainingArguments
     optimizer: torch.optim.Optimizer | None
 
-    def __init__(self, settings: JointSettings, **arguments: Any) -> None:
-        super().__init__(**arguments)
-        self.settings = settings
+    def __init__(
+        self,
+        model: LMTPForCausalLM,
+        args: JointTrainingArguments,
+        train_dataset: Answers,
+        eval_dataset: Answers | None = None,
+        **options: Any,
+    ) -> None:
+        check_trainable(model)
+        args, examples, held_out, identity = prepared(model, args, train_dataset, eval_dataset)
+        # Nobody's loss counts the heads at 0, so no optimizer needs to know them
+        self.head_training = args.head_training if args.leap_loss_weight else "none"
+        set_seed(args.seed)  # adapters start at random
+        model.config.leap_loss_weight = args.leap_loss_weight
+        adapted = add_adapters(
+            model,
+            rank=args.lora_r,
+            alpha=args.lora_alpha,
+            dropout=args.lora_dropout,
+            heads=self.head_training,
+        )
         self._parts: list[dict[str, torch.Tensor]] = []
+        rows = AnswerDataset(examples, train_on_prompts=args.train_on_prompts)
+        lengths = [len(example.input_ids) for example in examples]
+        super().__init__(
+            model, adapted, args, examples, held_out, rows, lengths, identity, **options
+        )
 
-    def _get_train_sampler(self, train_dataset: Any = None) -> GroupedSampler:
-        """Order rows by seed and epoch alone, so that a stopped run goes on where it was."""
-        data = self.train_dataset if train_dataset is None else train_dataset
-        lengths = [len(data[index]["input_ids"]) for index in range(len(data))]
-        steps = self.args.gradient_accumulation_steps
-        global_batch_size = self.args.train_batch_size * steps * self.args.world_size
-        return GroupedSampler(lengths, global_batch_size, self.args.seed)
+    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
+        """Train the adapters; see `AnswerTrainer.train`."""
+        config, dtype = self.lmtp_model.config, self.lmtp_model.backbone.dtype
+        train_backbone, config.train_backbone = config.train_backbone, True
+        try:
+            return super().train(resume_from_checkpoint, **kwargs)
+        finally:
+            remove_autocast(self.model)
+            config.train_backbone = train_backbone
+            cast_trained(self.model, dtype, only_heads=True)
+            self.model.eval()
+
+    def metrics(self, examples: Sequence[Example]) -> dict[str, float]:
+        """Return what held-out answers say of the heads, and of the drift."""
+        return {**super().metrics(examples), **self.drift_report(examples).as_dict()}
+
+    def drift_report(self, examples: Sequence[Example]) -> DriftReport:
+        """Compare the tuned backbone with the original on answers."""
+        model: PeftModel = self.model
+        with self.evaluation_autocast():
+            return measure_drift(model, examples, progress=self.shows_progress)
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
         """Make the optimizer that the arguments name, with one group for each part."""
         if self.optimizer is None:
             optimizer_class, options = self.get_optimizer_cls_and_kwargs(self.args)
-            backbone_rate = self.settings.learning_rate
-            groups = parameter_groups(
-                self.model, backbone_rate, self.settings.head_learning_rate or backbone_rate
-            )
-            options["weight_decay"] = self.settings.weight_decay
+            rate = self.args.learning_rate
+            groups = parameter_groups(self.model, rate, self.args.head_learning_rate or rate)
+            options["weight_decay"] = self.args.weight_decay
             self.optimizer = optimizer_class(groups, **options)
         return self.optimizer
 
@@ -59,9 +116,13 @@ class JointTrainer(GuardedTrainer):
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> Any:
         """Compute the model's own loss, and add the KL to the original backbone."""
+        if (
+            not model.training
+        ):  # the metrics say what it did to both, and nothing is logged as training
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         labels = inputs["labels"]
         inputs = {**inputs, "use_cache": False}
-        original = self._original_logits(model, inputs) if self.settings.kl_weight else None
+        original = self._original_logits(model, inputs) if self.args.kl_weight else None
         loss, outputs = super().compute_loss(
             model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch
         )
@@ -75,7 +136,7 @@ class JointTrainer(GuardedTrainer):
             kl, _ = next_token_kl(original, outputs["logits"], labels)
             parts["kl"] = kl.detach() / count
             kl = kl * self._num_averaged(num_items_in_batch) / (num_items_in_batch or count)
-            loss = loss + self.settings.kl_weight * kl
+            loss = loss + self.args.kl_weight * kl
         self._parts.append(parts)
         return (loss, outputs) if return_outputs else loss
 
@@ -97,6 +158,6 @@ class JointTrainer(GuardedTrainer):
                 mean = torch.stack([parts[name] for parts in self._parts]).mean()
                 logs[name] = float(self.accelerator.reduce(mean, "mean"))
             self._parts.clear()
-            if self.settings.head_training != "none":
+            if self.head_training != "none":
                 logs["learning_rate_heads"] = self.lr_scheduler.get_last_lr()[-1]
         super().log(logs, *args, **kwargs)

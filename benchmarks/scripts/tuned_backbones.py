@@ -30,7 +30,8 @@ from modeling_lmtp.benchmarks.resampling import resample, resampled_ratios
 from modeling_lmtp.conversion.loading import DTYPES, load_backbone, load_tokenizer
 from modeling_lmtp.conversion.prompts import answer_end_id
 from modeling_lmtp.conversion.saving import PROVENANCE, file_sha256, versions
-from modeling_lmtp.training.examples import Example, read_examples
+from modeling_lmtp.training.answers import read_examples
+from modeling_lmtp.training.examples import Example
 
 PAGE = Path(__file__).parents[1] / "tuned_backbones.md"
 MARK = "<!-- tables: written by tuned_backbones.py -->"

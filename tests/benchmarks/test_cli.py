@@ -92,7 +92,7 @@ def test_verify_finds_equal_texts_and_writes_the_figures(folder, checkpoint, tmp
     results = json.loads(figures.read_text())["results"]
     assert set(results) == {"greedy, chain", "greedy, tree", "sampling, chain", "sampling, tree"}
     assert all(result["equal"] == result["prompts"] == 3 for result in results.values())
-    assert "Tier: tree (trees come out exact; float32, cpu, sdpa" in result.output
+    assert "Tier: tree (trees are exact; float32, cpu, sdpa" in result.output
 
 
 def test_verify_tries_what_the_checkpoint_drafts(folder, checkpoint, tmp_path):
@@ -128,10 +128,10 @@ def test_verify_in_sixteen_bits_fails_only_where_rounding_is_no_excuse(
 
 def test_verify_fails_where_texts_differ(folder, checkpoint, monkeypatch):
     monkeypatch.setattr(
-        "modeling_lmtp.choosing_lmtp.TokenChooser.is_plain_greedy", property(lambda self: False)
+        "modeling_lmtp.acceptance_lmtp.TokenSelector.is_plain_greedy", property(lambda self: False)
     )
-    choose = "modeling_lmtp.choosing_lmtp.TokenChooser.choose"
-    monkeypatch.setattr(choose, lambda self, scores: scores.argmin(dim=-1))
+    select = "modeling_lmtp.acceptance_lmtp.TokenSelector.select"
+    monkeypatch.setattr(select, lambda self, scores: scores.argmin(dim=-1))
     arguments = ["--prompts", folder / "prompts.jsonl", "--num_prompts", 1, "--max_new_tokens", 4]
     result = lmtp("verify", checkpoint, *arguments)
     assert result.exit_code == 1

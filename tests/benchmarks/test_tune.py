@@ -263,7 +263,7 @@ def test_acceptance_lengths_of_plain_rows_stop_at_their_end():
 
 @pytest.mark.parametrize("table", [{}, {"0": {}}, {"one": {}}], ids=str)
 def test_drafts_by_batch_size_need_batch_sizes(table):
-    with pytest.raises(ValueError, match="must say for some batch sizes what is drafted"):
+    with pytest.raises(ValueError, match="must map batch sizes to draft settings"):
         LMTPSettings(draft_by_batch_size=table).check(horizon=3)
 
 

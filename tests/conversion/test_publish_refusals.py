@@ -92,7 +92,7 @@ SPOILT = {
     ),
     "more heads than it says": (
         lambda f: change(f / "config.json", leap_offsets=[2]),
-        "not part of the model that the configuration describes",
+        "not part of the configured model",
     ),
     "a configuration that is no JSON": (
         lambda f: (f / "config.json").write_text("{"),

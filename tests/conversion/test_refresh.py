@@ -30,8 +30,8 @@ from save_fixture import FIXTURES, HEADS, OPTIONS, PROMPT
 from transformers import AutoModelForCausalLM
 
 from modeling_lmtp import LMTPForCausalLM, __version__
-from modeling_lmtp.checkpoints_lmtp import AUTO_MAP
 from modeling_lmtp.conversion import refreshing
+from modeling_lmtp.pretrained_lmtp import AUTO_MAP
 
 pytestmark = [
     pytest.mark.slow,
@@ -95,7 +95,7 @@ def aged(files, **settings):
         "given_up_lmtp.py": OLD_CODE,
         **({"config.json": json.dumps(config).encode()} if settings else {}),
     }
-    kept = {name: data for name, data in files.items() if name != "zero_lmtp.py"}
+    kept = {name: data for name, data in files.items() if name != "unembeddings_lmtp.py"}
     return {**kept, **changed, **NOT_OURS}
 
 
@@ -103,7 +103,7 @@ CHANGES = {
     "given_up_lmtp.py": "removed",
     "modeling_lmtp.py": "replaced",
     "tree_lmtp.py": "replaced",
-    "zero_lmtp.py": "added",
+    "unembeddings_lmtp.py": "added",
 }
 
 
@@ -377,7 +377,7 @@ def test_heads_on_a_backbone_of_other_sizes_are_refused(hub, published, unchecke
     fixture.backbone.save_pretrained(tmp_path / "other")
     hub.add(HEADS_ID, aged(published[HEADS_ID]))
     message = error_of("refresh", HEADS_ID, "--base-folder", tmp_path / "other", "--yes")
-    assert "The leap heads are for another backbone" in message
+    assert "The leap heads do not fit the backbone" in message
     assert hub.files(HEADS_ID) == aged(published[HEADS_ID])
 
 
@@ -428,7 +428,7 @@ def test_a_full_disk_is_known_before_anything_is_replaced(
 def test_what_a_kill_left_behind_is_cleared_away(tmp_path, published, unchecked):
     folder = write(tmp_path / "checkpoint", aged(published[FULL_ID]))
     (folder / ".refresh.unfinished" / "new").mkdir(parents=True)
-    (folder / ".refresh.unfinished" / "new" / "zero_lmtp.py").write_bytes(OLD_CODE)
+    (folder / ".refresh.unfinished" / "new" / "unembeddings_lmtp.py").write_bytes(OLD_CODE)
     text_of(folder, "--yes")
     assert files_of(folder) == {**published[FULL_ID], **NOT_OURS}
 

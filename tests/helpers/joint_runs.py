@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -9,8 +10,9 @@ from tiny import tiny_llama
 from torch.nn.functional import cross_entropy
 
 from modeling_lmtp import LMTPForCausalLM
+from modeling_lmtp.training.arguments import JointTrainingArguments
 from modeling_lmtp.training.examples import Example
-from modeling_lmtp.training.joint_settings import JointSettings
+from modeling_lmtp.training.joint_trainer import JointTrainer
 
 PROMPT = torch.tensor([[5, 17, 60, 33, 41, 9]])
 OFFSETS = (2, 3)
@@ -36,10 +38,25 @@ def examples(count: int = 24, seed: int = 0) -> list[Example]:
     return [Example(row[:n].tolist(), ANSWER_START) for row, n in zip(rows, lengths, strict=True)]
 
 
-def settings(**changes: Any) -> JointSettings:
-    """Return settings of a short run with large steps."""
-    defaults = {"epochs": 2, "batch_size": 8, "learning_rate": 5e-3, "rank": 4, "alpha": 8}
-    return JointSettings(**{**defaults, "logging_steps": 1, **changes})
+def settings(**changes: Any) -> JointTrainingArguments:
+    """Return arguments of a short run with large steps."""
+    defaults = {
+        "disable_tqdm": True,
+        "num_train_epochs": 2,
+        "per_device_train_batch_size": 8,
+        "learning_rate": 5e-3,
+        "lora_r": 4,
+        "lora_alpha": 8,
+        "logging_steps": 1,
+    }
+    return JointTrainingArguments(**{**defaults, **changes})
+
+
+def joint_tune(model, rows, held_out, folder, args) -> JointTrainer:
+    """Tune a model in `folder`, or resume there, and return the trainer."""
+    trainer = JointTrainer(model, replace(args, output_dir=str(folder)), rows, held_out)
+    trainer.train(resume_from_checkpoint=True)
+    return trainer
 
 
 def naive_sums(model: Any, example: Example) -> tuple[float, list[float], int]:

@@ -14,14 +14,16 @@ import pytest
 import torch
 from accelerate import PartialState
 from tiny import tiny_llama, tiny_tokenizer
+from tiny_training import warm_up
 from transformers import TrainerCallback
 
 from modeling_lmtp import LMTPForCausalLM
+from modeling_lmtp.training.arguments import HeadOptions, LeapTrainingArguments
 from modeling_lmtp.training.examples import Example
+from modeling_lmtp.training.leap_trainer import LeapTrainer
 from modeling_lmtp.training.sharding import USE_FSDP, is_sharded
-from modeling_lmtp.training.train_command import HeadShape, train_heads
-from modeling_lmtp.training.trainer import LeapTrainer
-from modeling_lmtp.training.warmup import WarmupReport, WarmupSettings, warm_up
+from modeling_lmtp.training.train_command import train as train_command
+from modeling_lmtp.training.training_run import RunOptions
 
 ROWS_PER_STEP = 4
 STOP_AFTER = 8  # steps; the last checkpoint is that of step 6, at the end of the first epoch
@@ -29,7 +31,7 @@ STOP_AFTER = 8  # steps; the last checkpoint is that of step 6, at the end of th
 # Each differs from the plain run in what could go wrong with several processes.
 RUNS: dict[str, dict[str, Any]] = {
     "plain": {},
-    "packed": {"pack_length": 40, "distillation_weight": 0.4},
+    "packed": {"packing": True, "max_length": 40, "distillation_weight": 0.4},
     "accumulated": {"gradient_accumulation_steps": 2, "curriculum": "reverse"},
 }
 
@@ -56,13 +58,14 @@ def examples(count: int = 22, seed: int = 0) -> list[Example]:
     return [Example(row[:n].tolist(), 2) for row, n in zip(rows, lengths, strict=True)]
 
 
-def settings(num_processes: int, **changes: Any) -> WarmupSettings:
+def settings(num_processes: int, **changes: Any) -> LeapTrainingArguments:
     """Return settings whose global batch is the same for any number of processes."""
     steps = changes.get("gradient_accumulation_steps", 1)
-    return WarmupSettings(
+    return LeapTrainingArguments(
         **{
-            "epochs": 2,
-            "batch_size": ROWS_PER_STEP // num_processes // steps,
+            "disable_tqdm": True,
+            "num_train_epochs": 2,
+            "per_device_train_batch_size": ROWS_PER_STEP // num_processes // steps,
             "logging_steps": 1,
             "save_steps": 3,
             **changes,
@@ -72,14 +75,14 @@ def settings(num_processes: int, **changes: Any) -> WarmupSettings:
 
 def run(
     folder: Path, num_processes: int, *, dtype: torch.dtype = torch.float32, **changes: Any
-) -> tuple[LMTPForCausalLM, WarmupReport]:
+) -> tuple[LMTPForCausalLM, LeapTrainer]:
     """Train a new model, or go on with what `folder` holds."""
     model = new_model(dtype)
     chosen = settings(num_processes, **changes)
-    report = warm_up(model, examples(), examples(4, 1), folder, chosen, progress=False)
+    trainer = warm_up(model, examples(), examples(4, 1), folder, chosen)
     if PartialState().is_main_process:
-        (folder / "log.json").write_text(json.dumps(report.log))
-    return model, report
+        (folder / "log.json").write_text(json.dumps(trainer.state.log_history))
+    return model, trainer
 
 
 @contextmanager
@@ -93,8 +96,8 @@ def stopped() -> Iterator[None]:
 
     original = LeapTrainer.__init__
 
-    def with_stop(self: Any, *args: Any, callbacks: list[Any], **kwargs: Any) -> None:
-        original(self, *args, callbacks=[*callbacks, Stop()], **kwargs)
+    def with_stop(self: Any, *args: Any, **kwargs: Any) -> None:
+        original(self, *args, callbacks=[Stop()], **kwargs)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(LeapTrainer, "__init__", with_stop)
@@ -113,15 +116,16 @@ def save_sources(folder: Path) -> None:
 
 def train(sources: Path, output: Path, num_processes: int) -> None:
     """Do what `lmtp train` does."""
-    train_heads(
-        str(sources / "backbone"),
-        sources / "answers.jsonl",
-        output,
-        HeadShape(leap_offsets=(2, 3), draft_vocab_size=100),
-        settings(num_processes),
-        max_length=64,
-        held_out=1,
-        dtype="float32",
+    train_command(
+        RunOptions(
+            str(sources / "backbone"),
+            sources / "answers.jsonl",
+            output,
+            held_out=1,
+            dtype="float32",
+        ),
+        HeadOptions(leap_offsets=[2, 3], draft_vocab_size=100),
+        settings(num_processes, max_length=64),
     )
 
 

@@ -6,15 +6,14 @@ import pytest
 import torch
 from commands import error_of, lmtp
 from tiny import tiny_llama, tiny_tokenizer
+from tiny_training import settings, warm_up
 
 from modeling_lmtp import LMTPForCausalLM
-from modeling_lmtp.training.answer_files import load_answers, other_model_note
-from modeling_lmtp.training.answers import read_answers
+from modeling_lmtp.training.answers import load_answers, other_model_note, read_answers
 from modeling_lmtp.training.distill_files import manifest_path
 from modeling_lmtp.training.evaluation import evaluate_heads
 from modeling_lmtp.training.examples import Example, check_targets
 from modeling_lmtp.training.fingerprints import model_fingerprint
-from modeling_lmtp.training.warmup import WarmupSettings, warm_up
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*pin_memory.*:UserWarning"),
@@ -44,7 +43,7 @@ def write(path, *lines):
 @pytest.mark.parametrize("line", BAD, ids=BAD.values())
 def test_a_bad_row_is_refused_by_file_and_line_or_skipped_and_counted(tmp_path, line):
     path = write(tmp_path / "a.jsonl", GOOD, "", line, GOOD)
-    with pytest.raises(ValueError, match=r"a\.jsonl:3: .*--bad-rows skip") as raised:
+    with pytest.raises(ValueError, match=r"a\.jsonl:3: .*--bad_rows skip") as raised:
         read_answers(path, tiny_tokenizer(), END)
     assert BAD[line] in str(raised.value)
     answers = read_answers(path, tiny_tokenizer(), END, bad_rows="skip")
@@ -116,8 +115,8 @@ def test_labels_outside_the_vocabulary_are_refused(train_backbone, label):
 def warmed_up(folder, rows, batch_size=4):
     torch.manual_seed(0)
     model = LMTPForCausalLM.from_backbone(tiny_llama(vocab_size=64), leap_offsets=(2, 5))
-    settings = WarmupSettings(epochs=3, batch_size=batch_size, learning_rate=1e-2)
-    report = warm_up(model, rows, rows, folder, settings, progress=False)
+    args = settings(num_train_epochs=3, per_device_train_batch_size=batch_size, learning_rate=1e-2)
+    report = warm_up(model, rows, rows, folder, args)
     return model.leap_heads.state_dict(), report
 
 
@@ -129,14 +128,14 @@ def test_rows_without_targets_change_nothing(tmp_path):
     expected, _ = warmed_up(tmp_path / "a", LONG, batch_size=4)
     actual, report = warmed_up(tmp_path / "b", [*LONG, all_masked], batch_size=5)
     torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-6)
-    assert report.held_out.chain_tokens_per_step >= 1
+    assert report.head_report([*LONG, all_masked]).chain_tokens_per_step >= 1
 
 
 def test_answers_shorter_than_the_horizon_are_learned_as_far_as_they_go(tmp_path):
     short = [Example([9, 10, 11], 2), Example([9, 10], 1)]
     state, report = warmed_up(tmp_path, [*LONG, *short], batch_size=2)
     assert all(value.isfinite().all() for value in state.values())
-    assert all(entry["loss"] < 100 for entry in report.log if "loss" in entry)
+    assert all(entry["loss"] < 100 for entry in report.state.log_history if "loss" in entry)
     model = LMTPForCausalLM.from_backbone(tiny_llama(vocab_size=64), leap_offsets=(2, 5))
     assert evaluate_heads(model, short)[0].chain_tokens_per_step >= 1
 
@@ -167,7 +166,7 @@ def folder(tmp_path_factory):
         tiny_tokenizer().save_pretrained(folder / name)
     rows = [{"prompt": f"Question {i}?"} for i in range(5)]
     write(folder / "prompts.jsonl", *(json.dumps(row) for row in rows))
-    options = ["--prompts", folder / "prompts.jsonl", "--max-new-tokens", 8]
+    options = ["--prompts", folder / "prompts.jsonl", "--max_new_tokens", 8]
     assert lmtp("distill", folder / "mine", folder / "answers.jsonl", *options).exit_code == 0
     return folder
 
@@ -176,9 +175,9 @@ def test_train_joint_and_analyze_say_if_another_model_made_the_answers(
     folder, tmp_path, monkeypatch
 ):
     told = []
-    monkeypatch.setattr("modeling_lmtp.training.answer_files.logger.warning", told.append)
+    monkeypatch.setattr("modeling_lmtp.training.answers.logger.warning", told.append)
     answers = folder / "answers.jsonl"
-    train = ["--held-out", 2, "--leap-offsets", "2,3"]
+    train = ["--held_out", 2, "--leap_offsets", 2, 3]
     assert lmtp("train", folder / "mine", answers, tmp_path / "m", *train).exit_code == 0
     assert not told
     assert lmtp("train", folder / "other", answers, tmp_path / "o", *train).exit_code == 0
@@ -186,10 +185,10 @@ def test_train_joint_and_analyze_say_if_another_model_made_the_answers(
     assert f"were made by another model or revision, {folder / 'mine'}" in told[0]
     record = json.loads((tmp_path / "o" / "provenance.json").read_text())
     assert record["answers_notes"] == told
-    joint = ["--held-out", 2, "--rank", 2, "--epochs", 1]
+    joint = ["--held_out", 2, "--lora_r", 2, "--num_train_epochs", 1]
     assert lmtp("joint", tmp_path / "o", answers, tmp_path / "j", *joint).exit_code == 0
     assert len(told) == 2
-    analyze = ["--num-answers", 2, "--marginalize-positions", 0, "--nodes", 2]
+    analyze = ["--num_answers", 2, "--marginalize_positions", 0, "--nodes", 2]
     options = ["--answers", answers, "--output", tmp_path / "a", *analyze]
     result = lmtp("analyze", tmp_path / "o", *options)
     assert result.exit_code == 0, result.output
@@ -221,20 +220,31 @@ def test_the_commands_refuse_bad_rows_or_skip_them_by_choice(folder, tmp_path):
     rows = (folder / "answers.jsonl").read_text().splitlines()
     answers = write(tmp_path / "answers.jsonl", *rows, "{}")
     output = tmp_path / "out"
-    command = ["train", folder / "mine", answers, output, "--held-out", 2, "--leap-offsets", "2,3"]
+    command = ["train", folder / "mine", answers, output, "--held_out", 2, "--leap_offsets", 2, 3]
     assert "answers.jsonl:6: expected text in the field 'prompt'" in error_of(*command)
     assert not output.exists()
-    assert lmtp(*command, "--bad-rows", "skip").exit_code == 0
+    assert lmtp(*command, "--bad_rows", "skip").exit_code == 0
     record = json.loads((output / "provenance.json").read_text())
     assert record["examples"] == 3
     assert record["answers_notes"][0].startswith("1 bad rows skipped")
-    joint = ["joint", output, answers, tmp_path / "j", "--held-out", 2, "--rank", 2, "--epochs", 1]
+    joint = [
+        "joint",
+        output,
+        answers,
+        tmp_path / "j",
+        "--held_out",
+        2,
+        "--lora_r",
+        2,
+        "--num_train_epochs",
+        1,
+    ]
     assert "answers.jsonl:6" in error_of(*joint)
-    assert lmtp(*joint, "--bad-rows", "skip").exit_code == 0
-    few = ["--num-answers", 2, "--marginalize-positions", 0, "--nodes", 2]
+    assert lmtp(*joint, "--bad_rows", "skip").exit_code == 0
+    few = ["--num_answers", 2, "--marginalize_positions", 0, "--nodes", 2]
     analyze = ["analyze", output, "--answers", answers, "--output", tmp_path / "a", *few]
     assert "answers.jsonl:6" in error_of(*analyze)
-    assert lmtp(*analyze, "--bad-rows", "skip").exit_code == 0
+    assert lmtp(*analyze, "--bad_rows", "skip").exit_code == 0
 
 
 def test_answers_are_cut_where_the_positions_of_the_model_end(tmp_path):

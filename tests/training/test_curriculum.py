@@ -2,10 +2,9 @@
 
 import pytest
 import torch
-from tiny_training import examples, new_model, settings
+from tiny_training import examples, new_model, settings, warm_up
 
 from modeling_lmtp.training.curriculum import active_heads
-from modeling_lmtp.training.warmup import warm_up
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*pin_memory.*:UserWarning")
 
@@ -39,11 +38,15 @@ def test_a_head_stays_as_it_is_until_it_joins(tmp_path, curriculum, late):
         examples(),
         [],
         tmp_path,
-        settings(curriculum=curriculum, curriculum_share=1.0, logging_steps=1, batch_size=4),
-        progress=False,
+        settings(
+            curriculum=curriculum,
+            curriculum_share=1.0,
+            logging_steps=1,
+            per_device_train_batch_size=4,
+        ),
     )
     late_offset, early_offset = (2, 3)[late], (3, 2)[late]
-    losses = [entry for entry in report.log if "loss" in entry]
+    losses = [entry for entry in report.state.log_history if "loss" in entry]
     assert [f"loss_head_{late_offset}" in entry for entry in losses] == [False] * 6 + [True] * 6
     assert all(f"loss_head_{early_offset}" in entry for entry in losses)
     steps = {

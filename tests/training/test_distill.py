@@ -75,7 +75,9 @@ def test_batched_answers_are_those_of_each_prompt_alone(model, tokenizer, tmp_pa
     assert set(rows) == set(TEXTS)
     for text, row in rows.items():
         ids = answer_alone(model, tokenizer, text, GREEDY.max_new_tokens)
-        assert row["response"] == tokenizer.decode(ids, skip_special_tokens=True)
+        ended = ids[-1] in model.generation_config.eos_token_id
+        assert row["response"] == tokenizer.decode(ids[:-1] if ended else ids)
+        assert (row["prompt_ids"], row["response_ids"]) == (render_prompt(tokenizer, text), ids)
         assert row["tokens"] == len(ids)
         assert row["finished"] == (ids[-1] in model.generation_config.eos_token_id)
     assert {row["finished"] for row in rows.values()} == {True, False}
@@ -100,6 +102,13 @@ def test_sampling_options_of_the_checkpoint_do_not_apply(model, tokenizer, tmp_p
         temperature=3.0,
         repetition_penalty=5.0,
         no_repeat_ngram_size=1,
+        suppress_tokens=list(range(200)),
+        guidance_scale=1.5,
+        min_p=0.5,
+        sequence_bias=[[[5], 9.0]],
+        max_time=1e-9,
+        use_lmtp=True,
+        acceptance_rule="typical",
     )
     before = opinionated.generation_config.to_dict()
     run(opinionated, tokenizer, tmp_path / "opinionated.jsonl", GREEDY)
@@ -260,15 +269,15 @@ def test_nothing_to_answer_and_wrong_file_names_are_refused(model, tokenizer, tm
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        ({"max_new_tokens": 0}, "max_new_tokens: expected at least 1, got 0"),
-        ({"batch_size": -1}, "batch_size: expected at least 1, got -1"),
-        ({"temperature": -0.1}, r"temperature: expected 0 \(greedy\) or more, got -0.1"),
-        ({"temperature": 1, "top_p": 0}, "top_p: expected above 0 and at most 1, got 0"),
-        ({"magpie_top_p": 1.5}, "magpie_top_p: expected above 0 and at most 1, got 1.5"),
-        ({"magpie_temperature": 0}, "magpie_temperature: expected more than 0, got 0"),
-        ({"num_answers": 2}, r"num_answers: expected 1 with temperature=0 \(greedy\)"),
-        ({"top_p": 0.5}, r"top_p: expected 1.0 with temperature=0 \(greedy\)"),
-        ({"seed": -1}, "seed: expected 0 or more, got -1"),
+        ({"max_new_tokens": 0}, "max_new_tokens must be at least 1, got 0"),
+        ({"batch_size": -1}, "batch_size must be at least 1, got -1"),
+        ({"temperature": -0.1}, "temperature must be at least 0, got -0.1"),
+        ({"temperature": 1, "top_p": 0}, "top_p must be more than 0 and at most 1, got 0"),
+        ({"magpie_top_p": 1.5}, "magpie_top_p must be more than 0 and at most 1, got 1.5"),
+        ({"magpie_temperature": 0}, "magpie_temperature must be more than 0, got 0"),
+        ({"num_answers": 2}, r"num_answers must be 1 with temperature=0 \(greedy\), got 2"),
+        ({"top_p": 0.5}, r"top_p must be 1 with temperature=0 \(greedy\), got 0.5"),
+        ({"seed": -1}, "seed must be at least 0, got -1"),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
 )

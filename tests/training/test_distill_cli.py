@@ -11,14 +11,13 @@ import sys
 from pathlib import Path
 
 import pytest
+from commands import lmtp
 from tiny import tiny_llama, tiny_tokenizer
-from typer.testing import CliRunner
 
-from modeling_lmtp.__main__ import app
 from modeling_lmtp.training.distill_files import claimed, manifest_path, part_path
 
 TEXTS = ["What is the sea?", "Write a poem.", "A spider asks", "Paris", "The wind", "France?"]
-SETTINGS = ["--max-new-tokens", 8, "--batch-size", 2]
+SETTINGS = ["--max_new_tokens", 8, "--batch_size", 2]
 
 
 @pytest.fixture(scope="module")
@@ -34,10 +33,7 @@ def folder(tmp_path_factory):
 def distill(folder, output, *arguments, model=None):
     model = model or folder / "backbone"
     command = ["distill", model, output, *SETTINGS, *arguments]
-    result = CliRunner().invoke(app, [str(argument) for argument in command])
-    if result.exception is not None and not isinstance(result.exception, SystemExit):
-        raise result.exception
-    return result
+    return lmtp(*command)
 
 
 def error_of(folder, output, *arguments, **options):
@@ -64,7 +60,7 @@ def test_a_bar_tells_speed_and_time_left_and_a_line_says_what_there_is(folder, t
 def test_the_manifest_says_where_the_prompts_are_from(folder, tmp_path):
     output = tmp_path / "out.jsonl"
     distill(
-        folder, output, "--prompts", folder / "prompts.jsonl", "--limit", 4, "--self-written", 1
+        folder, output, "--prompts", folder / "prompts.jsonl", "--limit", 4, "--self_written", 1
     )
     sources = json.loads(manifest_path(output).read_text())["prompt_sources"]
     assert sources["self_written"] == 1
@@ -75,7 +71,7 @@ def test_the_manifest_says_where_the_prompts_are_from(folder, tmp_path):
 
 def test_self_written_prompts_survive_a_stop_at_any_time(folder, tmp_path, monkeypatch):
     output = tmp_path / "out.jsonl"
-    distill(folder, tmp_path / "out.jsonl", "--self-written", 3)
+    distill(folder, tmp_path / "out.jsonl", "--self_written", 3)
     whole = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     assert set(whole) == {"out.jsonl", "out.jsonl.manifest.json", "out.jsonl.prompts.jsonl"}
     for path in tmp_path.iterdir():
@@ -87,34 +83,34 @@ def test_self_written_prompts_survive_a_stop_at_any_time(folder, tmp_path, monke
     for stage in ("training.distill_command.replace_rows", "training.distill_command.distill"):
         with monkeypatch.context() as patch:
             patch.setattr(f"modeling_lmtp.{stage}", stopped)
-            distill(folder, output, "--self-written", 3)
+            distill(folder, output, "--self_written", 3)
         assert "out.jsonl.samples.jsonl" in {path.name for path in tmp_path.iterdir()}
         # What was sampled is not sampled again
         with monkeypatch.context() as patch:
             patch.setattr("modeling_lmtp.training.self_written.generate_ids", None)
             patch.setattr(f"modeling_lmtp.{stage}", stopped)
-            distill(folder, output, "--self-written", 3)
-    assert distill(folder, output, "--self-written", 3).exit_code == 0
+            distill(folder, output, "--self_written", 3)
+    assert distill(folder, output, "--self_written", 3).exit_code == 0
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == whole
     with monkeypatch.context() as patch:
         patch.setattr("modeling_lmtp.training.self_written.generate_ids", None)
-        assert "0 of them new" in distill(folder, output, "--self-written", 3).stdout
+        assert "0 of them new" in distill(folder, output, "--self_written", 3).stdout
 
 
 def test_one_run_at_a_time_writes_prompts(folder, tmp_path):
     output = tmp_path / "out.jsonl"
     with claimed(tmp_path / "out.jsonl.samples.jsonl"):
-        message = error_of(folder, output, "--self-written", 3)
+        message = error_of(folder, output, "--self_written", 3)
     assert "out.jsonl.samples.jsonl: another process is writing to it" in message
 
 
 def test_other_self_written_prompts_need_another_output(folder, tmp_path):
     output = tmp_path / "out.jsonl"
-    distill(folder, output, "--self-written", 2)
+    distill(folder, output, "--self_written", 2)
     before = {path: path.read_bytes() for path in tmp_path.iterdir()}
-    more = error_of(folder, output, "--self-written", 3)
-    assert "out.jsonl: was made with --self-written 2." in more
-    seed = error_of(folder, output, "--self-written", 2, "--seed", 1)
+    more = error_of(folder, output, "--self_written", 3)
+    assert "out.jsonl: was made with --self_written 2." in more
+    seed = error_of(folder, output, "--self_written", 2, "--seed", 1)
     assert "settings.seed is 0 there and 1 now" in seed
     assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
 
@@ -125,22 +121,22 @@ def test_an_output_without_self_written_prompts_is_refused_before_any_are_sample
     output = tmp_path / "out.jsonl"
     distill(folder, output, "--prompts", folder / "prompts.jsonl")
     monkeypatch.setattr("modeling_lmtp.training.self_written.generate_ids", None)
-    message = error_of(folder, output, "--self-written", 2)
+    message = error_of(folder, output, "--self_written", 2)
     assert "was made without out.jsonl.prompts.jsonl" in message
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "There is nothing to answer: pass --prompts FILE, --dataset NAME or --self-written"),
+        ([], "There is nothing to answer: pass --prompts FILE, --dataset NAME or --self_written"),
         (["--prompts", "p.jsonl", "--dataset", "d"], "Pass --prompts FILE or --dataset NAME, not"),
         (["--prompts", "p.jsonl", "--split", "test"], "--split test goes with --dataset NAME"),
-        (["--self-written", 2, "--dataset-config", "de"], "--dataset-config de goes with --data"),
-        (["--self-written", 2, "--limit", 9], "--limit 9 goes with --prompts FILE or --dataset"),
+        (["--self_written", 2, "--dataset_config", "de"], "--dataset_config de goes with --data"),
+        (["--self_written", 2, "--limit", 9], "--limit 9 goes with --prompts FILE or --dataset"),
         (["--limit", 9], "There is nothing to answer"),
-        (["--prompts", "p.jsonl", "--server-model", "m"], "--server-model m goes with --server"),
+        (["--prompts", "p.jsonl", "--server_model", "m"], "--server_model m goes with --server"),
         (["--prompts", "p.jsonl", "--server", "localhost:8000"], "server: expected an address"),
-        (["--server", "http://x/v1", "--self-written", 2], "--self-written needs the model itself"),
+        (["--server", "http://x/v1", "--self_written", 2], "--self_written needs the model itself"),
         (
             ["--server", "http://x/v1", "--prompts", "p.jsonl", "--dtype", "float16"],
             "--dtype float16 has no effect on a server",
@@ -160,7 +156,7 @@ def test_a_wrong_output_name_is_refused_before_anything_is_loaded(folder, tmp_pa
 
 
 def test_launched_processes_finish_what_three_others_began(folder, tmp_path):
-    arguments = ["--prompts", folder / "prompts.jsonl", "--self-written", 2]
+    arguments = ["--prompts", folder / "prompts.jsonl", "--self_written", 2]
     one, two = tmp_path / "one" / "out.jsonl", tmp_path / "two" / "out.jsonl"
     distill(folder, one, *arguments)
     two.parent.mkdir()
@@ -199,13 +195,15 @@ def test_bad_rows_are_refused_or_skipped_and_counted_by_choice(folder, tmp_path,
     prompts.write_text(f'{good}\n{{"prompt": ""}}\n{{"prompt": \n')
     refused = error_of(folder, output, "--prompts", prompts)
     assert "prompts.jsonl:2: expected a non-empty string" in refused
-    assert "--bad-rows skip" in refused
-    assert "got 'drop'" in error_of(folder, output, "--prompts", prompts, "--bad-rows", "drop")
+    assert "--bad_rows skip" in refused
+    assert "invalid choice: 'drop'" in error_of(
+        folder, output, "--prompts", prompts, "--bad_rows", "drop"
+    )
     assert not output.exists()
     logger = logging.getLogger("modeling_lmtp")
     logger.addHandler(caplog.handler)
     try:
-        result = distill(folder, output, "--prompts", prompts, "--bad-rows", "skip")
+        result = distill(folder, output, "--prompts", prompts, "--bad_rows", "skip")
     finally:
         logger.removeHandler(caplog.handler)
     assert result.exit_code == 0

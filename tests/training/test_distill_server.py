@@ -10,10 +10,9 @@ from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
+from commands import lmtp
 from tiny import tiny_tokenizer
-from typer.testing import CliRunner
 
-from modeling_lmtp.__main__ import app
 from modeling_lmtp.conversion.prompts import Prompt
 from modeling_lmtp.training.answers import read_examples
 from modeling_lmtp.training.distill import DistillSettings, manifest_path, read_rows
@@ -336,7 +335,7 @@ def test_a_server_answers_for_the_command_line(server, fake, tmp_path, monkeypat
     prompts.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in TEXTS))
     command = ["distill", "me/big", tmp_path / "out.jsonl", "--prompts", prompts]
     command += ["--server", server.url]
-    result = CliRunner().invoke(app, [str(argument) for argument in command])
+    result = lmtp(*command)
     assert result.exit_code == 0, result.output
     assert "6 answers" in result.stdout
     assert {request["model"] for _, request in fake.requests} == {"me/big"}

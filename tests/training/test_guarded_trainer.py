@@ -12,20 +12,19 @@ import torch
 import warmup_runs
 from safetensors.torch import load_file
 from tiny import tiny_tokenizer
+from tiny_training import warm_up
 from transformers import Trainer
 
 from modeling_lmtp.conversion.saving import save_checkpoint
+from modeling_lmtp.training.answer_trainer import last_whole_checkpoint
 from modeling_lmtp.training.examples import Example
-from modeling_lmtp.training.guarded_trainer import last_whole_checkpoint
-from modeling_lmtp.training.joint import joint_tune
-from modeling_lmtp.training.warmup import warm_up
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*:FutureWarning"),
     pytest.mark.filterwarnings("ignore:.*pin_memory.*:UserWarning"),
 ]
 POISONED = 62  # a token whose embedding is no number
-STAGES = {"warm-up": (warm_up, warmup_runs), "joint": (joint_tune, joint_runs)}
+STAGES = {"warm-up": (warm_up, warmup_runs), "joint": (joint_runs.joint_tune, joint_runs)}
 
 
 def run(stage, folder, model=None, rows=None, **changes):
@@ -33,9 +32,9 @@ def run(stage, folder, model=None, rows=None, **changes):
     train, module = STAGES[stage]
     model = module.new_model() if model is None else model
     rows = module.examples(20) if rows is None else rows
-    options = {"batch_size": 4, "epochs": 2, "save_steps": 2, **changes}
+    options = {"per_device_train_batch_size": 4, "num_train_epochs": 2, "save_steps": 2, **changes}
     chosen = module.settings(1, **options) if stage == "warm-up" else module.settings(**options)
-    train(model, rows, [], folder, chosen, progress=False)
+    train(model, rows, [], folder, chosen)
     return model
 
 
@@ -153,7 +152,7 @@ def test_what_a_kill_left_half_written_is_no_checkpoint(tmp_path, damage):
 def test_after_sixteen_bits_the_model_is_in_no_autocast(tmp_path, stage):
     model = STAGES[stage][1].new_model(torch.bfloat16)
     forward = model.forward
-    run(stage, tmp_path, model, epochs=1)
+    run(stage, tmp_path, model, num_train_epochs=1)
     assert model.forward == forward
     assert "_original_forward" not in vars(model)
     tokens = torch.tensor([[5, 6, 7]])

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from joint_runs import PROMPT, examples, new_model, settings
+from joint_runs import PROMPT, examples, joint_tune, new_model, settings
 from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
@@ -10,7 +10,6 @@ from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 from modeling_lmtp import LMTPForCausalLM
 from modeling_lmtp.training.adapters import add_adapters
 from modeling_lmtp.training.examples import AnswerDataset, collate
-from modeling_lmtp.training.joint import joint_tune
 
 # PEFT asks for what Transformers has renamed
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")
@@ -49,9 +48,9 @@ def tuned(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp("joint")
     new_model(**options).save_pretrained(folder / "base")
     model = LMTPForCausalLM.from_pretrained(folder / "base")
-    changes = {"heads": heads, "head_learning_rate": 2e-2}
-    run = joint_tune(model, examples(), [], folder / "run", settings(**changes), progress=False)
-    adapted, _ = run
+    changes = {"head_training": heads, "head_learning_rate": 2e-2}
+    run = joint_tune(model, examples(), [], folder / "run", settings(**changes))
+    adapted = run.model
     adapted.save_pretrained(folder / "adapter")
     return adapted, outputs(adapted), folder
 
@@ -84,7 +83,7 @@ def test_an_adapter_is_small_and_holds_the_heads(tuned):
         for module in backbone.modules()
         if hasattr(module, "base_layer")
     )
-    assert size == settings().rank * features  # A and B of every linear layer, nothing more
+    assert size == settings().lora_r * features  # A and B of every linear layer, nothing more
     if not any("modules_to_save" in name for name, _ in adapted.named_parameters()):
         assert all("lora_" in name for name in tensors)
 

@@ -16,7 +16,16 @@ from modeling_lmtp.conversion.saving import file_sha256
 
 # PEFT asks for what Transformers has renamed
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")
-SHORT = ["--held-out", 2, "--batch-size", 2, "--epochs", 1, "--rank", 4]
+SHORT = [
+    "--held_out",
+    2,
+    "--per_device_train_batch_size",
+    2,
+    "--num_train_epochs",
+    1,
+    "--lora_r",
+    4,
+]
 PROMPT = torch.tensor([[5, 17, 60, 33, 41, 9]])
 
 
@@ -37,12 +46,12 @@ def folder(tmp_path_factory):
 
 def test_it_saves_an_adapter_with_its_record_and_nothing_else_beside_it(folder, tmp_path):
     output = tmp_path / "adapter"
-    options = ["--learning-rate", "1e-2", "--kl-weight", "0.1", "--leap-loss-weight", "0.2"]
+    options = ["--learning_rate", "1e-2", "--kl_weight", "0.1", "--leap_loss_weight", "0.2"]
     answers = folder / "answers.jsonl"
     result = lmtp("joint", folder / "checkpoint", answers, output, *SHORT, *options)
     assert result.exit_code == 0, result.output
     told = " ".join(result.output.split())
-    assert re.search(r"drift from the original backbone: KL 0\.\d+ nats per token", told)
+    assert re.search(r"Drift from the original backbone: KL 0\.\d+ nats per token", told)
     assert "Heads before: top-1" in told
     assert "Heads after: top-1" in told
     assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
@@ -52,11 +61,11 @@ def test_it_saves_an_adapter_with_its_record_and_nothing_else_beside_it(folder, 
     assert record["checkpoint"] == str(folder / "checkpoint")
     assert (record["base_model"], record["base_model_revision"]) == ("some/backbone", "abc123")
     assert record["answers_sha256"] == file_sha256(answers)
-    assert (record["examples"], record["merged"], record["bits"]) == (6, False, None)
+    assert (record["examples"], record["merged"]) == (6, False)
     assert (record["settings"]["kl_weight"], record["settings"]["leap_loss_weight"]) == (0.1, 0.2)
     assert record["held_out"]["drift"]["kl"] > 0
     assert len(record["held_out"]["heads_after"]["accuracies"]) == 4
-    assert any("held_out_kl" in entry for entry in record["log"])
+    assert any("eval_kl" in entry for entry in record["log"])
 
     log = json.loads((output / "training_log.json").read_text())
     assert log == {"leap_offsets": [2, 3, 5], "log": record["log"]}
@@ -74,11 +83,11 @@ def test_it_saves_an_adapter_with_its_record_and_nothing_else_beside_it(folder, 
         atol=1e-4,
     )
 
-    plain = lmtp("generate", output, "The sea", "--max-new-tokens", 12, "--plain")
-    fast = lmtp("generate", output, "The sea", "--max-new-tokens", 12)
+    plain = lmtp("generate", output, "The sea", "--max_new_tokens", 12, "--plain")
+    fast = lmtp("generate", output, "The sea", "--max_new_tokens", 12)
     assert plain.exit_code == 0, plain.output
     assert fast.stdout == plain.stdout
-    short = ["--num-prompts", 1, "--max-new-tokens", 6]
+    short = ["--num_prompts", 1, "--max_new_tokens", 6]
     verified = lmtp("verify", output, "--prompts", answers, *short)
     assert verified.exit_code == 0, verified.output
     refused = error_of("joint", output, answers, tmp_path / "again", *SHORT)
@@ -97,13 +106,11 @@ def test_a_disk_that_fills_in_the_last_step_is_made_room_on_and_the_command_give
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr("modeling_lmtp.training.joint_command.save_training_log", no_room)
+        patch.setattr("modeling_lmtp.training.training_run.save_training_log", no_room)
         assert "No space left on device" in error_of("joint", *arguments)
     assert [path.name for path in tmp_path.iterdir()] == ["out.training"]
     with monkeypatch.context() as patch:
-        patch.setattr(
-            "modeling_lmtp.training.joint_command.shutil", SimpleNamespace(rmtree=no_room)
-        )
+        patch.setattr("modeling_lmtp.training.training_run.shutil", SimpleNamespace(rmtree=no_room))
         assert "No space left on device" in error_of("joint", *arguments)
     assert (tmp_path / "out" / "training_log.json").exists()
     message = error_of("joint", *arguments)
@@ -113,7 +120,9 @@ def test_a_disk_that_fills_in_the_last_step_is_made_room_on_and_the_command_give
 def test_merged_it_is_a_checkpoint_that_generates_and_verifies(folder, tmp_path):
     output = tmp_path / "tuned"
     arguments = [folder / "checkpoint", folder / "answers.jsonl", output, *SHORT]
-    result = lmtp("joint", *arguments, "--merge", "--learning-rate", "1e-2", "--heads", "full")
+    result = lmtp(
+        "joint", *arguments, "--merge", "--learning_rate", "1e-2", "--head_training", "full"
+    )
     assert result.exit_code == 0, result.output
     assert "Saved the tuned checkpoint" in result.output
     assert json.loads((output / "provenance.json").read_text())["merged"] is True
@@ -124,39 +133,28 @@ def test_merged_it_is_a_checkpoint_that_generates_and_verifies(folder, tmp_path)
     assert not after.config.train_backbone
     assert not any(parameter.requires_grad for parameter in after.backbone.parameters())
     assert not torch.allclose(after(PROMPT).logits, before(PROMPT).logits, atol=1e-3)
-    plain = lmtp("generate", output, "The sea", "--max-new-tokens", 12, "--plain")
-    fast = lmtp("generate", output, "The sea", "--max-new-tokens", 12)
+    plain = lmtp("generate", output, "The sea", "--max_new_tokens", 12, "--plain")
+    fast = lmtp("generate", output, "The sea", "--max_new_tokens", 12)
     assert (plain.exit_code, fast.exit_code) == (0, 0)
     assert fast.stdout == plain.stdout
 
 
 def test_without_held_out_answers_it_says_nothing_of_them(folder, tmp_path):
     arguments = [folder / "checkpoint", folder / "answers.jsonl", tmp_path / "out", *SHORT]
-    result = lmtp("joint", *arguments, "--held-out", 0, "--leap-loss-weight", 0)
+    result = lmtp("joint", *arguments, "--held_out", 0, "--leap_loss_weight", 0)
     assert result.exit_code == 0, result.output
-    assert "drift" not in result.output
+    assert "Drift" not in result.output
     assert "Heads" not in result.output
 
 
 def test_errors_are_one_line_that_says_what_to_do(folder, tmp_path):
     output = tmp_path / "out"
     arguments = [folder / "checkpoint", folder / "answers.jsonl", output]
-    assert "heads: expected 'lora' or 'full'" in error_of("joint", *arguments, "--heads", "some")
-    assert "rank: expected 1 or more, got 0" in error_of("joint", *arguments, "--rank", 0)
-    assert "bits must be 4 or 8, got 3" in error_of("joint", *arguments, "--bits", 3)
-    both = error_of("joint", *arguments, "--bits", 4, "--merge")
-    assert "merge it into the checkpoint loaded whole" in both
+    assert "invalid choice: 'some'" in error_of("joint", *arguments, "--head_training", "some")
+    assert "lora_r must be at least 1, got 0" in error_of("joint", *arguments, "--lora_r", 0)
     plain = error_of("joint", folder / "backbone", folder / "answers.jsonl", output)
     assert "has no leap heads" in plain
     assert not any(tmp_path.iterdir())
     output.mkdir()
     (output / "mine.txt").write_text("mine")
     assert "already holds something" in error_of("joint", *arguments)
-
-
-def test_without_bitsandbytes_a_quantized_backbone_is_refused(folder, tmp_path, monkeypatch):
-    monkeypatch.setattr("modeling_lmtp.training.quantized.is_bitsandbytes_available", lambda: False)
-    arguments = [folder / "checkpoint", folder / "answers.jsonl", tmp_path / "out"]
-    message = error_of("joint", *arguments, "--bits", 4)
-    assert "bits=4 needs bitsandbytes" in message
-    assert "pip install -U bitsandbytes" in message

@@ -7,10 +7,9 @@ import re
 import sys
 
 import pytest
+from commands import lmtp
 from tiny import tiny_llama, tiny_tokenizer
-from typer.testing import CliRunner
 
-from modeling_lmtp.__main__ import app
 from modeling_lmtp.training.distill import manifest_path, read_rows
 from modeling_lmtp.training.prompt_datasets import DatasetSource, read_dataset_prompts
 
@@ -157,21 +156,21 @@ def test_lmtp_distill_asks_a_dataset(folder, tmp_path):
     tiny_tokenizer().save_pretrained(tmp_path / "backbone")
     output = tmp_path / "out.jsonl"
     command = ["distill", tmp_path / "backbone", output, "--dataset", folder / "splits"]
-    command += ["--split", "test", "--field", "messages", "--max-new-tokens", 4]
+    command += ["--split", "test", "--field", "messages", "--max_new_tokens", 4]
 
-    def lmtp(*more):
-        return CliRunner().invoke(app, [str(argument) for argument in (*command, *more)])
+    def distill(*more):
+        return lmtp(*command, *more)
 
-    assert lmtp().exit_code == 0
+    assert distill().exit_code == 0
     assert [row["prompt"] for row in read_rows(output)] == ["Tell me 2"]
     source = json.loads(manifest_path(output).read_text())["prompt_sources"]["dataset"]
     assert (source["name"], source["split"]) == (str(folder / "splits"), "test")
     assert re.fullmatch("[0-9a-f]{16}", source["fingerprint"])
-    assert "0 of them new" in lmtp().stdout
-    other = lmtp("--field", "prompt")
+    assert "0 of them new" in distill().stdout
+    other = distill("--field", "prompt")
     assert other.exit_code == 1
     assert "prompts_sha256 is " in other.output
-    wrong = lmtp("--field", "question")
+    wrong = distill("--field", "question")
     assert wrong.output.count("error: field: dataset") == 1
 
 

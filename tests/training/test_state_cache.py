@@ -3,13 +3,12 @@
 import pytest
 import torch
 from tiny import tiny_llama
-from tiny_training import examples, new_model, settings
+from tiny_training import examples, new_model, settings, warm_up
 
 from modeling_lmtp import LMTPForCausalLM
 from modeling_lmtp.training.examples import AnswerDataset, Example, collate
 from modeling_lmtp.training.packing import PackedDataset, collate_packs
 from modeling_lmtp.training.state_cache import StateCache
-from modeling_lmtp.training.warmup import warm_up
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*:FutureWarning"),
@@ -32,7 +31,7 @@ def answers():
 def test_states_are_those_that_the_backbone_gives_each_answer_alone(tmp_path, head_input):
     model = new_model(head_input=head_input).eval()
     cache = StateCache(tmp_path, model)
-    cache.fill(answers(), progress=False)
+    cache.fill(answers())
     for example in answers():
         with model.head_states() as states:
             model.backbone(input_ids=torch.tensor([example.input_ids]))
@@ -45,7 +44,7 @@ def test_states_are_those_that_the_backbone_gives_each_answer_alone(tmp_path, he
         ({}, {}),
         ({"head_context": "path"}, {"distillation_weight": 0.5}),
         ({"head_input": "weighted"}, {}),
-        ({"head_context": 1}, {"pack_length": 40}),
+        ({"head_context": 1}, {"packing": True, "max_length": 40}),
     ],
     ids=["paper", "path, soft", "weighted", "packed"],
 )
@@ -58,9 +57,7 @@ def test_weights_are_those_of_a_run_without(tmp_path, heads, changes):
             examples(22),  # the last batch is filled up
             [],
             tmp_path / name,
-            settings(**changes),
-            state_folder=folder,
-            progress=False,
+            settings(**changes, state_folder=folder and str(folder)),
         )
         trained.append(model.leap_heads.state_dict())
     for name, value in trained[0].items():
@@ -72,11 +69,9 @@ def test_the_backbone_reads_each_answer_once_for_all_runs(tmp_path):
     for run, count in enumerate((16, 16, 24)):
         model = new_model(leap_offsets=(2 + run,))
         counted = passes_of(model.backbone)
-        chosen = settings(epochs=3)
+        chosen = settings(num_train_epochs=3, state_folder=str(tmp_path / "s"))
         folder = tmp_path / str(run)
-        warm_up(
-            model, examples(count), [], folder, chosen, state_folder=tmp_path / "s", progress=False
-        )
+        warm_up(model, examples(count), [], folder, chosen)
         passes.append(len(counted))
     assert passes == [1, 0, 1], "all answers of a run fit in one batch here"
 
@@ -89,12 +84,12 @@ def test_a_stopped_filling_goes_on_and_leaves_no_halves(tmp_path, monkeypatch):
         "modeling_lmtp.training.state_cache.save_file", failing_after(cache, 5), raising=True
     )
     with pytest.raises(OSError, match="No space left"):
-        cache.fill(rows, progress=False)
+        cache.fill(rows)
     monkeypatch.undo()
     assert len(list(tmp_path.rglob("*.safetensors"))) == 5
     assert not list(tmp_path.rglob("*.unfinished"))
     counted = passes_of(model.backbone)
-    StateCache(tmp_path, model).fill(rows, progress=False)
+    StateCache(tmp_path, model).fill(rows)
     assert len(counted) == 1, "what is missing fits in one batch"
     assert all(len(cache.load(row)) == len(row.input_ids) for row in rows)
 
@@ -123,15 +118,8 @@ def test_a_folder_of_another_backbone_is_refused(tmp_path):
 
 
 def test_sharding_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="state_folder: expected None while the backbone is shard"):
-        warm_up(
-            new_model(),
-            examples(),
-            [],
-            tmp_path / "run",
-            settings(shard_backbone=True),
-            state_folder=tmp_path / "s",
-        )
+    with pytest.raises(ValueError, match="cannot be filled while the backbone is sharded"):
+        settings(shard_backbone=True, state_folder=str(tmp_path / "s"))
 
 
 def test_rows_without_states_are_filled_with_zeros():

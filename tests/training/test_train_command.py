@@ -24,21 +24,23 @@ def train(tmp_path):
     answers.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
     def run(*options):
-        arguments = ["train", tmp_path / "backbone", answers, tmp_path / "out", "--held-out", 2]
+        arguments = ["train", tmp_path / "backbone", answers, tmp_path / "out", "--held_out", 2]
         return lmtp(*arguments, *options), tmp_path / "out"
 
     return run
 
 
 def test_the_log_lies_beside_the_checkpoint(train):
-    result, output = train("--leap-offsets", "2,3", "--batch-size", 2, "--logging-steps", 1)
+    result, output = train(
+        "--leap_offsets", 2, 3, "--per_device_train_batch_size", 2, "--logging_steps", 1
+    )
     assert result.exit_code == 0, result.output
     record = json.loads((output / "training_log.json").read_text())
     assert record["leap_offsets"] == [2, 3]
     losses = [entry for entry in record["log"] if "loss" in entry]
     assert [entry["step"] for entry in losses] == [1, 2]
     assert {"loss_head_2", "loss_head_3", "top1_head_2", "top1_head_3"} < losses[0].keys()
-    assert any("held_out_tokens_per_step" in entry for entry in record["log"])
+    assert any("eval_tokens_per_step" in entry for entry in record["log"])
     assert LMTPForCausalLM.from_pretrained(output).config.leap_offsets == (2, 3)
 
 
@@ -49,15 +51,15 @@ def no_room(*_):
 def test_a_disk_that_fills_in_the_last_step_is_made_room_on_and_the_command_given_again(
     train, monkeypatch
 ):
-    options = ["--leap-offsets", "2,3", "--batch-size", 2, "--save-steps", 1]
+    options = ["--leap_offsets", 2, 3, "--per_device_train_batch_size", 2, "--save_steps", 1]
     with monkeypatch.context() as patch:
-        patch.setattr("modeling_lmtp.training.train_command.save_training_log", no_room)
+        patch.setattr("modeling_lmtp.training.training_run.save_training_log", no_room)
         result, output = train(*options)
     assert "No space left on device" in result.output
     assert [path.name for path in output.parent.glob("*out*")] == ["out.training"]
     with monkeypatch.context() as patch:
         # It goes on where it was: all steps are done
-        patch.setattr("modeling_lmtp.training.trainer.LeapTrainer.training_step", None)
+        patch.setattr("modeling_lmtp.training.leap_trainer.LeapTrainer.training_step", None)
         result, _ = train(*options)
     assert result.exit_code == 0, result.output
     assert (output / "training_log.json").exists()
@@ -68,33 +70,50 @@ def test_what_a_kill_leaves_of_the_run_beside_the_checkpoint_is_said_to_be_left_
     train, monkeypatch
 ):
     with monkeypatch.context() as patch:
-        patch.setattr(
-            "modeling_lmtp.training.train_command.shutil", SimpleNamespace(rmtree=no_room)
-        )
-        train("--leap-offsets", "2,3")
-    result, output = train("--leap-offsets", "2,3")
+        patch.setattr("modeling_lmtp.training.training_run.shutil", SimpleNamespace(rmtree=no_room))
+        train("--leap_offsets", 2, 3)
+    result, output = train("--leap_offsets", 2, 3)
     assert result.exit_code == 1
     message = " ".join(result.output.split())
     run_folder = output.with_name("out.training")
     assert f"{output} is finished and whole" in message
     assert f"{run_folder} is left over from that run: delete it" in message
     run_folder.rename(output.with_name("away"))
-    result, _ = train("--leap-offsets", "2,3")
+    result, _ = train("--leap_offsets", 2, 3)
     assert f"{output} already holds something" in " ".join(result.output.split())
 
 
 def test_options_reach_the_training(train):
     result, output = train(
-        *("--pack", "--max-length", 60, "--train-on-prompts", "--epochs", 2, "--batch-size", 1),
-        *("--distillation-weight", 0.5, "--distillation-temperature", 2),
-        *("--curriculum", "forward", "--curriculum-share", 1, "--eval-steps", 1),
-        *("--head-context", "path", "--head-input", "weighted", "--lm-head-rank", 2),
-        *("--num-leap-heads", 2, "--leap-stride", 1, "--logging-steps", 1),
+        *(
+            "--packing",
+            "--max_length",
+            60,
+            "--train_on_prompts",
+            "--num_train_epochs",
+            2,
+            "--per_device_train_batch_size",
+            1,
+        ),
+        *("--distillation_weight", 0.5, "--distillation_temperature", 2),
+        *(
+            "--curriculum",
+            "forward",
+            "--curriculum_share",
+            1,
+            "--eval_strategy",
+            "steps",
+            "--eval_steps",
+            1,
+        ),
+        *("--head_context", "path", "--head_input", "weighted", "--lm_head_rank", 2),
+        *("--num_leap_heads", 2, "--leap_stride", 1, "--logging_steps", 1),
     )
     assert result.exit_code == 0, result.output
     settings = json.loads((output / "provenance.json").read_text())["settings"]
     expected = {
-        "pack_length": 60,
+        "packing": True,
+        "max_length": 60,
         "train_on_prompts": True,
         "distillation_weight": 0.5,
         "distillation_temperature": 2,
@@ -116,11 +135,14 @@ def test_options_reach_the_training(train):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--distillation-weight", 2], "distillation_weight: expected from 0 to 1, got 2.0"),
-        (["--curriculum", "up"], "curriculum: expected one of none, forward, reverse"),
-        (["--head-context", "all"], "--head-context takes a whole number, or path; got 'all'"),
-        (["--head-input", "first"], "head_input must be 'last'"),
-        (["--shard-backbone"], "Launch several, with `accelerate launch --num_processes`"),
+        (
+            ["--distillation_weight", 2],
+            "distillation_weight must be at least 0 and at most 1, got 2.0",
+        ),
+        (["--curriculum", "up"], "invalid choice: 'up'"),
+        (["--head_context", "all"], "head_context must be a number of tokens, or path, got 'all'"),
+        (["--head_input", "first"], "head_input must be 'last'"),
+        (["--shard_backbone"], "Launch several, with `accelerate launch --num_processes`"),
     ],
     ids=str,
 )
@@ -139,10 +161,10 @@ def test_heads_start_alike_whatever_was_drawn_before(train, monkeypatch):
         started.append(model.state_dict())
         raise ValueError("Enough.")
 
-    monkeypatch.setattr("modeling_lmtp.training.train_command.warm_up", note)
+    monkeypatch.setattr("modeling_lmtp.training.train_command.LeapTrainer", note)
     for drawn in (1, 2):
         torch.manual_seed(drawn)
-        train("--leap-offsets", "2,3", "--lm-head-rank", 4)
+        train("--leap_offsets", 2, 3, "--lm_head_rank", 4)
     first, second = started
     assert any("lm_head_update" in name for name in first)
     assert all(torch.equal(first[name], second[name]) for name in first)
@@ -157,6 +179,6 @@ def test_the_current_folder_is_no_output(train, tmp_path, monkeypatch):
 
 def test_half_a_precision_that_a_cpu_does_not_train_is_refused(train, monkeypatch):
     monkeypatch.setattr("torch.accelerator.is_available", lambda: False)
-    result, output = train("--leap-offsets", "2,3", "--dtype", "float16")
+    result, output = train("--leap_offsets", 2, 3, "--dtype", "float16")
     assert "The backbone is in float16, in which a CPU does not train." in result.output
     assert not [*output.parent.glob("out*")]

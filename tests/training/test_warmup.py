@@ -6,12 +6,12 @@ import torch
 from architectures import tiny_causal_lm
 from safetensors.torch import load_file
 from tiny import tiny_llama
-from tiny_training import examples, new_model, settings
+from tiny_training import examples, new_model, settings, warm_up
 from transformers import TrainerCallback
 
 from modeling_lmtp import LMTPForCausalLM
 from modeling_lmtp.training.examples import Example
-from modeling_lmtp.training.warmup import LeapTrainer, WarmupSettings, warm_up
+from modeling_lmtp.training.leap_trainer import LeapTrainer
 
 pytestmark = [
     # Trainer resumes with torch.load of its own files, optimizer state among them
@@ -24,26 +24,31 @@ pytestmark = [
 def test_heads_learn_and_the_backbone_stays(tmp_path, dtype):
     model = new_model(dtype)
     before = {name: value.clone() for name, value in model.backbone.state_dict().items()}
-    report = warm_up(
-        model, examples(), examples(4, 1), tmp_path, settings(epochs=6), progress=False
-    )
-    losses = [entry["loss_head_2"] for entry in report.log if "loss_head_2" in entry]
+    report = warm_up(model, examples(), examples(4, 1), tmp_path, settings(num_train_epochs=6))
+    losses = [entry["loss_head_2"] for entry in report.state.log_history if "loss_head_2" in entry]
     assert losses[-1] < losses[0]
     assert all(
         torch.equal(value, before[name]) for name, value in model.backbone.state_dict().items()
     )
     assert {parameter.dtype for parameter in model.parameters()} == {dtype}
-    epochs = [entry for entry in report.log if "held_out_tokens_per_step" in entry]
+    epochs = [entry for entry in report.state.log_history if "eval_tokens_per_step" in entry]
     assert len(epochs) == 6
-    assert report.held_out is not None
-    assert epochs[-1]["held_out_tokens_per_step"] >= 1
+    assert epochs[-1]["eval_tokens_per_step"] >= 1
 
 
 def test_checkpoints_of_a_run_hold_the_heads_alone(tmp_path):
-    warm_up(new_model(), examples(), [], tmp_path, settings(), progress=False)
+    warm_up(new_model(), examples(), [], tmp_path, settings())
     saved = load_file(tmp_path / "checkpoint-12" / "model.safetensors")
     assert saved
     assert all(name.startswith("leap_heads.") for name in saved)
+
+
+PACKED = {
+    "packing": True,
+    "max_length": 50,
+    "per_device_train_batch_size": 1,
+    "gradient_accumulation_steps": 2,
+}
 
 
 @contextmanager
@@ -60,8 +65,8 @@ def killed_after(step):
 
     original = LeapTrainer.__init__
 
-    def with_kill(self, *args, callbacks, **kwargs):
-        original(self, *args, callbacks=[*callbacks, Kill()], **kwargs)
+    def with_kill(self, *args, **kwargs):
+        original(self, *args, callbacks=[Kill()], **kwargs)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(LeapTrainer, "__init__", with_kill)
@@ -76,50 +81,52 @@ def killed_after(step):
         ({}, {}),
         ({"leap_offsets": (3, 5), "head_context": 2}, {"distillation_weight": 0.5}),
         ({"dtype": torch.bfloat16, "share_lm_head": False}, {"weight_decay": 0.1}),
-        ({}, {"pack_length": 50, "batch_size": 1, "gradient_accumulation_steps": 2}),
-        ({"lm_head_rank": 2}, {"curriculum": "reverse", "eval_steps": 1}),
+        ({}, PACKED),
+        ({"lm_head_rank": 2}, {"curriculum": "reverse", "eval_strategy": "steps", "eval_steps": 1}),
     ],
     ids=["plain", "grounded", "bfloat16, own unembedding", "packed", "curriculum"],
 )
 def test_a_stopped_run_goes_on_to_the_same_weights(tmp_path, heads, changes, step):
     whole, stopped, resumed = (new_model(**heads) for _ in range(3))
     answers = [examples(), examples(2, 1)]
-    warm_up(whole, *answers, tmp_path / "whole", settings(**changes), progress=False)
+    warm_up(whole, *answers, tmp_path / "whole", settings(**changes))
     with killed_after(step):
-        warm_up(stopped, *answers, tmp_path / "stopped", settings(**changes), progress=False)
-    report = warm_up(resumed, *answers, tmp_path / "stopped", settings(**changes), progress=False)
+        warm_up(stopped, *answers, tmp_path / "stopped", settings(**changes))
+    report = warm_up(resumed, *answers, tmp_path / "stopped", settings(**changes))
     torch.testing.assert_close(
         resumed.leap_heads.state_dict(), whole.leap_heads.state_dict(), rtol=0, atol=0
     )
     start = new_model(**heads).leap_heads.state_dict()
     assert any(not torch.equal(start[n], v) for n, v in whole.leap_heads.state_dict().items())
-    held_out = [entry["step"] for entry in report.log if "held_out_top1" in entry]
-    assert held_out[-1] == report.log[-1]["step"]
+    held_out = [
+        entry["step"] for entry in report.state.log_history if "eval_top1_distance_1" in entry
+    ]
+    assert held_out[-1] == report.state.max_steps
     assert len(held_out) == len(set(held_out)) >= 2
 
 
 def test_a_run_folder_of_another_run_is_refused_and_kept(tmp_path):
-    warm_up(new_model(), examples(), [], tmp_path, settings(), progress=False)
+    warm_up(new_model(), examples(), [], tmp_path, settings())
     record = (tmp_path / "run.json").read_text()
     with pytest.raises(ValueError, match="another learning_rate"):
-        warm_up(new_model(), examples(), [], tmp_path, settings(learning_rate=0.5), progress=False)
+        warm_up(new_model(), examples(), [], tmp_path, settings(learning_rate=0.5))
     with pytest.raises(ValueError, match="another examples_sha256"):
-        warm_up(new_model(), examples(seed=5), [], tmp_path, settings(), progress=False)
+        warm_up(new_model(), examples(seed=5), [], tmp_path, settings())
     other = new_model()
     with torch.no_grad():
         other.backbone.model.norm.weight.mul_(2)
     with pytest.raises(ValueError, match="another checkpoint"):
-        warm_up(other, examples(), [], tmp_path, settings(), progress=False)
+        warm_up(other, examples(), [], tmp_path, settings())
     assert (tmp_path / "run.json").read_text() == record
     assert json.loads(record)["learning_rate"] == 1e-3
 
 
 def test_a_run_goes_on_only_with_as_many_answers_a_step(tmp_path):
-    warm_up(new_model(), examples(), [], tmp_path, settings(), progress=False)
-    again = settings(batch_size=2, gradient_accumulation_steps=2)
-    warm_up(new_model(), examples(), [], tmp_path, again, progress=False)
+    warm_up(new_model(), examples(), [], tmp_path, settings())
+    again = settings(per_device_train_batch_size=2, gradient_accumulation_steps=2)
+    warm_up(new_model(), examples(), [], tmp_path, again)
     with pytest.raises(ValueError, match="another global_batch_size"):
-        warm_up(new_model(), examples(), [], tmp_path, settings(batch_size=8), progress=False)
+        warm_up(new_model(), examples(), [], tmp_path, settings(per_device_train_batch_size=8))
 
 
 def test_accumulated_gradients_are_those_of_one_batch(tmp_path):
@@ -127,9 +134,13 @@ def test_accumulated_gradients_are_those_of_one_batch(tmp_path):
     runs = []
     for batch_size, steps in [(8, 1), (2, 4)]:
         model = new_model()
-        shared = settings(batch_size=batch_size, gradient_accumulation_steps=steps, logging_steps=1)
-        report = warm_up(model, answers, [], tmp_path / str(steps), shared, progress=False)
-        losses = [entry["loss"] for entry in report.log if "loss" in entry]
+        shared = settings(
+            per_device_train_batch_size=batch_size,
+            gradient_accumulation_steps=steps,
+            logging_steps=1,
+        )
+        report = warm_up(model, answers, [], tmp_path / str(steps), shared)
+        losses = [entry["loss"] for entry in report.state.log_history if "loss" in entry]
         runs.append((torch.tensor(losses), model.leap_heads.state_dict()))
     assert len(runs[0][0]) == 2 * 3  # the third step of an epoch has five answers
     torch.testing.assert_close(runs[1], runs[0], rtol=1e-4, atol=1e-5)
@@ -143,24 +154,33 @@ def test_heads_learn_from_states_without_dropout(tmp_path):
     labels = tokens.clone()
     labels[:, :2] = -100
     expected = model.eval()(tokens, labels=labels, num_items_in_batch=(labels != -100).sum()).loss
-    once = settings(epochs=1, batch_size=24, logging_steps=1)
-    report = warm_up(model, examples(), [], tmp_path, once, progress=False)
-    assert report.log[0]["loss"] == pytest.approx(expected.item(), rel=1e-5)
+    once = settings(num_train_epochs=1, per_device_train_batch_size=24, logging_steps=1)
+    report = warm_up(model, examples(), [], tmp_path, once)
+    assert report.state.log_history[0]["loss"] == pytest.approx(expected.item(), rel=1e-5)
 
 
 def test_a_backbone_that_cannot_keep_packed_answers_apart_is_refused_before_all_else(tmp_path):
     model = LMTPForCausalLM.from_backbone(tiny_causal_lm("mamba"), leap_offsets=(2, 3))
     with pytest.raises(ValueError, match="does not keep packed answers apart"):
-        warm_up(model, examples(), [], tmp_path / "run", settings(pack_length=64))
+        warm_up(model, examples(), [], tmp_path / "run", settings(packing=True, max_length=64))
     with pytest.raises(ValueError, match="pack_length is 10, but an example has 20 tokens"):
-        warm_up(new_model(), examples(), [], tmp_path / "run", settings(pack_length=10))
+        warm_up(
+            new_model(), examples(), [], tmp_path / "run", settings(packing=True, max_length=10)
+        )
     assert not (tmp_path / "run").exists()
 
 
 def test_packed_answers_are_learned_in_fewer_rows(tmp_path):
-    packed = settings(pack_length=64, batch_size=2, logging_steps=1, epochs=6, learning_rate=1e-2)
-    report = warm_up(new_model(), examples(), [], tmp_path, packed, progress=False)
-    losses = [entry["loss_head_2"] for entry in report.log if "loss_head_2" in entry]
+    packed = settings(
+        packing=True,
+        max_length=64,
+        per_device_train_batch_size=2,
+        logging_steps=1,
+        num_train_epochs=6,
+        learning_rate=1e-2,
+    )
+    report = warm_up(new_model(), examples(), [], tmp_path, packed)
+    losses = [entry["loss_head_2"] for entry in report.state.log_history if "loss_head_2" in entry]
     assert len(losses) == 6 * 4  # 24 answers, three a pack and two packs a step
     assert sum(losses[-4:]) < 0.95 * sum(losses[:4])
 
@@ -173,22 +193,23 @@ def test_one_process_has_nothing_to_share_its_backbone_with(tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"epochs": 0}, "epochs: expected more than 0, got 0"),
-        ({"batch_size": 0}, "batch_size: expected 1 or more, got 0"),
-        ({"learning_rate": -1.0}, "learning_rate: expected more than 0"),
-        ({"warmup_share": 1.0}, "warmup_share: expected 0 or more, below 1"),
-        ({"eval_steps": 0}, "eval_steps: expected None, or 1 or more, got 0"),
-        ({"pack_length": 0}, "pack_length: expected None, or 1 or more, got 0"),
-        ({"distillation_weight": 1.5}, "distillation_weight: expected from 0 to 1, got 1.5"),
-        ({"distillation_temperature": 0}, "distillation_temperature: expected more than 0, got 0"),
-        ({"curriculum": "up"}, "curriculum: expected one of none, forward, reverse, got 'up'"),
-        ({"curriculum_share": 0}, "curriculum_share: expected above 0 and at most 1, got 0"),
+        ({"num_train_epochs": 0}, "num_train_epochs must be more than 0, got 0"),
+        ({"per_device_train_batch_size": 0}, "per_device_train_batch_size must be at least 1"),
+        ({"learning_rate": -1.0}, "learning_rate must be more than 0, got -1.0"),
+        ({"warmup_steps": -1}, "warmup_steps must be at least 0, got -1"),
+        ({"max_length": 0}, "max_length must be at least 1, got 0"),
+        ({"distillation_weight": 1.5}, "distillation_weight must be at least 0 and at most 1, got"),
+        ({"distillation_temperature": 0}, "distillation_temperature must be more than 0, got 0"),
+        ({"curriculum": "up"}, "curriculum must be one of none, forward, reverse, got 'up'"),
+        ({"curriculum_share": 0}, "curriculum_share must be more than 0 and at most 1, got 0"),
+        ({"label_smoothing_factor": 0.1}, "label_smoothing_factor takes the labels away"),
+        ({"fsdp": "full_shard"}, "would shard the heads as well. Pass shard_backbone"),
     ],
     ids=str,
 )
 def test_settings_that_mean_nothing_are_refused(change, message):
     with pytest.raises(ValueError, match=message):
-        WarmupSettings(**change)
+        settings(**change)
 
 
 def test_models_without_heads_or_with_a_training_backbone_are_refused(tmp_path):
@@ -196,5 +217,5 @@ def test_models_without_heads_or_with_a_training_backbone_are_refused(tmp_path):
     with pytest.raises(ValueError, match="no leap heads to train"):
         warm_up(without, examples(), [], tmp_path, settings())
     joint = LMTPForCausalLM.from_backbone(tiny_llama(), train_backbone=True)
-    with pytest.raises(ValueError, match="Warm-up freezes the backbone"):
+    with pytest.raises(ValueError, match="LeapTrainer freezes the backbone"):
         warm_up(joint, examples(), [], tmp_path, settings())

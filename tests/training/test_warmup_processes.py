@@ -73,7 +73,7 @@ def figures(folder, prefix):
 
 
 def assert_same_curves(actual_folder, expected_folder):
-    for prefix in ("loss", "top1_head", "divergence_head", "held_out_tokens_per_step", "epoch"):
+    for prefix in ("loss", "top1_head", "divergence_head", "eval_tokens_per_step", "epoch"):
         expected, actual = (figures(folder, prefix) for folder in (expected_folder, actual_folder))
         assert actual == pytest.approx(expected, rel=1e-5), f"{prefix} of {actual_folder.name}"
     assert len(figures(actual_folder, "loss_head")) >= 12
