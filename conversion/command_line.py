@@ -185,7 +185,7 @@ def command_help(name: str, command: Command) -> str:
     text, _, examples = inspect.cleandoc(command.__doc__ or "").partition("Examples:\n")
     classes = option_classes(command)
     arguments = [field for field in fields(classes[0]) if is_argument(field)]
-    parts = [f"usage: {_usage(name, classes)}", text.strip()]
+    parts = [f"usage: {_usage(name, classes)}", _wrap(text)]
     if arguments:
         parts.append(_rows([(field.name.upper(), _help(field)) for field in arguments]))
     for options in classes:
@@ -261,9 +261,23 @@ def _help(field: Field[Any]) -> str:
     return f"{text} (default: {shown})"
 
 
+def _width() -> int:
+    """Return the terminal's width, within what is comfortable to read."""
+    return max(60, min(shutil.get_terminal_size((100, 24)).columns, 110))
+
+
+def _wrap(text: str) -> str:
+    """Fill the paragraphs of a docstring; those with indented lines, such as lists, stay as they are."""
+    paragraphs = [
+        part if "\n " in part else textwrap.fill(" ".join(part.split()), _width())
+        for part in text.strip().split("\n\n")
+    ]
+    return "\n\n".join(paragraphs)
+
+
 def _rows(rows: Sequence[tuple[str, str]]) -> str:
-    """Lay out names beside their help, as wide as the terminal, at most 110 columns."""
-    width = max(60, min(shutil.get_terminal_size((100, 24)).columns, 110))
+    """Lay out names and their help in two columns."""
+    width = _width()
     indent = min(max(len(name) for name, _ in rows) + 4, 34)
     lines = []
     for name, text in rows:

@@ -65,7 +65,7 @@ class HeadOptions(Options):
 
 
 @dataclass
-class OutputArguments(TrainingArguments):
+class OutputArguments(TrainingArguments, Options):
     """How often a run logs, evaluates and saves."""
 
     title: ClassVar[str] = "output"

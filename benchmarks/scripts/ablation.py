@@ -1,13 +1,13 @@
-"""Which heads are worth having: the same answers, steps and recipe for every kind of head.
+"""Trains every kind of head on the same answers with the same recipe, and compares them.
 
     python benchmarks/scripts/ablation.py BACKBONE --answers answers.jsonl --held-out held_out.jsonl \\
         --state-folder states --output benchmarks/results/ablation.json
 
-Each row of `ROWS` is trained, for each of its seeds, on the same answers in the same order, and judged on
-held-out greedy answers in float32: accuracy per draft distance, and the simulated tokens per step of the
-chain and of trees (grown on one half of the held-out answers and judged on the other). A backbone that was
-tuned along is judged on its own answers to the same prompts. A result is written as soon as it is known; a
-stopped run goes on. `--tables` writes them into `ablation.md`.
+For each seed of each row of `ROWS` it trains heads on the same answers in the same order. It evaluates
+them on held-out greedy answers in float32: accuracy per draft distance, and the simulated tokens per step
+of the chain and of trees (grown on one half of the held-out answers and evaluated on the other). A
+backbone that is tuned too is evaluated on its own answers to the same prompts. Each result is written as
+soon as it is known, and an interrupted run resumes. `--tables` writes them into `ablation.md`.
 """
 
 import argparse

@@ -1,11 +1,11 @@
-"""How many tokens trained heads draft beside others: the same held-out answers, in float32.
+"""Compares how many tokens trained heads draft on the same held-out answers, in float32.
 
     python benchmarks/scripts/compare_heads.py shipped=FOLDER k1=FOLDER k2=FOLDER \\
         --answers held_out.jsonl --output benchmarks/results/heads_side_by_side.json
 
 Each checkpoint drafts for the same answers (the backbone's own, greedy), as a chain and as trees grown on
-one half of the answers and judged on the other. `times_the_drafted_tokens` is (τ − 1) of the first
-checkpoint over (τ − 1) of another, with a standard error from resampling the answers for both alike.
+one half of the answers and evaluated on the other. `times_the_drafted_tokens` is (τ − 1) of the first
+checkpoint over (τ − 1) of another, with a standard error from the same resamples of the answers for both.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""Count the house: files, lines, options of commands, the longest function, the most parameters.
+"""Counts files, lines, commands and their options, the longest function, and the most parameters.
 
     python benchmarks/scripts/count.py [FOLDER]
 
@@ -27,28 +27,44 @@ def num_parameters(function: Function) -> int:
     return len(arguments.posonlyargs) + len(arguments.args) + len(arguments.kwonlyargs)
 
 
-def is_command(function: Function) -> bool:
-    """Whether a function is a command of `lmtp`."""
-    return any(
-        ast.unparse(decorator).startswith("app.command") for decorator in function.decorator_list
+def num_commands(root: Path) -> int:
+    """Count the entries of the table of commands."""
+    for node in ast.walk(ast.parse((root / "modeling_lmtp" / "__main__.py").read_text())):
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "COMMANDS":
+            return len(node.value.keys) if isinstance(node.value, ast.Dict) else 0
+    return 0
+
+
+def num_options(path: Path) -> int:
+    """Count the fields of the dataclasses of options in a file, without those of `TrainingArguments`."""
+    classes = [
+        node
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.ClassDef) and "Options" in map(ast.unparse, node.bases)
+    ]
+    return sum(
+        isinstance(line, ast.AnnAssign)
+        and isinstance(line.value, ast.Call)
+        and ast.unparse(line.value.func) == "field"
+        for node in classes
+        for line in node.body
     )
 
 
 def count(root: Path) -> dict[str, object]:
-    """Return what was counted in a checkout, by name."""
+    """Return the counts of a checkout, by name."""
     sources = [path for folder in SOURCES for path in sorted((root / folder).rglob("*.py"))]
     tests = sorted((root / "tests").rglob("*.py"))
-    found = [(function, path) for path in sources for function in functions(path)]
-    commands = [function for function, _ in found if is_command(function)]
-    longest, where = max(found, key=lambda f: (f[0].end_lineno or 0) - f[0].lineno)
-    widest, place = max(found, key=lambda f: num_parameters(f[0]))
+    every = [(function, path) for path in sources for function in functions(path)]
+    longest, where = max(every, key=lambda f: (f[0].end_lineno or 0) - f[0].lineno)
+    widest, place = max(every, key=lambda f: num_parameters(f[0]))
     return {
         "source files": len(sources),
         "source lines": sum(len(path.read_text(encoding="utf-8").splitlines()) for path in sources),
         "test files": len(tests),
         "test lines": sum(len(path.read_text(encoding="utf-8").splitlines()) for path in tests),
-        "commands": len(commands),
-        "options": sum(map(num_parameters, commands)),
+        "commands": num_commands(root),
+        "options": sum(map(num_options, sources)),
         "longest function": f"{(longest.end_lineno or 0) - longest.lineno + 1} lines, "
         f"{where.relative_to(root)}:{longest.name}",
         "most parameters": f"{num_parameters(widest)}, {place.relative_to(root)}:{widest.name}",

@@ -1,9 +1,9 @@
-"""Write people's own answers as rows to learn or to be judged on: GSM8K's form to `prompt`, `response`.
+"""Converts human-written answers from GSM8K's format to rows with `prompt` and `response`.
 
     python benchmarks/scripts/gold_answers.py gsm8k_train.jsonl gold.jsonl --num-answers 1000
 
-Takes rows evenly spread over the file. The notes that GSM8K's answers give a calculator (`<<48/2=24>>`) are
-left out; the last line stays `#### NUMBER`.
+It takes rows spread evenly over the file, removes GSM8K's calculator annotations (`<<48/2=24>>`) and
+keeps the last line, `#### NUMBER`.
 """
 
 import argparse

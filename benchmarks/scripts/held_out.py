@@ -1,7 +1,7 @@
-"""Write `held_out.jsonl`: prompts of four kinds that no training here has seen, with source and licence.
+"""Writes `held_out.jsonl`: prompts of four kinds never used in training, with source and licence.
 
-Maths, code and chat are the first rows, evenly spread, of public test sets; the retrieval prompts, whose
-answers quote a passage, were written for this project and stand in `retrieval.jsonl`.
+Maths, code and chat prompts are rows of public test sets, spread evenly. The retrieval prompts, whose
+answers quote a passage, were written for this project; `retrieval.jsonl` holds them.
 
     python benchmarks/scripts/held_out.py --gsm8k gsm8k_test.jsonl --humaneval humaneval.jsonl.gz \
         --instructions user_oriented_instructions.jsonl

@@ -1,7 +1,7 @@
-"""Tasks for lm-evaluation-harness from local files, so that no hub is needed: sums and Python functions.
+"""Tasks for lm-evaluation-harness from local files, without a hub: arithmetic and Python functions.
 
-Both ask through the model's chat template where it has one, greedily, without examples. `score` says 1
-where an answer is right.
+Both use the model's chat template if it has one, greedy search and no examples. `score` is 1 for a right
+answer.
 """
 
 import re

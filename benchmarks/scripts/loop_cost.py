@@ -1,8 +1,8 @@
-"""What the decoding loop itself costs, and what it gains when every candidate is right.
+"""Measures what the decoding loop costs, and what it gains if every candidate is right.
 
-Three ways take turns, prompt by prompt: plain `generate`; L-MTP with the drafter switched off, whose
-time per step over plain's is the cost of the loop; and L-MTP with a drafter that knows the text and
-proposes a chain of 8, whose speed-up is what the loop can give at best.
+Three methods take turns, prompt by prompt: plain `generate`; L-MTP without a draft, whose time per step
+over plain decoding's is the cost of the loop; and L-MTP with a drafter that knows the text and proposes a
+chain of 8, whose speed-up is the best that the loop can give.
 
     python benchmarks/scripts/loop_cost.py CHECKPOINT --output benchmarks/results/loop_cost.json
 """

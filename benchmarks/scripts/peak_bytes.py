@@ -1,4 +1,4 @@
-"""The bytes that tensors hold, counted and not sampled: the same on every machine."""
+"""Counts the bytes that tensors hold; unlike sampling, this gives the same on every machine."""
 
 import weakref
 from typing import Any

@@ -1,11 +1,11 @@
-"""Where a decoding step's time goes: the backbone's pass, and what stands around it.
+"""Profiles a decoding step: the backbone's pass, and everything around it.
 
     python benchmarks/scripts/step_profile.py CHECKPOINT --output FILE
 
-Each way of drafting decodes the same prompts, and takes turns with the *bare pass*: the backbone over as
-many tokens behind as many cached ones, with Transformers' own cache and mask and nothing around it.
-Medians in milliseconds; `overhead` is a step over a bare pass. Only steps with a full draft are counted.
-Parts are timed on the host: on an accelerator, which works while the host goes on, only steps count.
+Each kind of draft decodes the same prompts, and takes turns with the *bare pass*: the backbone alone on
+as many tokens after as many cached ones, with Transformers' cache and mask. The figures are medians in
+milliseconds; `overhead` is a step over a bare pass. Only steps with a full draft count. Parts are timed
+on the host: on an accelerator, which works asynchronously, only whole steps are meaningful.
 """
 
 import argparse

@@ -1,15 +1,14 @@
-"""What training costs beside what cannot be done without, at the shapes of SmolLM2-135M.
+"""Compares the cost of training with its unavoidable part, at the shapes of SmolLM2-135M.
 
 *time*: a warm-up step of 3 heads over a plain forward pass of the same tokens (goal: at most 1.3). The
-plain pass gives logits, as in evaluation; beside it stands one that gives the last states alone.
+plain pass computes logits, as in evaluation; a second one computes only the last states.
 
 *memory*: the joint loss with 6 heads over that of next-token prediction alone, length 1,024 (goal: at
-most 1.2), with LoRA and with all weights training. In both, next-token prediction is the backbone's own
-loss, which Transformers computes from whole logits; beside them stands one in chunks, as the heads' is.
-Counted as in `training_scaling`: the most bytes that tensors made during loss and gradients hold at one
-moment.
+most 1.2), with LoRA and with all weights training. In both, next-token prediction is the backbone's loss,
+which Transformers computes from full logits; a third row computes it in chunks, as the heads' losses. The
+count is that of `training_scaling`: the peak of the bytes in tensors created during loss and gradients.
 
-Weights are random: neither depends on them.
+Weights are random, because neither figure depends on them.
 
     python benchmarks/scripts/training_cost.py time memory
 """

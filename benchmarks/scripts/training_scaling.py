@@ -1,9 +1,8 @@
-"""How one warm-up step scales: time and memory against parameters, heads, length and vocabulary.
+"""Measures how time and memory of a warm-up step scale with parameters, heads, length and vocabulary.
 
 Each row changes one thing in a small random model. Time is the median of a few steps (backbone, heads,
-backward pass, optimizer). Memory is counted, not sampled: the most bytes that tensors made during the
-step hold at one moment, weights not among them; so it is the same on every machine, and what a kernel
-needs inside is not in it.
+backward pass, optimizer). Memory is counted, not sampled: the peak of the bytes in tensors created during
+the step, without weights and without what kernels use internally; it is the same on every machine.
 
     python benchmarks/scripts/training_scaling.py
 """
