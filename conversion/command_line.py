@@ -23,7 +23,7 @@ from transformers import HfArgumentParser, TrainingArguments
 
 from modeling_lmtp import __version__
 
-from .options import is_argument, is_required, own_fields
+from .options import is_argument, is_required, option_groups, own_fields
 
 console = Console(soft_wrap=True)
 
@@ -189,14 +189,10 @@ def command_help(name: str, command: Command) -> str:
     if arguments:
         parts.append(_rows([(field.name.upper(), _help(field)) for field in arguments]))
     for options in classes:
-        rows = [
-            (_option(field, options), _help(field))
-            for field in own_fields(options)
-            if field not in arguments
-        ]
-        if rows:
-            title = getattr(options, "title", "options")
-            parts.append(f"{title}:\n{_rows(rows)}")
+        for title, group in option_groups(options).items():
+            rows = [(_option(f, options), _help(f)) for f in group if f not in arguments]
+            if rows:
+                parts.append(f"{title}:\n{_rows(rows)}")
         if issubclass(options, TrainingArguments):
             parts.append(
                 "All options of transformers.TrainingArguments work too, such as --report_to and "
@@ -258,7 +254,7 @@ def _help(field: Field[Any]) -> str:
     if default is MISSING or default is None or isinstance(default, bool) or default in ("", []):
         return text
     shown = " ".join(map(str, default)) if isinstance(default, list) else default
-    return f"{text} (default: {shown})"
+    return f"{text} [{shown}]"
 
 
 def _width() -> int:

@@ -5,6 +5,7 @@ value, and the entry in a result's record. Bounds are part of the type: `Annotat
 """
 
 import inspect
+from argparse import SUPPRESS
 from dataclasses import MISSING, Field, fields
 from typing import (
     Annotated,
@@ -18,6 +19,7 @@ from typing import (
 )
 
 Dtype = Literal["auto", "bfloat16", "float16", "float32"]
+HIDDEN = SUPPRESS  # help of an option that is not listed, because its name is known elsewhere
 
 
 class Range(NamedTuple):
@@ -70,6 +72,19 @@ def own_fields(options: type) -> list[Field[Any]]:
         for name in inspect.get_annotations(base)
     }
     return [field for field in fields(options) if field.name in own]
+
+
+def option_groups(options: type) -> dict[str, list[Field[Any]]]:
+    """Return the listed fields of `own_fields` by the title of the class that declares them."""
+    groups: dict[str, list[Field[Any]]] = {}
+    for field in own_fields(options):
+        if field.metadata.get("help") == HIDDEN:
+            continue
+        owner = next(
+            base for base in options.__mro__ if field.name in inspect.get_annotations(base)
+        )
+        groups.setdefault(getattr(owner, "title", Options.title), []).append(field)
+    return groups
 
 
 def check_options(options: Any) -> None:

@@ -6,7 +6,7 @@ from typing import Annotated, ClassVar, Literal
 import torch
 from transformers import TrainingArguments
 
-from modeling_lmtp.conversion.options import Options, Range, check_options
+from modeling_lmtp.conversion.options import HIDDEN, Options, Range, check_options
 
 from .curriculum import Curriculum
 from .processes import process_state
@@ -36,13 +36,11 @@ class HeadOptions(Options):
     )
     head_context: str = field(
         default="0",
-        metadata={
-            "help": "Known tokens that a head reads after its state, or path (all, and drafts)."
-        },
+        metadata={"metavar": "N|path", "help": "Tokens after its state that a head reads too."},
     )
     head_input: str = field(
         default="last",
-        metadata={"help": "States a head reads: last, or weighted (learned mean of all layers)."},
+        metadata={"help": "States that heads read: last, or weighted for all layers."},
     )
     num_head_layers: int = field(default=1, metadata={"help": "Residual blocks per head."})
     share_lm_head: bool = field(
@@ -71,17 +69,17 @@ class OutputArguments(TrainingArguments, Options):
     title: ClassVar[str] = "output"
 
     logging_steps: Annotated[float, Range(gt=0), MayChangeOnResume] = field(
-        default=10, metadata={"help": "Log every N steps."}
+        default=10, metadata={"help": HIDDEN}
     )
     eval_strategy: Annotated[str, MayChangeOnResume] = field(
         default="epoch",
-        metadata={"help": "When to evaluate: epoch, steps (every --eval_steps), or no."},
+        metadata={"help": "When to evaluate: epoch, steps (--eval_steps) or no."},
     )
     save_steps: Annotated[float, Range(gt=0), MayChangeOnResume] = field(
         default=200, metadata={"help": "Save a checkpoint every N steps, to resume from."}
     )
     save_total_limit: Annotated[int | None, Range(ge=1), MayChangeOnResume] = field(
-        default=2, metadata={"help": "Keep the last N of these checkpoints."}
+        default=2, metadata={"help": HIDDEN}
     )
 
 
@@ -98,22 +96,16 @@ class AnswerTrainingArguments(OutputArguments):
         default=8, metadata={"help": "Answers (or packs) per batch and process."}
     )
     gradient_accumulation_steps: Annotated[int, Range(ge=1), MayChangeOnResume] = field(
-        default=1, metadata={"help": "Batches per optimizer step."}
+        default=1, metadata={"help": HIDDEN}
     )
     learning_rate: Annotated[float, Range(gt=0)] = field(
         default=1e-3, metadata={"help": "Peak learning rate (AdamW)."}
     )
-    warmup_steps: Annotated[float, Range(ge=0)] = field(
-        default=0.1, metadata={"help": "Linear warm-up steps; below 1, a share of all steps."}
-    )
-    lr_scheduler_type: str = field(
-        default="cosine", metadata={"help": "Learning rate schedule after the warm-up."}
-    )
-    seed: Annotated[int, Range(ge=0)] = field(
-        default=0, metadata={"help": "Seed for new weights and the order of the answers."}
-    )
+    warmup_steps: Annotated[float, Range(ge=0)] = field(default=0.1, metadata={"help": HIDDEN})
+    lr_scheduler_type: str = field(default="cosine", metadata={"help": HIDDEN})
+    seed: Annotated[int, Range(ge=0)] = field(default=0, metadata={"help": HIDDEN})
     max_length: Annotated[int, Range(ge=1)] = field(
-        default=1024, metadata={"help": "Truncate prompt plus answer (or fill packs) to N tokens."}
+        default=1024, metadata={"help": "Truncate answers with their prompt, or fill packs."}
     )
     train_on_prompts: bool = field(
         default=False, metadata={"help": "Also train on the tokens of the prompts."}
@@ -167,7 +159,7 @@ class LeapTrainingArguments(AnswerTrainingArguments):
     )
     curriculum: Curriculum = field(
         default="none",
-        metadata={"help": "Add heads one by one, the nearest (forward) or furthest first."},
+        metadata={"metavar": "KIND", "help": "Add heads one by one: none, forward or reverse."},
     )
     curriculum_share: Annotated[float, Range(gt=0, le=1)] = field(
         default=0.5, metadata={"help": "Share of the steps over which the heads are added."}

@@ -29,12 +29,10 @@ def train(options: RunOptions, heads: HeadOptions, args: LeapTrainingArguments) 
     """Train leap heads on answers of their backbone (stage 1: the backbone stays frozen).
 
     MODEL is a backbone, which gets new heads, or a checkpoint, whose heads are trained further.
-    `accelerate launch --num_processes 2 --no_python lmtp train ...` trains in several processes; its
-    option `--use_fsdp` turns on --shard_backbone.
 
     Examples:
-    lmtp train MODEL answers.jsonl OUT --leap_offsets 2 3 4 --head_context path --draft_vocab_size 8192
-    lmtp train MODEL answers.jsonl OUT --num_leap_heads 3 --leap_stride 2   # the heads of the paper
+    lmtp train BASE answers.jsonl OUT --leap_offsets 2 3 4 --head_context path --draft_vocab_size 8192
+    lmtp train BASE answers.jsonl OUT --num_leap_heads 3 --leap_stride 2   # the heads of the paper
     """
     run = TrainingRun("lmtp train", options, args)
     has_heads = has_leap_heads(options.model)

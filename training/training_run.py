@@ -37,7 +37,10 @@ class RunOptions(Options):
     bad_rows: BadRows = field(
         default="refuse", metadata={"help": "How to treat rows that are not valid answers."}
     )
-    dtype: Dtype = field(default="auto", metadata={"help": "Precision of the backbone."})
+    dtype: Dtype = field(
+        default="auto",
+        metadata={"metavar": "TYPE", "help": "auto, bfloat16, float16 or float32."},
+    )
 
 
 class TrainingRun:

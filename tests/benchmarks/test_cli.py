@@ -157,7 +157,7 @@ def test_a_full_output_folder_is_refused_and_kept(folder, answers, tmp_path):
 
 def test_errors_are_one_line_that_says_what_to_do(folder, answers, checkpoint, tmp_path):
     backbone = folder / "backbone"
-    assert "There is nothing to answer" in error_of("distill", backbone, tmp_path / "a.jsonl")
+    assert "There are no prompts to answer" in error_of("distill", backbone, tmp_path / "a.jsonl")
     assert "has no leap heads" in error_of("generate", backbone, "hello")
     assert "The prompt is empty" in error_of("generate", checkpoint, " ")
     again = error_of("train", checkpoint, answers, tmp_path / "t", "--leap_offsets", 2, 3)

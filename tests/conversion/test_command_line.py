@@ -204,9 +204,9 @@ It is not paid.
 
 trip:
   --vehicle {boat,train}      By what.
-  --seats N                   How many. (default: 2)
+  --seats N                   How many. [2]
   --speeds X ...              How fast.
-  --meals {lunch,dinner} ...  What is served. (default: lunch)
+  --meals {lunch,dinner} ...  What is served. [lunch]
 
 tickets:
   --max_price X    At most.

@@ -188,7 +188,7 @@ def test_train_joint_and_analyze_warn_if_another_model_wrote_the_answers(
     joint = ["--held_out", 2, "--lora_r", 2, "--num_train_epochs", 1]
     assert lmtp("joint", tmp_path / "o", answers, tmp_path / "j", *joint).exit_code == 0
     assert len(warnings) == 2
-    analyze = ["--num_answers", 2, "--marginalize_positions", 0, "--nodes", 2]
+    analyze = ["--num_answers", 2, "--marginalize_positions", 0, "--node_counts", 2]
     options = ["--answers", answers, "--output", tmp_path / "a", *analyze]
     result = lmtp("analyze", tmp_path / "o", *options)
     assert result.exit_code == 0, result.output
@@ -241,7 +241,7 @@ def test_commands_refuse_bad_rows_or_skip_them_with_an_option(folder, tmp_path):
     ]
     assert "answers.jsonl:6" in error_of(*joint)
     assert lmtp(*joint, "--bad_rows", "skip").exit_code == 0
-    few = ["--num_answers", 2, "--marginalize_positions", 0, "--nodes", 2]
+    few = ["--num_answers", 2, "--marginalize_positions", 0, "--node_counts", 2]
     analyze = ["analyze", output, "--answers", answers, "--output", tmp_path / "a", *few]
     assert "answers.jsonl:6" in error_of(*analyze)
     assert lmtp(*analyze, "--bad_rows", "skip").exit_code == 0

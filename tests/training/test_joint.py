@@ -309,7 +309,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
         ({"leap_loss_weight": -0.1}, "leap_loss_weight must be at least 0, got -0.1"),
         ({"kl_weight": float("nan")}, "kl_weight must be at least 0, got nan"),
         ({"lora_dropout": 1.0}, "lora_dropout must be at least 0 and less than 1, got 1.0"),
-        ({"head_training": "none"}, "head_training must be one of lora, full, got 'none'"),
+        ({"head_training": "none"}, "head_training must be one of lora, full; got 'none'"),
     ],
     ids=str,
 )

@@ -168,10 +168,10 @@ def test_lmtp_distill_answers_the_prompts_of_a_dataset(folder, tmp_path):
     tiny_tokenizer().save_pretrained(tmp_path / "backbone")
     output = tmp_path / "out.jsonl"
     command = ["distill", tmp_path / "backbone", output, "--dataset", folder / "splits"]
-    command += ["--split", "test", "--field", "messages", "--max_new_tokens", 4]
+    command += ["--split", "test", "--max_new_tokens", 4]
 
-    def distill(*more):
-        return lmtp(*command, *more)
+    def distill(field="messages"):
+        return lmtp(*command, "--field", field)
 
     assert distill().exit_code == 0
     assert [row["prompt"] for row in read_rows(output)] == ["Tell me 2"]
@@ -179,10 +179,10 @@ def test_lmtp_distill_answers_the_prompts_of_a_dataset(folder, tmp_path):
     assert (source["name"], source["split"]) == (str(folder / "splits"), "test")
     assert re.fullmatch("[0-9a-f]{16}", source["fingerprint"])
     assert "0 of them new" in distill().stdout
-    other = distill("--field", "prompt")
+    other = distill("prompt")
     assert other.exit_code == 1
     assert "prompts_sha256 was " in other.output
-    wrong = distill("--field", "question")
+    wrong = distill("question")
     assert wrong.output.count("error: field must be a column of the dataset") == 1
 
 

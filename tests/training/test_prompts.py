@@ -90,7 +90,7 @@ DAMAGED = {
     ),
     "no gzip": (
         gzip.decompress,
-        r":0: the gzip data is damaged \(Not a gzipped file .*\) after here; .* leave \.gz out",
+        r":0: the gzip data is damaged \(Not a gzipped file .*\) after here; .* remove \.gz",
     ),
 }
 

@@ -72,7 +72,7 @@ def test_the_error_names_a_run_folder_that_a_kill_left_behind(train, monkeypatch
     assert result.exit_code == 1
     message = " ".join(result.output.split())
     run_folder = output.with_name("out.training")
-    assert f"{output} is finished and whole" in message
+    assert f"{output} is finished, and" in message
     assert f"{run_folder} is left over from that run: delete it" in message
     run_folder.rename(output.with_name("away"))
     result, _ = train("--leap_offsets", 2, 3)
@@ -170,7 +170,7 @@ def test_the_current_folder_is_refused_as_output(train, tmp_path, monkeypatch):
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
     result = lmtp("train", tmp_path / "backbone", tmp_path / "answers.jsonl", ".")
-    assert "is the folder that you are in" in result.output
+    assert "is the current folder" in result.output
 
 
 def test_float16_on_a_cpu_is_refused(train, monkeypatch):

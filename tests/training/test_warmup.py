@@ -202,7 +202,7 @@ def test_sharding_in_one_process_is_refused(tmp_path):
         ({"max_length": 0}, "max_length must be at least 1, got 0"),
         ({"distillation_weight": 1.5}, "distillation_weight must be at least 0 and at most 1, got"),
         ({"distillation_temperature": 0}, "distillation_temperature must be more than 0, got 0"),
-        ({"curriculum": "up"}, "curriculum must be one of none, forward, reverse, got 'up'"),
+        ({"curriculum": "up"}, "curriculum must be one of none, forward, reverse; got 'up'"),
         ({"curriculum_share": 0}, "curriculum_share must be more than 0 and at most 1, got 0"),
         ({"label_smoothing_factor": 0.1}, "label_smoothing_factor must be 0, got 0.1"),
         ({"fsdp": "full_shard"}, "would shard the heads too. Pass shard_backbone"),
