@@ -184,6 +184,7 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
             "interleave_moe_layer_step": 2,
             "no_rope_layers": [1, 0],
             "attention_chunk_size": 16,
+            "attn_temperature_tuning": False,  # it reads cache slots, see test_support
         },
     ),
     "ministral": ("ministral", {**_DENSE_HEADS, **_SLIDING}),

@@ -29,7 +29,7 @@ CHAINS = {
 if "cache" in inspect.signature(Mamba2ForCausalLM.forward).parameters:
     CHAINS.add("mamba2")
 # In all others, each row of a batch goes on as far as its own draft was right
-IN_STEP = CHAINS - {"bloom", "falcon_alibi", "gpt_neo", "lfm2", "mpt"}
+IN_STEP = CHAINS - {"bloom", "falcon_alibi", "gpt_neo", "lfm2"}
 PLAIN = {
     *("falcon_mamba", "jamba", "mamba", "mamba2", "minimax", "openai-gpt", "recurrent_gemma"),
     *("rwkv", "xlstm"),
