@@ -47,7 +47,9 @@ def check_servable(config: Any) -> None:
     """Raise a ValueError if vLLM cannot draft with these heads; it gives all reasons."""
     reasons = reasons_against(config)
     if reasons:
-        raise ValueError(f"vLLM cannot draft with these leap heads: {'; '.join(reasons)}. {INSTEAD}")
+        raise ValueError(
+            f"vLLM cannot draft with these leap heads: {'; '.join(reasons)}. {INSTEAD}"
+        )
 
 
 def check_target(config: Any, target: Any, num_speculative_tokens: int) -> None:

@@ -57,15 +57,7 @@ class LMTPDraftModel(nn.Module):
         self.logits_processor = LogitsProcessor(self.heads.vocab_size)
         self._rows: tuple[torch.Tensor, torch.Tensor | None] | None = None
         if not vllm_config.use_v2_model_runner:
-            # The first model runner expects a draft model to have attention; this layer never runs
-            self.unused_attention = Attention(
-                target.get_num_attention_heads(vllm_config.parallel_config),
-                target.get_head_size(),
-                scale=1.0,
-                num_kv_heads=target.get_num_kv_heads(vllm_config.parallel_config),
-                cache_config=vllm_config.cache_config,
-                prefix=f"draft.layers.{target.hf_text_config.num_hidden_layers}.unused_attention",
-            )
+            self.unused_attention = _unused_attention(vllm_config, target)
 
     def embed_input_ids(self, input_ids: torch.Tensor) -> torch.Tensor:
         """Embed tokens as the served model does."""
@@ -133,3 +125,22 @@ class LMTPDraftModel(nn.Module):
             return None
         bias = getattr(lm_head, "bias", None)
         return weight[token_ids], None if bias is None else bias[token_ids]
+
+
+def _unused_attention(vllm_config: VllmConfig, target: Any) -> Attention:
+    """Build the attention layer that vLLM's first model runner expects of a draft model; it never runs.
+
+    It shares the cache of a layer of the served model, where one is of its kind: no memory is taken.
+    """
+    parallel = vllm_config.parallel_config
+    layers = vllm_config.compilation_config.static_forward_context
+    shared = [name for name, layer in layers.items() if type(layer) is Attention]
+    return Attention(
+        target.get_num_attention_heads(parallel),
+        target.get_head_size(),
+        scale=1.0,
+        num_kv_heads=target.get_num_kv_heads(parallel),
+        cache_config=vllm_config.cache_config,
+        kv_sharing_target_layer_name=shared[0] if shared else None,
+        prefix=f"draft.layers.{target.hf_text_config.num_hidden_layers}.unused_attention",
+    )

@@ -81,10 +81,15 @@ class ChainHeads(nn.Module):
         return {PREFIX + name for name in expected}
 
     def forward(self, input_ids: torch.Tensor, hidden_states: torch.Tensor) -> torch.Tensor:
-        """Take a pass's rows: `(N,)` and `(N, H)`, states or tickets; return tickets `(N, H)`."""
+        """Take a pass's rows: `(N,)` and `(N, H)`, states or tickets; return tickets `(N, H)`.
+
+        The last rows may be padding, with what an earlier pass left there. The first row is not, so it
+        tells whether a draft begins.
+        """
         rows = self.states[: hidden_states.shape[0]]
-        is_ticket = tickets.are_tickets(hidden_states)[:, None]
-        rows.copy_(torch.where(is_ticket, rows, hidden_states))
+        is_ticket = tickets.are_tickets(hidden_states)
+        begins = ~is_ticket[:1] & ~is_ticket
+        rows.copy_(torch.where(begins[:, None], hidden_states, rows))
         return tickets.issue(hidden_states, input_ids, self.num_tokens)
 
     def step_of(self, passed: torch.Tensor) -> int:

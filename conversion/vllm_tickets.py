@@ -8,9 +8,9 @@ exact in bfloat16:
 
     | seal (4) | step (1) | row (3 digits) | token of step 0 (3 digits) | token of step 1 | …
 
-`row` says where the backbone's state was put in a buffer. A draft is then a function of what this pass was
-given: nothing is kept per request that a preemption or an abort could leave stale. All shapes are static and
-nothing is copied to the host, so that CUDA graphs can capture it.
+`row` says where the backbone's state was put in a buffer. A draft then follows from what its passes were
+given: nothing is kept per request that a preemption or an abort could leave stale. All shapes are static
+and nothing is copied to the host, so that CUDA graphs can capture it.
 
 Shapes: `N` rows of a pass, `H` hidden size, `T` tokens that a ticket holds.
 """
@@ -20,10 +20,10 @@ from typing import NamedTuple
 import torch
 from torch.nn.functional import pad
 
-SEAL = (251.0, -193.0, 227.0, -239.0)  # no hidden state begins with exactly these
+SEAL_SIZE = 4
 BASE = 256  # bfloat16 has all integers up to this
 DIGITS = 3
-_ROW = len(SEAL) + 1
+_ROW = SEAL_SIZE + 1
 _TOKENS = _ROW + DIGITS
 
 
@@ -42,7 +42,7 @@ def ticket_size(num_tokens: int) -> int:
 
 def are_tickets(hidden_states: torch.Tensor) -> torch.Tensor:
     """Return which rows of `(N, H)` are tickets and not hidden states, `(N,)`."""
-    return (hidden_states[:, : len(SEAL)] == hidden_states.new_tensor(SEAL)).all(dim=-1)
+    return (hidden_states[:, :SEAL_SIZE] == _seal(hidden_states)).all(dim=-1)
 
 
 def issue(hidden_states: torch.Tensor, input_ids: torch.Tensor, num_tokens: int) -> torch.Tensor:
@@ -60,13 +60,13 @@ def issue(hidden_states: torch.Tensor, input_ids: torch.Tensor, num_tokens: int)
     length, size = hidden_states.shape
     found = are_tickets(hidden_states)[:, None]
     rows = torch.arange(length, device=hidden_states.device)
-    steps = torch.where(found, hidden_states[:, len(SEAL) : _ROW] + 1, 0)
+    steps = torch.where(found, hidden_states[:, SEAL_SIZE:_ROW] + 1, 0)
     rows = torch.where(found, hidden_states[:, _ROW:_TOKENS], _digits(rows).to(steps.dtype))
     kept = torch.where(found, hidden_states[:, _TOKENS : ticket_size(num_tokens)], 0)
     is_own = steps == torch.arange(num_tokens, device=steps.device)  # (N, T)
     own = _digits(input_ids).to(steps.dtype).repeat(1, num_tokens)
     tokens = torch.where(is_own.repeat_interleave(DIGITS, dim=1), own, kept)
-    seal = steps.new_tensor(SEAL).expand(length, -1)
+    seal = _seal(steps).expand(length, -1)
     return pad(torch.cat([seal, steps, rows, tokens], dim=1), (0, size - ticket_size(num_tokens)))
 
 
@@ -74,12 +74,20 @@ def read(tickets: torch.Tensor, num_tokens: int) -> Fields:
     """Return what tickets `(N, H)` say; of rows that are none, anything."""
     numbers = tickets[:, : ticket_size(num_tokens)].long()
     return Fields(
-        steps=numbers[:, len(SEAL)],
+        steps=numbers[:, SEAL_SIZE],
         rows=_from_digits(numbers[:, _ROW:_TOKENS]),
         tokens=_from_digits(numbers[:, _TOKENS:].unflatten(1, (num_tokens, DIGITS)))
         if num_tokens
         else numbers[:, _TOKENS:],
     )
+
+
+def _seal(like: torch.Tensor) -> torch.Tensor:
+    """Return what no hidden state begins with, `(4,)`.
+
+    Computed where it is needed: a graph that is being captured takes no constant from the host.
+    """
+    return 251 - 29 * torch.arange(SEAL_SIZE, dtype=like.dtype, device=like.device)
 
 
 def _digits(numbers: torch.Tensor) -> torch.Tensor:
