@@ -1,4 +1,4 @@
-"""Which schedule a model should use, in words, from the figures of an analysis."""
+"""Turns the figures of an analysis into advice on the schedule of leaps to use."""
 
 from collections.abc import Mapping
 from math import hypot
@@ -13,17 +13,17 @@ from .attenuation import (
 )
 from .resampling import Estimate
 
-NUM_HEADS = 3  # of the paper, for a backbone that has no heads yet
-CERTAIN = 2.0  # standard errors apart, to call one thing better than another
+NUM_HEADS = 3  # the paper's number, for a backbone without heads
+CERTAIN = 2.0  # a difference of so many standard errors counts
 
 
 def advise(heads: Mapping[str, HeadAnalysis], model: tuple[Attenuation, Attenuation] | None) -> str:
     """Write the advice.
 
     Args:
-        heads: the checkpoints' analyses by name; may be empty.
-        model: what the model itself knows further ahead, by probability and by top-1 accuracy, if
-            it was measured.
+        heads: the analyses of the checkpoints, by name; may be empty.
+        model: the attenuation of the model itself, by probability and by top-1 accuracy, if it was
+            measured.
 
     Returns:
         One paragraph; empty if nothing was measured.
@@ -41,21 +41,21 @@ def advise(heads: Mapping[str, HeadAnalysis], model: tuple[Attenuation, Attenuat
 
 
 def most_tokens_per_step(analysis: HeadAnalysis) -> tuple[str, Estimate]:
-    """Return the draft that emits most per step, and what it emits."""
+    """Return the draft with the most tokens per step, and their number."""
     return max(analysis.tokens_per_step.items(), key=lambda item: item[1].value)
 
 
 def leap_verdict(probability: Attenuation, top1: Attenuation, num_heads: int) -> str:
-    """Say whether leap 2 pays by both fits of γ: `pays`, `does not pay` or `cannot be told`."""
+    """Return `pays`, `does not pay` or `is undecided`: whether leap 2 pays by both fits of γ."""
     limit = leap_break_even(num_heads)
     sides = {_side(fit, limit) for fit in (probability, top1)}
     if sides == {-1}:
         return "pays"
-    return "does not pay" if sides == {1} else "cannot be told"
+    return "does not pay" if sides == {1} else "is undecided"
 
 
 def _side(fit: Attenuation, limit: float) -> int:
-    """On which side of a limit γ lies; 0 where the error leaves it open."""
+    """Return -1 or 1 for γ below or above a limit, 0 if the standard error leaves it open."""
     distance = fit.gamma - limit
     if abs(distance) <= CERTAIN * (fit.standard_error or 0.0):
         return 0
@@ -75,23 +75,23 @@ def _ranking(heads: Mapping[str, HeadAnalysis], best: str) -> list[str]:
         second = max(others, key=lambda name: others[name].value)
         error = hypot(most.standard_error or 0.0, others[second].standard_error or 0.0)
         apart = most.value - others[second].value > CERTAIN * error
-        verdict = "clearly behind" if apart else "too close to tell apart on these answers"
+        verdict = "clearly fewer" if apart else "too close to call on these answers"
         sentences.append(f"Next is {second} with {others[second]}, {verdict}.")
     return sentences
 
 
 def _of_heads(name: str, analysis: HeadAnalysis, num_heads: int) -> str:
-    faded = _gammas(analysis.attenuation, analysis.top1_attenuation)
+    gammas = _gammas(analysis.attenuation, analysis.top1_attenuation)
     verdict = leap_verdict(analysis.attenuation, analysis.top1_attenuation, num_heads)
     leap = _of_leap(verdict, analysis.top1_attenuation.gamma, num_heads)
-    return f"In {name}'s heads certainty fades by {faded}; {leap}."
+    return f"The certainty of {name}'s heads falls with {gammas}; {leap}."
 
 
 def _of_model(model: tuple[Attenuation, Attenuation], num_heads: int) -> str:
     leap = _of_leap(leap_verdict(*model, num_heads), model[1].gamma, num_heads)
     return (
-        f"In the model itself, by numerical marginalization, it fades by {_gammas(*model)}: with heads "
-        f"of the paper's kind that knew as much, {leap}."
+        f"The certainty of the model itself, by numerical marginalization, falls with {_gammas(*model)}: "
+        f"for heads of the paper's kind that knew as much, {leap}."
     )
 
 
@@ -105,10 +105,10 @@ def _of_leap(verdict: str, gamma: float, num_heads: int) -> str:
     limit = leap_break_even(num_heads)
     near = expected_tokens_per_step(evenly_spaced_offsets(num_heads, 1), gamma)
     far = expected_tokens_per_step(evenly_spaced_offsets(num_heads, 2), gamma)
-    subject = "whether leap 2 pays" if verdict == "cannot be told" else "leap 2"
+    subject = "whether leap 2 pays" if verdict == "is undecided" else "leap 2"
     return (
         f"{subject} {verdict} (break-even with {num_heads} heads: γ = {limit:.3f}; by the top-1 curve "
-        f"leap 1 promises {near:.2f} tokens per step and leap 2 {far:.2f})"
+        f"leap 1 would emit {near:.2f} tokens per step and leap 2 {far:.2f})"
     )
 
 

@@ -1,7 +1,7 @@
-"""What held-out answers say of leap heads, and of the model under them.
+"""Measures leap heads, and the model they stand on, on held-out answers.
 
-Accuracy per draft distance, how certainty fades with distance (`attenuation`), how that compares with
-what the model itself knows (`marginalization`), and the tokens per step that follow.
+The figures are accuracies per draft distance, the attenuation of certainty with distance (`attenuation`) in
+the heads and in the model itself (`marginalization`), and the tokens per step that follow.
 
 Shapes: `N` answers, `A` draft distances, `L` tokens of one answer, `D` distances.
 """
@@ -13,8 +13,7 @@ import torch
 from tqdm.auto import tqdm
 
 from modeling_lmtp.backbone_lmtp import unembedding_size
-from modeling_lmtp.context_lmtp import num_visible
-from modeling_lmtp.leaps_lmtp import Draft, drafts
+from modeling_lmtp.leaps_lmtp import Draft, drafts, num_visible
 from modeling_lmtp.losses_lmtp import IGNORE_INDEX
 from modeling_lmtp.modeling_lmtp import LMTPForCausalLM
 from modeling_lmtp.training.evaluation import (
@@ -25,7 +24,7 @@ from modeling_lmtp.training.evaluation import (
 )
 from modeling_lmtp.training.examples import Example
 from modeling_lmtp.tree_lmtp import DraftTree, grow_tree
-from modeling_lmtp.vocabulary_lmtp import draft_labels
+from modeling_lmtp.unembeddings_lmtp import draft_labels
 
 from .attenuation import Attenuation, fit_attenuation
 from .marginalization import Marginals
@@ -37,19 +36,20 @@ CHAIN = "chain"
 
 @dataclass(frozen=True)
 class HeadAnalysis:
-    """What held-out answers say of one checkpoint's heads.
+    """The figures of one checkpoint's heads.
 
     Args:
-        leap_offsets, head_context: which heads these are.
+        leap_offsets, head_context: of the heads.
         top_k: `top_k[k][a - 1]`, how often the right token is among the first `k` candidates for draft
             distance `a`.
-        mean_probabilities: `[a - 1]`, what the right token is given.
-        ceiling_distances: `[a - 1]`, which marginal bounds the head, see `ceiling_distance`.
+        mean_probabilities: `[a - 1]`, the mean probability of the right token.
+        ceiling_distances: `[a - 1]`, the distance of the marginal that bounds the head, see
+            `ceiling_distance`.
         attenuation: γ, fitted to the mean probabilities.
         top1_attenuation: γ, fitted to how often the first candidate is right.
         tokens_per_step: simulated, by draft: `CHAIN` or a number of candidates.
-        num_nodes: the candidates that each draft really has: a tree may be asked for more than the
-            accuracies offer.
+        num_nodes: the number of candidates of each draft; a tree may have fewer than its name says if
+            the accuracies offer no more.
     """
 
     leap_offsets: tuple[int, ...]
@@ -64,33 +64,33 @@ class HeadAnalysis:
 
     @property
     def kind(self) -> str:
-        """What the heads see after their state, in words."""
+        """The kind of heads, in words."""
         return head_kind(self.head_context)
 
 
 def head_kind(head_context: int | str) -> str:
-    """Name the heads by what they see after their state."""
+    """Return the kind of heads in words, by the tokens that they see after their state."""
     if head_context == 0:
         return "paper's heads"
     return "path-grounded" if head_context == "path" else f"grounded, {head_context}"
 
 
 def ceiling_distance(draft: Draft, offsets: Sequence[int], head_context: int | str) -> int:
-    """Return the distance of a head's target from the last token that it sees, when it drafts.
+    """Return the distance of a head's target from the last token that the head sees when it drafts.
 
-    The marginal at that distance is the best the head could know. A head that sees all tokens before
-    its target, drafted ones included, is bounded by the model's own next-token distribution, 1.
+    The marginal at that distance bounds the head. If the head sees all tokens before its target,
+    including drafted ones, the distance is 1: the model's next-token distribution bounds it.
     """
     offset = offsets[draft.head]
     return offset - num_visible(offset, draft.look_back, head_context)
 
 
 def attenuation_distance(draft: Draft, offsets: Sequence[int], head_context: int | str) -> int:
-    """Return the `d` of the attenuation curve that a draft belongs to.
+    """Return the `d` of a draft on the attenuation curve.
 
-    For the paper's heads the offset, counted from the state that the head reads. A grounded head
-    knows more than its state, but the curve starts at the one token that is certain, `x_{t+1}`, seen
-    or not: `d` is never below `1 + a`.
+    For the paper's heads it is the offset, counted from the state that the head reads. A grounded head
+    knows more than its state, but the curve starts at the one token that is certain, `x_{t+1}`, whether
+    the head sees it or not: `d` is at least `1 + a`.
     """
     return max(1 + draft.distance, ceiling_distance(draft, offsets, head_context))
 
@@ -99,13 +99,13 @@ def attenuation_distance(draft: Draft, offsets: Sequence[int], head_context: int
 def draft_probabilities(
     model: LMTPForCausalLM, example: Example, states: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """Return what the heads give the right token, from every root of the answer.
+    """Return the probability that the heads give to the right token, from every root of the answer.
 
     Args:
         model, example, states: see `evaluation.draft_ranks`.
 
     Returns:
-        `(A, L)`, aligned with `evaluation.draft_ranks`; 0 where the token cannot be drafted.
+        `(A, L)`, aligned with `evaluation.draft_ranks`; 0 for a token outside the draft vocabulary.
     """
     input_ids = torch.tensor([example.input_ids], device=model.device)
     length = input_ids.shape[1]
@@ -122,20 +122,20 @@ def draft_probabilities(
         if offset >= length:
             continue
         logits = model.leap_logits(draft.head, states[None], input_ids, draft.look_back)
-        wanted = targets[offset:]
-        chosen = logits[0, :-offset].float().log_softmax(dim=-1)
-        given = chosen.gather(1, wanted.clamp(min=0)[:, None])[:, 0].exp()
-        given = given.masked_fill(wanted == IGNORE_INDEX, 0.0)
-        probabilities[draft.distance - 1, 1 + draft.look_back :][: len(given)] = given
+        labels = targets[offset:]
+        log_probs = logits[0, :-offset].float().log_softmax(dim=-1)
+        of_labels = log_probs.gather(1, labels.clamp(min=0)[:, None])[:, 0].exp()
+        of_labels = of_labels.masked_fill(labels == IGNORE_INDEX, 0.0)
+        probabilities[draft.distance - 1, 1 + draft.look_back :][: len(of_labels)] = of_labels
     return probabilities
 
 
 def sums_over_answers(
     values: Iterable[torch.Tensor], examples: Iterable[Example]
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Add up, per answer and draft distance, what every root in the answer has; count the roots.
+    """Add up values over the roots of each answer, per draft distance, and count the roots.
 
-    A root may be any token of an answer whose target is in the answer as well.
+    A root is any token of an answer whose target lies in the answer too.
 
     Args:
         values: one `(A, L)` per example.
@@ -169,7 +169,7 @@ def rank_shares(
 def simulated_tokens_per_step(
     ranks: Sequence[torch.Tensor], examples: Sequence[Example], tree: DraftTree
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the tokens that decoding each answer would draft and verify, and its steps, each `(N,)`."""
+    """Return the tokens that decoding each answer would emit, and its steps, each `(N,)`."""
     steps = [
         simulated_steps(of_answer, tree, example.answer_start)
         for of_answer, example in zip(ranks, examples, strict=True)
@@ -180,9 +180,9 @@ def simulated_tokens_per_step(
 def cross_validated(
     ranks: Sequence[torch.Tensor], examples: Sequence[Example], num_nodes: int
 ) -> tuple[torch.Tensor, torch.Tensor, int]:
-    """Simulate each half of the answers with the tree that the other half grows.
+    """Simulate each half of the answers with the tree grown from the other half.
 
-    A tree judged by the answers that it was grown from would look better than it is.
+    Judged by the answers it was grown from, a tree would look better than it is.
 
     Returns:
         Tokens and steps per answer, each `(N,)`, and the larger tree's number of candidates.
@@ -212,11 +212,11 @@ def analyze_heads(
         model: the checkpoint, in evaluation mode.
         examples: at least two answers.
         node_counts: candidates of the trees to simulate.
-        seed: of the resampling that errors come from.
+        seed: seed of the resampling that gives the errors.
         progress: show a progress bar.
 
     Raises:
-        ValueError: the model has no heads, or there are fewer than two answers, or only of one token.
+        ValueError: the model has no heads, or there are fewer than two answers of several tokens.
     """
     schedule = drafts(model.config.leap_offsets)
     if not schedule:
@@ -226,18 +226,12 @@ def analyze_heads(
             f"examples must be at least 2 answers, got {len(examples)}: trees grown on one half are "
             "judged on the other."
         )
-    bar = tqdm(examples, desc="analyze heads", unit="answer", disable=not progress)
-    measured = []
-    for example in bar:
-        states = answer_states(model, example)
-        drafted = (draft_ranks(model, example, states), draft_probabilities(model, example, states))
-        measured.append([of_answer.cpu() for of_answer in drafted])
-    ranks = [of_answer for of_answer, _ in measured]
-    totals, counts = sums_over_answers([given for _, given in measured], examples)
+    ranks, probabilities = _measure(model, examples, progress)
+    totals, counts = sums_over_answers(probabilities, examples)
     if not counts.any():
         raise ValueError(
-            f"There is nothing to draft in {len(examples)} answers: they end with their first token. Give "
-            "longer ones."
+            f"There is nothing to draft in {len(examples)} answers: they end with their first token. Use "
+            "longer answers."
         )
     hits, _ = sums_over_answers([of_answer == 0 for of_answer in ranks], examples)
     shares = rank_shares(ranks, examples)
@@ -261,6 +255,18 @@ def analyze_heads(
     )
 
 
+def _measure(
+    model: LMTPForCausalLM, examples: Sequence[Example], progress: bool
+) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """Return `draft_ranks` and `draft_probabilities` of each answer, on the CPU."""
+    ranks, probabilities = [], []
+    for example in tqdm(examples, desc="analyze heads", unit="answer", disable=not progress):
+        states = answer_states(model, example)
+        ranks.append(draft_ranks(model, example, states).cpu())
+        probabilities.append(draft_probabilities(model, example, states).cpu())
+    return ranks, probabilities
+
+
 def _fit(
     schedule: Sequence[Draft],
     offsets: Sequence[int],
@@ -269,7 +275,7 @@ def _fit(
     counts: torch.Tensor,
     seed: int,
 ) -> Attenuation:
-    """Fit γ to draft distances, pooled where they share a `d` of the curve, `(N, A)` to `(N, D)`."""
+    """Fit γ to sums `(N, A)` over draft distances, after pooling those with the same `d` to `(N, D)`."""
     of_draft = [attenuation_distance(draft, offsets, head_context) for draft in schedule]
     distances = sorted(set(of_draft))
     pooled = [
@@ -286,35 +292,35 @@ def _fit(
 
 
 def marginal_attenuations(marginals: Marginals, seed: int = 0) -> tuple[Attenuation, Attenuation]:
-    """Fit γ to what the model itself knows further ahead: to probabilities, and to top-1 accuracies.
+    """Fit γ to the model's marginals: to their probabilities, and to their top-1 accuracies.
 
     Raises:
-        ValueError: only the next token was asked for.
+        ValueError: the marginals are of the next token only.
     """
     num_distances = marginals.ranks.shape[1]
     numbers = marginals.answers.unique()
     inside = (marginals.answers == numbers[:, None]).double()
     counts = inside.sum(dim=1, keepdim=True).expand(-1, num_distances - 1)
     distances = range(2, num_distances + 1)
-    given, right = marginals.probabilities.double(), (marginals.ranks == 0).double()
+    probabilities, hits = marginals.probabilities.double(), (marginals.ranks == 0).double()
     return (
-        fit_attenuation(distances, (inside @ given)[:, 1:], counts, seed),
-        fit_attenuation(distances, (inside @ right)[:, 1:], counts, seed),
+        fit_attenuation(distances, (inside @ probabilities)[:, 1:], counts, seed),
+        fit_attenuation(distances, (inside @ hits)[:, 1:], counts, seed),
     )
 
 
 def marginal_estimates(marginals: Marginals, seed: int = 0) -> list[dict[str, Estimate | float]]:
-    """Return, per distance from 1, top-k accuracies, mean probability and what was covered."""
+    """Return top-k accuracies, mean probability and covered probability for each distance from 1."""
     numbers = marginals.answers.unique()
     inside = (marginals.answers == numbers[:, None]).double()
     counts = inside.sum(dim=1)
     return [
         {
             **{f"top{k}": ratio(inside @ (ranks < k).double(), counts, seed) for k in TOP_KS},
-            "mean_probability": ratio(inside @ given.double(), counts, seed),
+            "mean_probability": ratio(inside @ probabilities.double(), counts, seed),
             "covered": covered.double().mean().item(),
         }
-        for ranks, given, covered in zip(
+        for ranks, probabilities, covered in zip(
             marginals.ranks.T, marginals.probabilities.T, marginals.covered.T, strict=True
         )
     ]

@@ -1,4 +1,4 @@
-"""An analysis written down: `analysis.json`, and the tables that the command prints."""
+"""The content of `analysis.json`, and the tables that `lmtp analyze` prints."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -26,13 +26,13 @@ from .resampling import Estimate
 
 @dataclass(frozen=True)
 class Measured:
-    """What was measured, before it is written down.
+    """All measurements of an analysis.
 
     Args:
-        heads: the checkpoints' analyses by name.
-        marginals: of their backbone, if asked for.
+        heads: the analyses of the checkpoints, by name.
+        marginals: the marginals of their backbone, if measured.
         notes: what a reader should know before trusting the figures.
-        conditions: device, dtype and the like.
+        conditions: device, dtype and so on.
     """
 
     heads: dict[str, HeadAnalysis]
@@ -47,13 +47,13 @@ def analysis_record(
     answers: Mapping[str, Any],
     settings: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """Return everything, JSON-serialisable.
+    """Return the content of `analysis.json`.
 
     Args:
-        measured: the figures.
-        sources: the folders or ids as given.
-        answers: the file's name and hash.
-        settings: what was asked for.
+        measured: the measurements.
+        sources: folders or Hub ids of the checkpoints.
+        answers: name and hash of the file of answers.
+        settings: the settings of the command.
     """
     fits = None
     if measured.marginals is not None:
@@ -103,9 +103,9 @@ def _marginalization_record(
     ]
     return {
         "what": (
-            "The reference ceiling for heads that see no token after their state. Grounded heads see "
-            "x_{t+1} and more, so it does not bound them: theirs is the distance that ceiling_distances "
-            "names, 1 being the model's own next-token distribution."
+            "The upper bound for heads that see no token after their state. Grounded heads see x_{t+1} "
+            "and more, so it does not bound them: their bound is at the distance in ceiling_distances, "
+            "where 1 is the model's next-token distribution."
         ),
         "positions": len(marginals.ranks),
         "continuations": settings["num_continuations"],
@@ -118,7 +118,7 @@ def _marginalization_record(
 def _schedules(
     heads: dict[str, HeadAnalysis], model: tuple[Attenuation, Attenuation] | None
 ) -> list[dict[str, Any]]:
-    """Return what chains of the paper's heads would emit if each fitted top-1 curve held."""
+    """Return the tokens per step of chains of the paper's heads, if each fitted top-1 curve held."""
     curves = {name: analysis.top1_attenuation.gamma for name, analysis in heads.items()}
     if model is not None:
         curves["model"] = model[1].gamma
@@ -135,7 +135,7 @@ def _schedules(
 
 
 def tables(record: Mapping[str, Any]) -> list[Table]:
-    """Lay out the figures that a person wants first."""
+    """Lay out the main figures."""
     shown = []
     if record["checkpoints"] or record["marginalization"]:
         shown.append(accuracy_table(record))
@@ -145,13 +145,13 @@ def tables(record: Mapping[str, Any]) -> list[Table]:
 
 
 def accuracy_table(record: Mapping[str, Any]) -> Table:
-    """Lay out top-1 accuracies per draft distance, and the model's own."""
-    rows = [(found["name"], found["top_k"]["1"]) for found in record["checkpoints"]]
+    """Lay out the top-1 accuracies of heads and model per draft distance."""
+    rows = [(entry["name"], entry["top_k"]["1"]) for entry in record["checkpoints"]]
     if record["marginalization"]:
-        known = record["marginalization"]["distances"][1:]
-        rows.append(("the model itself*", [row["top1"]["value"] for row in known]))
+        distances = record["marginalization"]["distances"][1:]
+        rows.append(("the model itself*", [row["top1"]["value"] for row in distances]))
     longest = max(len(values) for _, values in rows)
-    caption = "* by numerical marginalization: what it knows having seen x_≤t"
+    caption = "* by numerical marginalization, having seen x_≤t"
     table = Table(title="Top-1 accuracy", caption=caption if record["marginalization"] else None)
     table.add_column("draft of", overflow="fold")
     for distance in range(1, 1 + longest):
@@ -168,12 +168,12 @@ def steps_table(record: Mapping[str, Any]) -> Table:
         table.add_column(heading, overflow="fold")
     for draft in record["checkpoints"][0]["tokens_per_step"]:
         table.add_column(draft, no_wrap=True)
-    for found in record["checkpoints"]:
+    for entry in record["checkpoints"]:
         table.add_row(
-            found["name"],
-            ",".join(map(str, found["leap_offsets"])),
-            found["kind"],
-            f"{found['attenuation']['gamma']:.2f}",
-            *(f"{estimate['value']:.2f}" for estimate in found["tokens_per_step"].values()),
+            entry["name"],
+            ",".join(map(str, entry["leap_offsets"])),
+            entry["kind"],
+            f"{entry['attenuation']['gamma']:.2f}",
+            *(f"{estimate['value']:.2f}" for estimate in entry["tokens_per_step"].values()),
         )
     return table

@@ -1,13 +1,14 @@
-"""`lmtp analyze`: what held-out answers say of checkpoints, as figures, pictures and advice."""
+"""`lmtp analyze`: analyzes checkpoints on held-out answers, with figures, pictures and advice."""
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 
+from modeling_lmtp.conversion.command_line import console
 from modeling_lmtp.conversion.loading import (
     has_leap_heads,
     load_backbone,
@@ -15,108 +16,130 @@ from modeling_lmtp.conversion.loading import (
     load_tokenizer,
     names_of,
 )
+from modeling_lmtp.conversion.options import Dtype, Options, Range
 from modeling_lmtp.conversion.saving import check_output_folder, file_sha256
-from modeling_lmtp.training.answer_files import load_answers, unseen_answers
+from modeling_lmtp.training.answers import load_answers, unseen_answers
 from modeling_lmtp.training.examples import Example, split_examples
 from modeling_lmtp.training.fingerprints import model_fingerprint
 from modeling_lmtp.transformers_lmtp import attention_implementation
 from modeling_lmtp.tree_lmtp import MAX_NODES
 
 from .analysis import HeadAnalysis, analyze_heads
-from .analysis_record import Measured, analysis_record
+from .analysis_record import Measured, analysis_record, tables
 from .marginalization import Marginals, marginalize
 from .pictures import draw_pictures, pictures_available
 
-# Of the model's own greedy answers nearly all tokens are its first choice; rounding takes a few
+# In the model's own greedy answers nearly all tokens are its first choice; rounding changes a few
 OWN_ANSWERS = 0.9
 
 
-@dataclass(frozen=True)
-class AnalysisSettings:
-    """What to measure on.
+@dataclass
+class AnalyzeOptions(Options):
+    """What to analyze, and where the result goes."""
 
-    Args:
-        num_answers: answers, evenly spread over the file: those that `lmtp train --held-out` with the
-            same number keeps out of training.
-        marginalize_positions: positions for numerical marginalization; 0 leaves it out.
-        num_continuations: how many continuations it sums over.
-        node_counts: candidates of the trees to simulate.
-        max_length: longer examples are cut.
-        bad_rows: of the answers, see `read_answers`.
-        seed: of the positions, and of the resampling that errors come from.
-        dtype: of the models.
+    title: ClassVar[str] = "files"
+
+    sources: list[str] = field(
+        metadata={"help": "Checkpoints on one backbone, or one plain backbone; folders or Hub ids."}
+    )
+    answers: Path = field(
+        kw_only=True, metadata={"help": "Held-out answers of the backbone, made by `lmtp distill`."}
+    )
+    output: Path = field(
+        kw_only=True, metadata={"help": "New folder for analysis.json and the pictures."}
+    )
+
+
+@dataclass
+class AnalysisSettings(Options):
+    """How to measure; `analysis.json` records these."""
+
+    title: ClassVar[str] = "measurement"
+
+    num_answers: Annotated[int, Range(ge=2)] = field(
+        default=32,
+        metadata={
+            "help": "Use the N answers that `lmtp train --held_out N` keeps out of training."
+        },
+    )
+    marginalize_positions: Annotated[int, Range(ge=0)] = field(
+        default=128,
+        metadata={"help": "Positions for the numerical marginalization; 0 skips it."},
+    )
+    num_continuations: Annotated[int, Range(ge=1)] = field(
+        default=16, metadata={"help": "Continuations that each marginal sums over."}
+    )
+    node_counts: list[Annotated[int, Range(ge=1, le=MAX_NODES - 1)]] = field(
+        default_factory=lambda: [4, 8, 16, 32],
+        metadata={"help": "Numbers of candidates of the draft trees to simulate."},
+    )
+    max_length: Annotated[int, Range(ge=2)] = field(
+        default=1024, metadata={"help": "Cut longer examples to N tokens."}
+    )
+    bad_rows: Literal["refuse", "skip"] = field(
+        default="refuse",
+        metadata={"help": "Refuse answers with a bad row, or skip and count such rows."},
+    )
+    seed: int = field(
+        default=0, metadata={"help": "Seed of the positions and of the resampled errors."}
+    )
+    dtype: Dtype = field(default="auto", metadata={"help": "Dtype of the models."})
+
+
+def analyze(options: AnalyzeOptions, settings: AnalysisSettings) -> None:
+    """Show how far ahead heads predict, what the model itself knows there, and which schedule to use.
+
+    Examples:
+      lmtp analyze OUT --answers held_out.jsonl --output analysis
+      lmtp analyze BACKBONE --answers answers.jsonl --output analysis    before any heads are trained
     """
-
-    num_answers: int = 32
-    marginalize_positions: int = 128
-    num_continuations: int = 16
-    node_counts: tuple[int, ...] = (4, 8, 16, 32)
-    max_length: int = 1024
-    bad_rows: str = "refuse"
-    seed: int = 0
-    dtype: str = "auto"
-
-    def __post_init__(self) -> None:
-        """Raise a ValueError if a number is out of range."""
-        if any(not 0 < count < MAX_NODES for count in self.node_counts):
-            raise ValueError(
-                f"node_counts must be from 1 to {MAX_NODES - 1}, got {self.node_counts}: so many "
-                "candidates may be verified at once."
-            )
-        if self.num_answers < 2:
-            raise ValueError(
-                f"num_answers must be 2 or more, got {self.num_answers}: draft trees grown on one half "
-                "are judged on the other."
-            )
-        if self.marginalize_positions < 0:
-            raise ValueError(
-                "marginalize_positions must be 0 (leave it out) or more, got "
-                f"{self.marginalize_positions}."
-            )
-
-
-def whole_numbers(text: str) -> tuple[int, ...]:
-    """Read comma-separated whole numbers.
-
-    Raises:
-        ValueError: there is something else in it.
-    """
-    try:
-        return tuple(int(part) for part in text.split(","))
-    except ValueError as error:
-        raise ValueError(
-            f"--nodes takes whole numbers with commas between, such as 4,8,16; got {text!r}."
-        ) from error
+    record = run_analysis(options, settings)
+    console.print(*tables(record), record["advice"], *record["notes"], sep="\n", markup=False)
+    files = ", ".join(["analysis.json", *record["pictures"]])
+    console.print(f"Saved {files} in {options.output}.", markup=False, highlight=False)
 
 
 def run_analysis(
-    sources: Sequence[str],
-    answers: Path,
-    output: Path,
-    settings: AnalysisSettings,
-    *,
-    progress: bool = True,
+    options: AnalyzeOptions, settings: AnalysisSettings, *, progress: bool = True
 ) -> dict[str, Any]:
-    """Analyze checkpoints and write `analysis.json` and the pictures into `output`.
+    """Analyze checkpoints and write `analysis.json` and the pictures.
 
     Args:
-        sources: checkpoints with leap heads on the same backbone, or one plain backbone.
-        answers: held-out answers of that backbone, as `lmtp distill` makes them.
-        output: a new folder.
-        settings: what to measure on.
+        options, settings: see their fields.
         progress: show progress bars.
 
     Returns:
-        What `analysis.json` holds.
+        The content of `analysis.json`.
 
     Raises:
-        ValueError: `output` holds something, the checkpoints do not belong together, or there are too
-            few answers.
+        ValueError: the output folder holds something, the checkpoints do not belong together, or there
+            are too few answers.
     """
-    check_output_folder(output)
-    if not sources:
-        raise ValueError("There is nothing to analyze: name a checkpoint or a backbone.")
-    names = names_of(sources)
+    check_output_folder(options.output)
+    sources = options.sources
+    have_heads = _check_sources(sources, settings)
+    by_name = dict(zip(names_of(sources), sources, strict=True))
+    measured = _measure(by_name, have_heads, options.answers, settings, progress)
+    held_out = {"file": options.answers.name, "sha256": file_sha256(options.answers)}
+    record = analysis_record(measured, sources, held_out, asdict(settings))
+    options.output.mkdir(parents=True, exist_ok=True)
+    if pictures_available():
+        record["pictures"] = [path.name for path in draw_pictures(record, options.output)]
+    else:
+        record["notes"].append(
+            "No pictures: matplotlib is not installed. pip install 'modeling-lmtp[plots]'."
+        )
+    (options.output / "analysis.json").write_text(json.dumps(record, indent=2) + "\n")
+    return record
+
+
+def _check_sources(sources: Sequence[str], settings: AnalysisSettings) -> bool:
+    """Return whether the sources have leap heads.
+
+    Raises:
+        ValueError: they cannot be analyzed together, or there is nothing to measure.
+    """
+    names_of(sources)  # refuses a checkpoint given twice
     have_heads = [has_leap_heads(source) for source in sources]
     if len(sources) > 1 and not all(have_heads):
         plain = sources[have_heads.index(False)]
@@ -129,19 +152,7 @@ def run_analysis(
             f"{sources[0]!r} has no leap heads, and marginalize_positions is 0: there is nothing to "
             "measure. Leave marginalize_positions out, or give a checkpoint with heads."
         )
-    by_name = dict(zip(names, sources, strict=True))
-    measured = _measure(by_name, have_heads[0], answers, settings, progress)
-    held_out = {"file": answers.name, "sha256": file_sha256(answers)}
-    record = analysis_record(measured, sources, held_out, asdict(settings))
-    output.mkdir(parents=True, exist_ok=True)
-    if pictures_available():
-        record["pictures"] = [path.name for path in draw_pictures(record, output)]
-    else:
-        record["notes"].append(
-            "No pictures: matplotlib is not installed. pip install 'modeling-lmtp[plots]'."
-        )
-    (output / "analysis.json").write_text(json.dumps(record, indent=2) + "\n")
-    return record
+    return have_heads[0]
 
 
 def _measure(
@@ -184,9 +195,9 @@ def _measure(
                 progress=progress,
             )
         del model, backbone
-    if marginals is not None and (own := marginals.accuracy(1, 1)) < OWN_ANSWERS:
+    if marginals is not None and (share := marginals.accuracy(1, 1)) < OWN_ANSWERS:
         notes.append(
-            f"Only {own:.0%} of the answers' tokens are this backbone's own first choice: these are not "
+            f"Only {share:.0%} of the answers' tokens are this backbone's own first choice: these are not "
             "its greedy answers, so decoding may accept more or fewer drafts than is simulated here. "
             "Make some with `lmtp distill`."
         )
@@ -195,7 +206,7 @@ def _measure(
 
 
 def _held_out(examples: Sequence[Example], count: int) -> list[Example]:
-    """Return the answers that `lmtp train --held-out COUNT` keeps out of training."""
+    """Return the answers that `lmtp train --held_out COUNT` keeps out of training."""
     if count == len(examples):
         return list(examples)
     if count > len(examples):
@@ -233,15 +244,15 @@ def _conditions(backbone: Any) -> dict[str, Any]:
 def _training_notes(
     name: str, source: str, answers: Path, chosen: Sequence[Example], examples: Sequence[Example]
 ) -> list[str]:
-    """Say so if heads were trained on answers that are to judge them, as far as their record tells."""
+    """Return a note if the record of the heads shows that they were trained on these answers."""
     unseen = unseen_answers(source, answers, examples)
     if unseen is None or all(example in unseen for example in chosen):
         return []
     return [
         f"{name} was trained on some of these answers, so its figures are too good: pass "
         + (
-            f"num_answers {len(unseen)}, those it was not trained on."
+            f"--num_answers {len(unseen)}, those it was not trained on."
             if len(unseen) > 1
-            else "others."
+            else "other answers."
         )
     ]

@@ -1,9 +1,9 @@
-"""Attenuation: how fast prediction fades with distance, and which leap that favours.
+"""Attenuation: how fast predictions lose certainty with distance, and which leap that favours.
 
-The paper (arXiv 2505.17505) takes `E[p(x_{t+d} | x_≤t)] = exp(-γ (d - 1))`: certainty is lost at one
-constant rate γ per position. Here γ is fitted to what was measured, by least squares on the
-probabilities themselves (not on their logarithms: tokens per step are sums of products of them, and
-a logarithm would weigh the smallest and least certain most).
+The paper (arXiv 2505.17505) assumes `E[p(x_{t+d} | x_≤t)] = exp(-γ (d - 1))`: certainty falls at one
+constant rate γ per position. Here γ is fitted to measurements, by least squares on the probabilities and
+not on their logarithms: tokens per step are sums of products of probabilities, and logarithms would give
+the most weight to the smallest and least certain ones.
 
 Shapes: `N` answers, `D` distances, `R` sets of points.
 """
@@ -18,11 +18,11 @@ from modeling_lmtp.leaps_lmtp import drafts, evenly_spaced_offsets
 
 from .resampling import resample, resampled_ratios, standard_error
 
-MAX_GAMMA = 10.0  # from one position to the next, exp(-10) of the certainty is left
+MAX_GAMMA = 10.0  # exp(-10) of the certainty remains at the next position
 GRID = 201
 REFINEMENTS = 5
 
-# Schedules that anyone would ask about, by name
+# Common schedules, by name
 SCHEDULES = {
     "MTP, 3 heads": (2, 3, 4),
     "L-MTP, 3 heads": (3, 5, 7),
@@ -38,10 +38,10 @@ class Attenuation:
 
     Args:
         gamma: γ.
-        standard_error: of γ, from resampling the answers; None if there was one only.
-        rms_residual: how far the curve is from the points, root mean square.
-        distances: `d` of the points that it was fitted to.
-        values: their probabilities.
+        standard_error: of γ, from resampling the answers; None if there was only one.
+        rms_residual: root mean square of the distances between curve and points.
+        distances: `d` of the points.
+        values: the probabilities of the points.
     """
 
     gamma: float
@@ -55,19 +55,19 @@ def fit_gamma(distances: Sequence[int], values: torch.Tensor) -> torch.Tensor:
     """Fit γ by least squares: minimise `Σ_d (value_d - exp(-γ (d - 1)))²`, `0 ≤ γ ≤ MAX_GAMMA`.
 
     Args:
-        distances: `D` integers `d`; at `d = 1` the curve is 1 whatever γ.
+        distances: `D` integers `d`; at `d = 1` the curve is 1 for every γ.
         values: `(R, D)` probabilities or accuracies.
 
     Returns:
         `(R,)`, float64, to 1e-9.
 
     Raises:
-        ValueError: no distance is beyond 1.
+        ValueError: no distance is greater than 1.
     """
     if not any(distance > 1 for distance in distances):
         raise ValueError(
-            f"distances must hold one beyond 1 to fit γ to, got {list(distances)}: at 1 the curve is 1 "
-            "for every γ. Measure further ahead."
+            f"distances must include one greater than 1, got {list(distances)}: at 1 the curve is 1 for "
+            "every γ. Measure further ahead."
         )
     exponents = torch.tensor(distances, dtype=torch.float64) - 1
     lowest = torch.zeros(len(values), dtype=torch.float64)
@@ -86,16 +86,16 @@ def fit_gamma(distances: Sequence[int], values: torch.Tensor) -> torch.Tensor:
 def fit_attenuation(
     distances: Sequence[int], totals: torch.Tensor, counts: torch.Tensor, seed: int = 0
 ) -> Attenuation:
-    """Fit the curve to means over answers, with an error by resampling them.
+    """Fit the curve to means over answers, and resample the answers for its standard error.
 
     Args:
         distances: `D` integers `d`.
-        totals: `(N, D)`, per answer the sum of the probabilities at each distance.
-        counts: `(N, D)`, of how many.
-        seed: of the resampling.
+        totals: `(N, D)`, the sum of the probabilities in each answer at each distance.
+        counts: `(N, D)`, their numbers.
+        seed: seed of the resampling.
 
     Raises:
-        ValueError: no distance is beyond 1.
+        ValueError: no distance is greater than 1.
     """
     means = totals.double().sum(dim=0) / counts.double().sum(dim=0).clamp(min=1)
     gamma = fit_gamma(distances, means[None])[0].item()
@@ -116,21 +116,21 @@ def probability(gamma: float, distance: float) -> float:
 
 
 def expected_tokens_per_step(offsets: Sequence[int], gamma: float) -> float:
-    """Return what a chain of the paper's heads emits per step if the curve holds.
+    """Return the tokens per step of a chain of the paper's heads, if the curve holds.
 
     `1 + Σ_{A=1}^{horizon} Π_{a=1}^{A} exp(-γ (d_a - 1))`, `d_a` the offset of the head that serves
     draft distance `a` (arXiv 2505.17505; the 1 is the bonus token). Evenly spaced heads of leap `k`
-    serve `k` distances each at the certainty of the furthest, which is what leaping costs.
+    serve `k` distances each, all at the certainty of the furthest: that is the cost of leaping.
 
     Args:
-        offsets: leap offsets; none is plain decoding, 1 token.
+        offsets: leap offsets; without any it is plain decoding, 1 token.
         gamma: γ ≥ 0.
 
     Raises:
-        ValueError: γ is negative or no number, or offsets are invalid.
+        ValueError: γ is negative or NaN, or the offsets are invalid.
     """
     if not gamma >= 0:
-        raise ValueError(f"gamma must be 0 or more, got {gamma}: certainty only fades.")
+        raise ValueError(f"gamma must be 0 or more, got {gamma}: certainty only falls.")
     accepted, expected = 1.0, 1.0
     for draft in drafts(offsets):
         accepted *= probability(gamma, offsets[draft.head])
@@ -139,13 +139,13 @@ def expected_tokens_per_step(offsets: Sequence[int], gamma: float) -> float:
 
 
 def break_even(near: Sequence[int], far: Sequence[int]) -> float | None:
-    """Return the γ at which two schedules promise the same; below it the one that reaches further wins.
+    """Return the γ at which two schedules emit equally many tokens; below it the far one emits more.
 
     Args:
         near, far: leap offsets; `far` drafts more distances.
 
     Returns:
-        γ to 1e-9; None if one schedule is ahead whatever γ.
+        γ to 1e-9; None if the same schedule is better for every γ.
     """
 
     def gain(gamma: float) -> float:
@@ -161,10 +161,10 @@ def break_even(near: Sequence[int], far: Sequence[int]) -> float | None:
 
 
 def leap_break_even(num_leap_heads: int) -> float:
-    """Return the γ below which `num_leap_heads` heads do better at leap 2 than at leap 1.
+    """Return the γ below which leap 2 emits more tokens than leap 1, with `num_leap_heads` heads.
 
     Raises:
-        ValueError: there is no head to leap with.
+        ValueError: there are no heads.
     """
     near = evenly_spaced_offsets(num_leap_heads, 1)
     limit = break_even(near, evenly_spaced_offsets(num_leap_heads, 2))

@@ -1,255 +1,269 @@
-"""`lmtp bench`: ways of decoding side by side, in one process, taking turns prompt by prompt.
+"""`lmtp bench`: measures decoding methods side by side on one machine, and writes the result."""
 
-Figures are those of `comparison`. Over a batch, *tokens per step* is what a pass emits over what a
-pass of plain decoding emits in the same batch, so that speed-up = tokens per step / step cost always.
-"""
-
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, ClassVar
 
 import torch
-from tqdm.auto import tqdm
 
+from modeling_lmtp.conversion.command_line import console
+from modeling_lmtp.conversion.loading import (
+    best_device,
+    load_backbone,
+    load_lmtp,
+    load_tokenizer,
+    names_of,
+)
+from modeling_lmtp.conversion.options import Dtype, Options, Range
+from modeling_lmtp.conversion.prompts import read_prompts, render_prompt
+from modeling_lmtp.conversion.saving import check_output_file, file_sha256
 from modeling_lmtp.modeling_lmtp import LMTPForCausalLM
+from modeling_lmtp.tree_lmtp import MAX_NODES
 
-from .bench_methods import Method
-from .divergence import Divergence, judge
+from .bench_methods import Method, choose_methods, methods_to_compare
+from .bench_pictures import draw_bench
+from .bench_report import rows, table
+from .bench_runner import Mode, make_batches, measure, pad_id
+from .conditions import model_conditions
 from .exactness import SAMPLING
-from .pass_clock import PassClock
+from .pictures import check_pictures
+from .quiet import Quietness, measure_quietness, quiet_record
 
-GREEDY_MODE, SAMPLING_MODE = MODES = "greedy", "sampling"
-WARMUP_TOKENS = 8
-
-
-@dataclass(frozen=True)
-class Batch:
-    """Prompts that are decoded together.
-
-    Args:
-        kind: of the prompts.
-        input_ids, attention_mask: `(B, L)`, padded on the left.
-    """
-
-    kind: str
-    input_ids: torch.Tensor
-    attention_mask: torch.Tensor
-
-    @property
-    def size(self) -> int:
-        """The number of prompts."""
-        return len(self.input_ids)
-
-
-@dataclass(frozen=True)
-class Run:
-    """One call of `generate`.
-
-    Args:
-        texts: each row's new tokens, up to its end.
-        seconds: after the prefill.
-        passes: of the backbone, after the prefill.
-        row_seconds: when rows ended, the earliest first.
-    """
-
-    texts: list[list[int]]
-    seconds: float
-    passes: int
-    row_seconds: list[float]
-
-    @property
-    def tokens(self) -> int:
-        """Tokens emitted after the prefill's."""
-        return sum(len(text) - 1 for text in self.texts)
+NO_KIND = "prompts"  # the kind of prompts whose rows name none
 
 
 @dataclass
-class Measured:
-    """What one way of decoding did with one kind of prompts, batch size and mode.
+class BenchOptions(Options):
+    """What to measure, and where the result goes."""
 
-    Args:
-        method: the way.
-        kind, batch_size, mode: see above.
-        runs: per batch, one run per round.
-        plain: plain decoding's runs, laid out the same.
-        divergences: where the texts part, the first place of each row.
-        num_compared, num_equal: rows whose texts were compared, and were equal.
+    title: ClassVar[str] = "models and files"
+
+    checkpoint: str = field(metadata={"help": "Folder or Hub id of a checkpoint with leap heads."})
+    prompts: list[Path] = field(
+        kw_only=True,
+        metadata={"help": 'Prompts, .jsonl or .jsonl.gz; rows may name their "kind".'},
+    )
+    against: list[str] = field(
+        default_factory=list,
+        metadata={"help": "Checkpoints with other heads on the same backbone."},
+    )
+    assistant: str | None = field(
+        default=None, metadata={"help": "A small model, to measure assisted decoding with."}
+    )
+    output: Path | None = field(default=None, metadata={"help": "Write the result as JSON."})
+    picture: Path | None = field(default=None, metadata={"help": "Draw the result as PNG."})
+
+
+@dataclass
+class BenchSettings(Options):
+    """How to measure; the result file records these."""
+
+    title: ClassVar[str] = "measurement"
+
+    batch_sizes: list[Annotated[int, Range(ge=1)]] = field(
+        default_factory=lambda: [1], metadata={"help": "Prompts decoded together."}
+    )
+    dtypes: list[Dtype] = field(
+        default_factory=lambda: ["bfloat16"], metadata={"help": "Dtypes of the models."}
+    )
+    modes: list[Mode] = field(
+        default_factory=lambda: ["greedy"], metadata={"help": "greedy, sampling, or both."}
+    )
+    max_new_tokens: Annotated[int, Range(ge=2)] = field(
+        default=128, metadata={"help": "Maximum length of an answer, in tokens."}
+    )
+    rounds: Annotated[int, Range(ge=1)] = field(
+        default=3, metadata={"help": "Decode each prompt N times with each method."}
+    )
+    per_kind: Annotated[int, Range(ge=1)] | None = field(
+        default=None, metadata={"help": "Take the first N prompts of each kind; all by default."}
+    )
+    draft_nodes: Annotated[int, Range(ge=0, le=MAX_NODES - 1)] = field(
+        default=8, metadata={"help": "Candidates of the dynamic tree."}
+    )
+    lookup_tokens: Annotated[int, Range(ge=1)] = field(
+        default=10, metadata={"help": "Candidates of prompt lookup."}
+    )
+    only: list[str] | None = field(
+        default=None, metadata={"help": "Names of the methods to measure; all by default."}
+    )
+    stop_at_end: bool = field(
+        default=True, metadata={"help": "Always generate --max_new_tokens, past any end token."}
+    )
+    seed: int = field(default=0, metadata={"help": "Seed of every call."})
+
+
+def bench(options: BenchOptions, settings: BenchSettings) -> int:
+    """Measure decoding methods side by side: plain decoding, leap heads, prompt lookup and others.
+
+    The exit status is 1 if a text differs from plain decoding's where it must not.
+
+    Examples:
+      lmtp bench OUT --prompts prompts.jsonl --output result.json --picture result.png
+      lmtp bench OUT --prompts prompts.jsonl --per_kind 8 --only chain "dynamic tree"
+      lmtp bench OUT --prompts prompts.jsonl --batch_sizes 1 4 16 --dtypes float32 bfloat16
     """
+    for path in (options.output, options.picture):
+        if path is not None:
+            check_output_file(path)
+    if options.picture is not None:
+        check_pictures()
 
-    method: Method
-    kind: str
-    batch_size: int
-    mode: str
-    runs: list[list[Run]] = field(default_factory=list)
-    plain: list[list[Run]] = field(default_factory=list)
-    divergences: list[Divergence] = field(default_factory=list)
-    num_compared: int = 0
-    num_equal: int = 0
+    def keep(record: dict[str, Any]) -> None:
+        if options.output is not None:
+            options.output.write_text(json.dumps(record, indent=1) + "\n")
 
-    @property
-    def num_errors(self) -> int:
-        """How many differences break a promise."""
-        return sum(d.is_error for d in self.divergences) if self.method.is_ours else 0
-
-
-def make_batches(
-    prompts: Mapping[str, Sequence[list[int]]], size: int, pad_id: int, device: torch.device
-) -> list[Batch]:
-    """Put prompts of one kind together, `size` at a time; the last batch takes some again.
-
-    Args:
-        prompts: by kind, token ids.
-        size: `B`.
-        pad_id: stands before the shorter ones.
-        device: where they go.
-    """
-    batches = []
-    for kind, rows in prompts.items():
-        for start in range(0, len(rows), size):
-            chosen = [rows[number % len(rows)] for number in range(start, start + size)]
-            length = max(map(len, chosen))
-            ids = [[pad_id] * (length - len(row)) + row for row in chosen]
-            mask = [[0] * (length - len(row)) + [1] * len(row) for row in chosen]
-            batches.append(
-                Batch(kind, torch.tensor(ids, device=device), torch.tensor(mask, device=device))
-            )
-    return batches
+    record = run_bench(options, settings, keep)
+    if options.picture is not None:
+        draw_bench(record, options.picture)
+    return int(any(row["errors"] for row in record["rows"]))
 
 
-def run(method: Method, batch: Batch, seed: int, options: Mapping[str, Any]) -> Run:
-    """Generate once and time it."""
-    torch.manual_seed(seed)
-    with PassClock(method.model.backbone) as clock:
-        sequences = method.model.generate(
-            batch.input_ids,
-            attention_mask=batch.attention_mask,
-            **{**options, **method.options},
-        )
-    texts = [
-        _up_to_end(row, _end_ids(method.model, options))
-        for row in sequences[:, batch.input_ids.shape[1] :].tolist()
-    ]
-    return Run(texts, clock.seconds, clock.passes, _row_seconds(clock, texts))
-
-
-def _end_ids(model: LMTPForCausalLM, options: Mapping[str, Any]) -> set[int]:
-    ends = options.get("eos_token_id", model.generation_config.eos_token_id)
-    if ends is None:
-        return set()
-    return {ends} if isinstance(ends, int) else set(ends)
-
-
-def _up_to_end(tokens: list[int], end_ids: set[int]) -> list[int]:
-    end = next((place for place, token in enumerate(tokens) if token in end_ids), len(tokens))
-    return tokens[: end + 1]
-
-
-def _row_seconds(clock: PassClock, texts: Sequence[list[int]]) -> list[float]:
-    """L-MTP's rows leave the batch when they end; plain decoding's end with their last token's pass."""
-    if min(clock.rows, default=len(texts)) < len(texts):
-        ended = [sum(rows >= left for rows in clock.rows) for left in range(len(texts), 0, -1)]
-    elif clock.passes == max(len(text) - 1 for text in texts):
-        ended = sorted(len(text) - 1 for text in texts)
-    else:
-        ended = [clock.passes] * len(texts)
-    return [clock.seconds_after(passes) for passes in ended]
-
-
-def measure(
-    methods: Sequence[Method],
-    batches: Sequence[Batch],
-    mode: str,
-    *,
-    max_new_tokens: int,
-    rounds: int = 3,
-    seed: int = 0,
-    stop_at_end: bool = True,
-    progress: bool = True,
-) -> list[Measured]:
-    """Let all methods take turns, batch by batch and round by round.
+def run_bench(
+    options: BenchOptions,
+    settings: BenchSettings,
+    keep: Callable[[dict[str, Any]], None] = lambda record: None,
+) -> dict[str, Any]:
+    """Measure a checkpoint and return the record.
 
     Args:
-        methods: the first one is plain decoding.
-        batches: all of one size.
-        mode: `"greedy"` or `"sampling"`.
-        max_new_tokens, seed: for every call.
-        rounds: how often each batch is decoded in each way.
-        stop_at_end: end where the model ends; otherwise always go on to `max_new_tokens`.
-        progress: show a progress bar.
-
-    Returns:
-        Per kind and method, plain decoding included.
+        options, settings: see their fields.
+        keep: called with the record so far after each dtype and batch size.
 
     Raises:
-        ValueError: `mode` is unknown.
+        ValueError: another checkpoint has another backbone or is given twice, or a file or setting is
+            invalid.
     """
-    if mode not in MODES:
-        raise ValueError(f"mode must be one of {MODES}, got {mode!r}.")
-    size = batches[0].size
-    methods = [method for method in methods if size == 1 or method.takes_batches]
-    options: dict[str, Any] = {"max_new_tokens": max_new_tokens}
-    options |= SAMPLING if mode == SAMPLING_MODE else {"do_sample": False}
-    if not stop_at_end:
-        options["eos_token_id"] = None
-    for method in methods:
-        run(method, batches[0], seed, {**options, "max_new_tokens": WARMUP_TOKENS})
-    runs: list[list[list[Run]]] = [[[] for _ in batches] for _ in methods]
-    bar = tqdm(total=rounds * len(batches), desc=f"{mode}, batch {size}", disable=not progress)
-    for turn in range(rounds):
-        for place, batch in enumerate(batches):
-            first = (turn + place) % len(methods)  # nobody always comes after the same one
-            for number in [*range(first, len(methods)), *range(first)]:
-                runs[number][place].append(run(methods[number], batch, seed + place, options))
-            bar.update()
-    bar.close()
-    measured = _by_kind(methods, batches, runs, mode)
-    compares = mode == GREEDY_MODE or size == 1  # sampled rows of a batch are equal in law only
-    if compares:
-        for result in measured:
-            _compare_texts(result, batches, is_sampled=mode == SAMPLING_MODE)
-    return measured
-
-
-def _by_kind(
-    methods: Sequence[Method],
-    batches: Sequence[Batch],
-    runs: Sequence[Sequence[list[Run]]],
-    mode: str,
-) -> list[Measured]:
-    measured = []
-    for kind in dict.fromkeys(batch.kind for batch in batches):
-        places = [place for place, batch in enumerate(batches) if batch.kind == kind]
-        for method, own in zip(methods, runs, strict=True):
-            found = Measured(method, kind, batches[0].size, mode)
-            found.runs = [own[place] for place in places]
-            found.plain = [runs[0][place] for place in places]
-            measured.append(found)
-    return measured
-
-
-def _compare_texts(measured: Measured, batches: Sequence[Batch], is_sampled: bool) -> None:
-    own_batches = [batch for batch in batches if batch.kind == measured.kind]
-    for batch, own, plain in zip(own_batches, measured.runs, measured.plain, strict=True):
-        for row, (text, plain_text) in enumerate(zip(own[0].texts, plain[0].texts, strict=True)):
-            measured.num_compared += 1
-            if text == plain_text:
-                measured.num_equal += 1
-                continue
-            prompt = batch.input_ids[row, batch.attention_mask[row].bool()]
-            measured.divergences.append(
-                first_divergence(measured.method.model, prompt, plain_text, text, is_sampled)
+    names = names_of(options.against)
+    before = measure_quietness(best_device())
+    for complaint in before.complaints():
+        console.print(f"[yellow]This machine is not quiet: {complaint}.[/] Times will mislead.")
+    prompts = read_token_ids(options, settings)
+    record: dict[str, Any] = {"command": "lmtp bench", "conditions": {}, "rows": []}
+    for dtype in settings.dtypes:
+        methods = load_methods(options, settings, names, dtype)
+        for size in settings.batch_sizes:
+            record["rows"] += measure_methods(methods, prompts, size, dtype, settings)
+            record["conditions"] = bench_conditions(
+                options, settings, methods[0].model, prompts, before
             )
+            keep(record)
+    return record
 
 
-def first_divergence(
+def read_token_ids(options: BenchOptions, settings: BenchSettings) -> dict[str, list[list[int]]]:
+    """Read the prompts as token ids, by kind.
+
+    Raises:
+        ValueError: see `read_prompts`.
+    """
+    tokenizer = load_tokenizer(options.checkpoint)
+    texts: dict[str, list[str]] = {}
+    for path in options.prompts:
+        for prompt in read_prompts(path):
+            texts.setdefault(prompt.kind or NO_KIND, []).append(prompt.text)
+    return {
+        kind: [render_prompt(tokenizer, text) for text in of_kind[: settings.per_kind]]
+        for kind, of_kind in texts.items()
+    }
+
+
+def load_methods(
+    options: BenchOptions, settings: BenchSettings, names: Sequence[str], dtype: str
+) -> list[Method]:
+    """Load the models in one dtype and return the methods to measure, plain decoding first.
+
+    Raises:
+        ValueError: another checkpoint has another backbone, or there is no method of that name.
+    """
+    model = load_lmtp(options.checkpoint, dtype)
+    others = {
+        name: load_other_heads(source, dtype, model)
+        for name, source in zip(names, options.against, strict=True)
+    }
+    assistant = None if options.assistant is None else load_backbone(options.assistant, dtype)
+    methods = methods_to_compare(
+        model,
+        others,
+        assistant,
+        draft_nodes=settings.draft_nodes,
+        lookup_tokens=settings.lookup_tokens,
+    )
+    return choose_methods(methods, settings.only)
+
+
+def load_other_heads(source: str, dtype: str, model: LMTPForCausalLM) -> LMTPForCausalLM:
+    """Load another checkpoint, and let it share the backbone of `model`.
+
+    Raises:
+        ValueError: its backbone has other weights.
+    """
+    other = load_lmtp(source, dtype)
+    ours, theirs = model.backbone.state_dict(), other.backbone.state_dict()
+    if ours.keys() != theirs.keys() or not all(torch.equal(ours[n], theirs[n]) for n in ours):
+        raise ValueError(
+            f"The backbone of {source!r} is not that of the first checkpoint: their weights differ. "
+            "Benchmark it by itself."
+        )
+    other.backbone = model.backbone
+    return other
+
+
+def measure_methods(
+    methods: Sequence[Method],
+    prompts: Mapping[str, Sequence[list[int]]],
+    batch_size: int,
+    dtype: str,
+    settings: BenchSettings,
+    note: str = "",
+) -> list[dict[str, Any]]:
+    """Measure all modes at one batch size, print the tables, and return their rows.
+
+    Args:
+        methods: plain decoding first.
+        prompts: token ids, by kind.
+        batch_size, dtype: of the batches and the models.
+        settings: the others are taken from here.
+        note: added to the titles of the tables.
+    """
+    model = methods[0].model
+    batches = make_batches(prompts, batch_size, pad_id(model), model.device)
+    found = []
+    for mode in settings.modes:
+        measured = measure(
+            methods,
+            batches,
+            mode,
+            max_new_tokens=settings.max_new_tokens,
+            rounds=settings.rounds,
+            seed=settings.seed,
+            stop_at_end=settings.stop_at_end,
+        )
+        added = rows(measured, dtype)
+        console.print(table(added, f"{dtype}, {mode}, batch size {batch_size}{note}"))
+        found += added
+    return found
+
+
+def bench_conditions(
+    options: BenchOptions,
+    settings: BenchSettings,
     model: LMTPForCausalLM,
-    prompt: torch.Tensor,
-    plain_text: list[int],
-    text: list[int],
-    is_sampled: bool,
-) -> Divergence:
-    """Look at the first token that differs, after the prompt `(L,)`."""
-    agree = [a == b for a, b in zip(plain_text, text, strict=False)]
-    position = agree.index(False) if False in agree else len(agree)
-    known = torch.cat([prompt, prompt.new_tensor(plain_text[:position])])[None]
-    return judge(model, known, position, is_sampled)
+    prompts: Mapping[str, Sequence[list[int]]],
+    before: Quietness,
+) -> dict[str, Any]:
+    """Return the conditions of a measurement, with how quiet the machine was before and is now."""
+    return {
+        "checkpoint": Path(options.checkpoint).name,
+        **model_conditions(model),
+        "parameters": sum(p.numel() for p in model.backbone.parameters()),
+        "sampling": SAMPLING,
+        **asdict(settings),
+        "against": names_of(options.against),
+        "assistant": None if options.assistant is None else Path(options.assistant).name,
+        "prompts": [{"file": path.name, "sha256": file_sha256(path)} for path in options.prompts],
+        "kinds": {kind: len(of_kind) for kind, of_kind in prompts.items()},
+        **quiet_record(before, measure_quietness(model.device)),
+    }

@@ -1,11 +1,11 @@
-"""The ways of decoding that `lmtp bench` puts side by side."""
+"""The decoding methods that `lmtp bench` compares."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from modeling_lmtp.drafting_lmtp import PromptLookupDrafter
 from modeling_lmtp.leaps_lmtp import drafts
-from modeling_lmtp.lookup_lmtp import PromptLookupDrafter
 from modeling_lmtp.modeling_lmtp import LMTPForCausalLM
 from modeling_lmtp.settings_lmtp import STRICT
 from modeling_lmtp.support_lmtp import Tier, decoding_tier
@@ -17,14 +17,14 @@ PLAIN = "plain"
 
 @dataclass(frozen=True)
 class Method:
-    """One way of decoding.
+    """A decoding method.
 
     Args:
-        name: as the tables say it.
-        model: what generates.
-        options: what `generate` is told.
+        name: its name in tables.
+        model: the model that generates.
+        options: passed to `generate`.
         is_ours: whether it promises plain decoding's text.
-        takes_batches: whether it decodes more than one prompt at a time.
+        takes_batches: whether it can decode several prompts at a time.
     """
 
     name: str
@@ -35,7 +35,7 @@ class Method:
 
 
 def plain_method(model: LMTPForCausalLM) -> Method:
-    """Return plain decoding, what the others are measured by."""
+    """Return plain decoding, the baseline of the others."""
     return Method(PLAIN, model, {"use_lmtp": False}, is_ours=False)
 
 
@@ -47,34 +47,33 @@ def methods_to_compare(
     draft_nodes: int = 8,
     lookup_tokens: int = 10,
 ) -> list[Method]:
-    """List the ways to decode with a model, and with other heads on its backbone.
+    """List the methods that decode with a model, and with other heads on its backbone.
 
     Args:
         model: the checkpoint.
-        others: by name, models with the same backbone.
-        assistant: a small model that drafts, as Transformers has it.
+        others: models with the same backbone, by name.
+        assistant: a small model for Transformers' assisted decoding.
         draft_nodes: candidates of a dynamic tree.
         lookup_tokens: candidates of prompt lookup.
     """
-    theirs = {"use_lmtp": False, "prompt_lookup_num_tokens": lookup_tokens}
-    alone = {"use_lmtp": STRICT, "drafter": PromptLookupDrafter(lookup_tokens)}
+    in_transformers = {"use_lmtp": False, "prompt_lookup_num_tokens": lookup_tokens}
+    in_lmtp = {"use_lmtp": STRICT, "drafter": PromptLookupDrafter(lookup_tokens)}
+    theirs = {"is_ours": False, "takes_batches": False}  # Transformers' speculation
     methods = [
         plain_method(model),
-        Method("prompt lookup (Transformers)", model, theirs, is_ours=False, takes_batches=False),
-        Method("prompt lookup", model, alone),
+        Method("prompt lookup (Transformers)", model, in_transformers, **theirs),
+        Method("prompt lookup", model, in_lmtp),
     ]
     if assistant is not None:
-        helped = {"use_lmtp": False, "assistant_model": assistant}
-        methods.append(Method("assistant", model, helped, is_ours=False, takes_batches=False))
-    for prefix, with_heads in {
-        "": model,
-        **{f"{n}: ": m for n, m in (others or {}).items()},
-    }.items():
-        methods += _of_heads(with_heads, prefix, draft_nodes, lookup_tokens)
+        assisted = {"use_lmtp": False, "assistant_model": assistant}
+        methods.append(Method("assistant", model, assisted, **theirs))
+    methods += _with_heads(model, "", draft_nodes, lookup_tokens)
+    for name, other in (others or {}).items():
+        methods += _with_heads(other, f"{name}: ", draft_nodes, lookup_tokens)
     return methods
 
 
-def _of_heads(
+def _with_heads(
     model: LMTPForCausalLM, prefix: str, draft_nodes: int, lookup_tokens: int
 ) -> list[Method]:
     tried: dict[str, dict[str, Any]] = {
@@ -91,3 +90,18 @@ def _of_heads(
         Method(prefix + name, model, {"use_lmtp": STRICT, **options})
         for name, options in tried.items()
     ]
+
+
+def choose_methods(methods: Sequence[Method], only: Sequence[str] | None) -> list[Method]:
+    """Keep plain decoding and the named methods.
+
+    Raises:
+        ValueError: there is no method of that name.
+    """
+    if only is None:
+        return list(methods)
+    names = [method.name for method in methods]
+    unknown = sorted(set(only) - set(names))
+    if unknown:
+        raise ValueError(f"There is no method {unknown[0]!r}. Choose from: {', '.join(names)}.")
+    return [methods[0], *(method for method in methods[1:] if method.name in only)]

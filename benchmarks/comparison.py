@@ -1,9 +1,4 @@
-"""Plain and L-MTP generation side by side: is the text the same, and how much sooner is it there?
-
-The figures, in one vocabulary: *tokens per step* τ is tokens emitted by a backbone pass after the
-prefill, the bonus token included (plain decoding: 1). *Step cost* is the time of a
-drafting-and-verifying step over that of a plain step. *Speed-up* is τ / step cost.
-"""
+"""Generates from prompts plainly and with L-MTP, in turns, and compares texts and speed."""
 
 import statistics
 import time
@@ -18,25 +13,26 @@ from transformers.generation.streamers import BaseStreamer
 from modeling_lmtp.modeling_lmtp import LMTPForCausalLM
 from modeling_lmtp.settings_lmtp import STRICT
 
-from .divergence import Divergence, divergences, judge
+from .divergence import Divergence, divergences, first_divergence
+from .figures import FIGURES, Speed, Timing
 
 
 class TokenClock(BaseStreamer):
-    """A streamer that notes when each token came."""
+    """A streamer that records when each token arrives."""
 
     def __init__(self) -> None:
         self.times: list[float] = []
 
     def put(self, value: torch.Tensor) -> None:
-        """Note the time; the first call brings the prompt."""
+        """Record the time; the first call passes the prompt."""
         self.times.append(time.perf_counter())
 
     def end(self) -> None:
-        """Do nothing: the last token has been noted."""
+        """Do nothing: the last token is recorded already."""
 
     @property
     def decoding_seconds(self) -> float:
-        """Seconds from the first new token, which the prefill gives, to the last."""
+        """Seconds from the first new token, which the prefill emits, to the last."""
         return self.times[-1] - self.times[1]
 
 
@@ -46,10 +42,10 @@ class Pair:
 
     Args:
         plain_ids, lmtp_ids: the new tokens.
-        plain_seconds, lmtp_seconds: decoding time, the prefill left out.
+        plain_seconds, lmtp_seconds: the time after the prefill.
         steps: L-MTP's backbone passes after the prefill.
-        divergences: where the texts part. In greedy decoding, all tokens decided differently along
-            the plain text; in sampling, the first.
+        divergences: where the texts differ. In greedy decoding, all tokens decided differently along the
+            plain text; in sampling, the first.
     """
 
     plain_ids: list[int]
@@ -65,25 +61,18 @@ class Pair:
         return self.plain_ids == self.lmtp_ids
 
     @property
-    def tokens_per_step(self) -> float:
-        """Tokens emitted per backbone pass after the prefill, τ."""
-        return (len(self.lmtp_ids) - 1) / max(1, self.steps)
-
-    @property
-    def step_cost(self) -> float:
-        """The time of an L-MTP step over that of a plain step."""
-        plain_step = self.plain_seconds / max(1, len(self.plain_ids) - 1)
-        return self.lmtp_seconds / max(1, self.steps) / plain_step if plain_step else float("nan")
-
-    @property
-    def speed_up(self) -> float:
-        """Tokens per second over plain decoding's, τ / step cost."""
-        return self.tokens_per_step / self.step_cost
+    def speed(self) -> Speed:
+        """L-MTP's speed over plain decoding's; the prefill emits the first token of both."""
+        plain_steps = len(self.plain_ids) - 1
+        return Speed.over(
+            Timing(len(self.lmtp_ids) - 1, self.steps, self.lmtp_seconds),
+            Timing(plain_steps, plain_steps, self.plain_seconds),
+        )
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """Pairs over several prompts, and their medians."""
+    """The pairs of several prompts, and their medians."""
 
     pairs: list[Pair]
 
@@ -103,12 +92,14 @@ class Comparison:
         return sum(divergence.is_error for divergence in self.divergences)
 
     def median(self, name: str) -> float:
-        """Return the median over prompts of a property of `Pair`."""
-        return statistics.median(getattr(pair, name) for pair in self.pairs)
+        """Return the median over prompts of one of `FIGURES`."""
+        return statistics.median(self._values(name))
+
+    def _values(self, name: str) -> list[float]:
+        return [getattr(pair.speed, name) for pair in self.pairs]
 
     def summary(self) -> dict[str, Any]:
         """Return the comparison as JSON-serialisable figures."""
-        figures = ("tokens_per_step", "step_cost", "speed_up")
         num_tokens = sum(len(pair.plain_ids) for pair in self.pairs)
         return {
             "prompts": len(self.pairs),
@@ -122,10 +113,10 @@ class Comparison:
             **{
                 name: {
                     "median": round(self.median(name), 3),
-                    "min": round(min(getattr(pair, name) for pair in self.pairs), 3),
-                    "max": round(max(getattr(pair, name) for pair in self.pairs), 3),
+                    "min": round(min(self._values(name)), 3),
+                    "max": round(max(self._values(name)), 3),
                 }
-                for name in figures
+                for name in FIGURES
             },
         }
 
@@ -145,10 +136,10 @@ def compare(
     Args:
         model: the model, in evaluation mode.
         prompts: token ids, each `(1, L)`.
-        ways: by name, `draft_tree` or `draft_length`; `{}` is the checkpoint's own setting.
+        ways: by name, the draft's options such as `draft_length`; `{}` takes the checkpoint's settings.
         seed: set before each generation, for sampling.
-        progress, description: a progress bar and its label.
-        options: for all ways, such as `max_new_tokens` and `do_sample`.
+        progress, description: whether to show a progress bar, and its label.
+        options: passed to every call, such as `max_new_tokens` and `do_sample`.
 
     Returns:
         Each way's comparison with plain generation.
@@ -181,14 +172,11 @@ def _pair(prompt_length: int, plain: tuple[Any, TokenClock], lmtp: tuple[Any, To
 def _divergences(
     model: LMTPForCausalLM, prompt: torch.Tensor, pair: Pair, options: dict[str, Any]
 ) -> list[Divergence]:
-    """All of them where the text is the model's own; a sampled one cannot be taken up again midway."""
+    """Return all divergences of a greedy text, or the first of a sampled one, which cannot be resumed."""
+    if options.get("do_sample"):
+        return [first_divergence(model, prompt, pair.plain_ids, pair.lmtp_ids, is_sampled=True)]
     options = {name: value for name, value in options.items() if name != "max_new_tokens"}
-    if not options.get("do_sample"):
-        return divergences(model, prompt, pair.plain_ids, pair.lmtp_ids, **options)
-    agree = [a == b for a, b in zip(pair.plain_ids, pair.lmtp_ids, strict=False)]
-    position = agree.index(False) if False in agree else len(agree)
-    known = torch.cat([prompt, prompt.new_tensor([pair.plain_ids[:position]])], dim=-1)
-    return [judge(model, known, position, is_sampled=True)]
+    return divergences(model, prompt, pair.plain_ids, pair.lmtp_ids, **options)
 
 
 def _generate(

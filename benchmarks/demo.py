@@ -1,27 +1,27 @@
-"""`lmtp demo`: leap heads on a real model, compared with plain decoding, and loaded back anywhere.
+"""`lmtp demo`: leap heads on SmolLM2-135M-Instruct, compared with plain decoding.
 
-SmolLM2-135M-Instruct gets the leap heads that this repository ships, or with `--train` heads trained on
-the spot. The checkpoint is compared with plain decoding, and loaded back as remote code in a fresh
-process. What was made is kept in the output folder, and a second run uses it.
+The heads are those that this repository ships, or with `--train` new ones. The checkpoint is then loaded as
+remote code in a fresh process. A second run reuses what is in the output folder.
 """
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 from rich.table import Table
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import SAFE_WEIGHTS_NAME
 
+from modeling_lmtp.conversion.command_line import console
 from modeling_lmtp.conversion.loading import (
     best_device,
     load_lmtp,
     load_tokenizer,
     prompt_tensors,
 )
+from modeling_lmtp.conversion.options import Options
 from modeling_lmtp.conversion.remote_check import generate_as_remote_code
 from modeling_lmtp.conversion.saving import (
     PROVENANCE,
@@ -34,11 +34,12 @@ from modeling_lmtp.modeling_lmtp import LMTPForCausalLM
 
 from .comparison import Comparison, compare
 from .demo_training import Recipe, train_checkpoint
+from .figures import FIGURES
 from .smollm2 import smollm2_path
 
 SHIPPED_HEADS = Path(__file__).parents[1] / "hub_cards" / "smollm2-135m-instruct-lmtp"
-DTYPE = "bfloat16"  # the fast one on most machines; equality is judged in float32
-NEW_TOKENS = 48  # per prompt, in the comparison
+DTYPE = "bfloat16"  # the fastest on most machines; float32 is where texts must be equal
+NEW_TOKENS = 48  # per prompt
 PROMPTS = (
     "What is photosynthesis? Explain it to a ten-year-old.",
     "A shop sells pens at 3 dollars each. How much do 14 pens cost? Think step by step.",
@@ -47,16 +48,40 @@ PROMPTS = (
 )
 
 
-def run_demo(output: Path, console: Console, recipe: Recipe | None = None) -> Comparison:
+@dataclass
+class DemoOptions(Options):
+    """Where the demo runs, and with which heads."""
+
+    output: Path = field(
+        default=Path("lmtp-demo"), metadata={"help": "Folder for the checkpoint and the figures."}
+    )
+    train: bool = field(
+        default=False,
+        metadata={"help": "Train new heads in some minutes; do not use the shipped ones."},
+    )
+
+
+def demo(options: DemoOptions) -> None:
+    """Give SmolLM2-135M-Instruct leap heads and compare both ways of decoding, in two minutes.
+
+    The first run downloads the model, about 270 MB.
+
+    Examples:
+      lmtp demo
+      lmtp demo --train --output trained-demo
+    """
+    run_demo(options.output, Recipe() if options.train else None)
+
+
+def run_demo(output: Path, recipe: Recipe | None = None) -> Comparison:
     """Run the demo in `output` and return the comparison in float32 that it prints.
 
     Args:
         output: a new folder, or that of an earlier demo.
-        console: where it prints.
         recipe: how to train heads; by default those of `SHIPPED_HEADS` are used.
 
     Raises:
-        ValueError: `output` holds something that is not this demo's, or the shipped heads are missing.
+        ValueError: `output` holds other files, or the shipped heads are missing.
     """
     made_from = {"heads": _shipped_heads()} if recipe is None else asdict(recipe)
     _claim(output, made_from)
@@ -64,52 +89,52 @@ def run_demo(output: Path, console: Console, recipe: Recipe | None = None) -> Co
     tokenizer = load_tokenizer(source)
     checkpoint = output / "checkpoint"
     if checkpoint.exists():
-        console.print(f"Using the checkpoint made before, {checkpoint}.")
+        console.print(f"Using the checkpoint of an earlier run, {checkpoint}.")
     elif recipe is None:
-        console.print("[bold]1/3[/] SmolLM2-135M-Instruct gets the leap heads of this repository.")
+        console.print("[bold]1/3[/] Adding this repository's leap heads to SmolLM2-135M-Instruct.")
         _join(source, tokenizer, checkpoint)
     else:
-        console.print("[bold]1/3[/] Leap heads are trained.")
-        train_checkpoint(source, tokenizer, output, checkpoint, recipe, console)
+        console.print("[bold]1/3[/] Training leap heads.")
+        train_checkpoint(source, tokenizer, output, checkpoint, recipe)
 
-    console.print("[bold]2/3[/] Plain and L-MTP generation, side by side.")
+    console.print("[bold]2/3[/] Generating plainly and with L-MTP, side by side.")
     exact = _compare(checkpoint, tokenizer, "float32")
-    _print_texts(console, tokenizer, exact)
+    _print_texts(tokenizer, exact)
     comparisons = {"float32": exact, DTYPE: _compare(checkpoint, tokenizer, DTYPE)}
-    _print_figures(console, comparisons)
+    _print_figures(comparisons)
     _write_figures(output / "figures.json", checkpoint, comparisons, made_from)
-    _check_remote(console, tokenizer, checkpoint)
+    _check_remote(tokenizer, checkpoint)
     console.print(f'\nNow try:  lmtp generate {checkpoint} "{PROMPTS[0]}"')
     return exact
 
 
 def _shipped_heads() -> str:
-    """Return the hash of the weights of the shipped heads."""
+    """Return the hash of the shipped heads' weights."""
     weights = SHIPPED_HEADS / SAFE_WEIGHTS_NAME
     if not weights.is_file():
         raise ValueError(
-            f"There are no leap heads in {SHIPPED_HEADS}: they come with a clone of the repository. Run "
-            "`lmtp demo --train` to train some."
+            f"There are no leap heads in {SHIPPED_HEADS}: only a clone of the repository has them. Train "
+            "some with `lmtp demo --train`."
         )
     return file_sha256(weights)
 
 
 def _claim(output: Path, made_from: dict[str, Any]) -> None:
     marker = output / "demo.json"
-    wanted = json.loads(json.dumps(made_from))
+    made_from = json.loads(json.dumps(made_from))  # tuples as lists, as the file holds them
     if marker.exists():
-        if json.loads(marker.read_text()) != wanted:
+        if json.loads(marker.read_text()) != made_from:
             raise ValueError(
-                f"{output} was made by a demo of other heads. Choose another folder or delete it."
+                f"{output} holds a demo with other heads. Choose another folder or delete it."
             )
         return
     check_output_folder(output)
     output.mkdir(parents=True, exist_ok=True)
-    marker.write_text(json.dumps(wanted, indent=2))
+    marker.write_text(json.dumps(made_from, indent=2))
 
 
 def _join(source: Path, tokenizer: PreTrainedTokenizerBase, checkpoint: Path) -> None:
-    """Save the shipped heads with their backbone."""
+    """Save the shipped heads together with their backbone."""
     model = LMTPForCausalLM.from_pretrained(SHIPPED_HEADS, backbone=source, dtype=DTYPE)
     record = json.loads((SHIPPED_HEADS / PROVENANCE).read_text())
     save_checkpoint(model, tokenizer, checkpoint, record)
@@ -119,14 +144,13 @@ def _compare(checkpoint: Path, tokenizer: PreTrainedTokenizerBase, dtype: str) -
     model = load_lmtp(checkpoint, dtype)
     prompts = prompt_tensors(tokenizer, PROMPTS, model.device)
     options: dict[str, Any] = {"do_sample": False, "max_new_tokens": NEW_TOKENS}
+    # The first call allocates and compiles; keep that out of the figures
     compare(model, prompts[:1], {"": {}}, progress=False, **{**options, "max_new_tokens": 8})
     label = f"generate both ways, {dtype}"
     return compare(model, prompts, {"L-MTP": {}}, description=label, **options)["L-MTP"]
 
 
-def _print_texts(
-    console: Console, tokenizer: PreTrainedTokenizerBase, comparison: Comparison
-) -> None:
+def _print_texts(tokenizer: PreTrainedTokenizerBase, comparison: Comparison) -> None:
     for prompt, pair in zip(PROMPTS, comparison.pairs, strict=True):
         table = Table("plain", "L-MTP", title=prompt, title_justify="left")
         table.add_row(*(tokenizer.decode(ids) for ids in (pair.plain_ids, pair.lmtp_ids)))
@@ -134,34 +158,31 @@ def _print_texts(
         equal = "[green]equal texts[/]" if pair.is_equal else "[red]DIFFERENT TEXTS[/]"
         console.print(
             f"{equal}: plain took {len(pair.plain_ids) - 1} steps, L-MTP {pair.steps} "
-            f"({pair.tokens_per_step:.2f} tokens per step)\n"
+            f"({pair.speed.tokens_per_step:.2f} tokens per step)\n"
         )
 
 
-def _print_figures(console: Console, comparisons: dict[str, Comparison]) -> None:
+def _print_figures(comparisons: dict[str, Comparison]) -> None:
     table = Table(
-        "dtype", "equal texts", "tokens per step", "step cost", "speed-up", "where texts part*"
+        "dtype", "equal texts", "tokens per step", "step cost", "speed-up", "texts diverge*"
     )
     for dtype, comparison in comparisons.items():
-        parted = [
+        places = [
             f"after {divergence.position} ({divergence.top_two_gap:.3f})"
             for divergence in comparison.divergences
         ]
         table.add_row(
             dtype,
             f"{comparison.num_equal} of {len(comparison.pairs)}",
-            *(
-                f"{comparison.median(name):.2f}"
-                for name in ("tokens_per_step", "step_cost", "speed_up")
-            ),
-            ", ".join(parted) or "-",
+            *(f"{comparison.median(name):.2f}" for name in FIGURES),
+            ", ".join(places) or "-",
         )
     console.print(table)
     console.print(
         f"Medians over {len(PROMPTS)} prompts, greedy, at most {NEW_TOKENS} new tokens, batch "
         f"size 1, {best_device().type}, {torch.get_num_threads()} threads. Speed-up = tokens per step / "
-        "step cost.\n* In brackets, by how much the plain model prefers its first choice there: with "
-        "16 bits, rounding decides near-ties."
+        "step cost.\n* After how many tokens, and the gap between the plain model's two best logits there: "
+        "in 16 bits rounding decides near-ties."
     )
 
 
@@ -179,13 +200,13 @@ def _write_figures(
         "batch_size": 1,
         "prompts": PROMPTS,
         "versions": versions(),
-        "results": {dtype: found.summary() for dtype, found in comparisons.items()},
+        "results": {dtype: result.summary() for dtype, result in comparisons.items()},
     }
     path.write_text(json.dumps(record, indent=2) + "\n")
 
 
-def _check_remote(console: Console, tokenizer: PreTrainedTokenizerBase, checkpoint: Path) -> None:
-    console.print("[bold]3/3[/] The saved checkpoint, in a fresh process without this package.")
+def _check_remote(tokenizer: PreTrainedTokenizerBase, checkpoint: Path) -> None:
+    console.print("[bold]3/3[/] Loading the checkpoint in a fresh process without this package.")
     prompt_ids = prompt_tensors(tokenizer, PROMPTS[:1], torch.device("cpu"))[0][0].tolist()
     result = generate_as_remote_code(checkpoint, prompt_ids, max_new_tokens=32)
     steps = result["acceptance_lengths"]

@@ -1,20 +1,22 @@
-"""The demo's own training: SmolLM2 writes prompts and answers them, and leap heads learn the answers."""
+"""Trains heads for the demo: SmolLM2 writes prompts and answers them, and leap heads learn the answers."""
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from transformers import PreTrainedTokenizerBase
 
+from modeling_lmtp.conversion.command_line import console
 from modeling_lmtp.conversion.loading import load_backbone
 from modeling_lmtp.conversion.prompts import answer_end_id, read_prompts
 from modeling_lmtp.conversion.saving import save_checkpoint
+from modeling_lmtp.training.answers import read_examples
+from modeling_lmtp.training.arguments import HeadOptions, LeapTrainingArguments
 from modeling_lmtp.training.distill import DistillSettings, append_rows, distill
-from modeling_lmtp.training.examples import read_examples, split_examples
+from modeling_lmtp.training.examples import split_examples
+from modeling_lmtp.training.leap_trainer import LeapTrainer
 from modeling_lmtp.training.self_written import self_written_prompts
-from modeling_lmtp.training.train_command import HeadShape, add_heads
-from modeling_lmtp.training.warmup import WarmupSettings, warm_up
+from modeling_lmtp.training.train_command import add_heads
 
 from .smollm2 import HUB_REPOSITORY
 from .tune_run import set_drafts, tune, verdict_table
@@ -22,10 +24,10 @@ from .tune_run import set_drafts, tune, verdict_table
 
 @dataclass(frozen=True)
 class Recipe:
-    """What is trained, and how."""
+    """Which heads to train, on what, and how."""
 
     num_prompts: int = 128
-    prompt_tokens: int = 48  # a longer self-written prompt is dropped: batches wait for the longest
+    prompt_tokens: int = 48  # longer self-written prompts are dropped: batches wait for the longest
     held_out: int = 12
     answer_tokens: int = 128
     leap_offsets: tuple[int, ...] = (2, 3, 5)
@@ -44,38 +46,39 @@ def train_checkpoint(
     output: Path,
     checkpoint: Path,
     recipe: Recipe,
-    console: Console,
 ) -> None:
     """Train heads and save them as `checkpoint`.
 
     Args:
         source: the backbone's folder.
         tokenizer: the backbone's.
-        output: keeps what each step makes, so that a stopped demo goes on.
+        output: keeps the result of each step, so that an interrupted demo resumes.
         checkpoint: a new folder.
-        recipe: how.
-        console: told of each step.
+        recipe: what to train.
     """
     backbone = load_backbone(source, dtype=recipe.dtype)
-    answers = _distil(backbone, tokenizer, output, recipe, console)
-    console.print("Heads learn the answers; the backbone stays as it is.")
+    answers = _distil(backbone, tokenizer, output, recipe)
+    console.print("The heads learn the answers; the backbone stays as it is.")
     examples = read_examples(answers, tokenizer, answer_end_id(backbone, tokenizer))
     train, held_out = split_examples(examples, recipe.held_out)
-    shape = HeadShape(
-        leap_offsets=recipe.leap_offsets,
-        head_context=recipe.head_context,
+    heads = HeadOptions(
+        leap_offsets=list(recipe.leap_offsets),
+        head_context=str(recipe.head_context),
         draft_vocab_size=recipe.draft_vocab_size,
     )
-    model = add_heads(backbone, shape, train)
+    model = add_heads(backbone, heads, train)
     model.config.base_model_name_or_path = HUB_REPOSITORY
-    settings = WarmupSettings(
-        epochs=recipe.epochs,
-        batch_size=recipe.batch_size,
+    args = LeapTrainingArguments(
+        output_dir=str(output / "training"),
+        num_train_epochs=recipe.epochs,
+        per_device_train_batch_size=recipe.batch_size,
         learning_rate=recipe.learning_rate,
         seed=recipe.seed,
     )
-    report = warm_up(model, train, held_out, output / "training", settings)
-    console.print("The draft that is fastest here:")
+    trainer = LeapTrainer(model, args, train, held_out)
+    trainer.train(resume_from_checkpoint=True)
+    report = trainer.head_report(held_out)
+    console.print("Finding the fastest draft on this device:")
     verdicts = tune(model, held_out, (1,))
     set_drafts(model, verdicts, {})
     model.generation_config.do_sample = False
@@ -83,8 +86,8 @@ def train_checkpoint(
     record: dict[str, Any] = {
         "command": "lmtp demo --train",
         "recipe": asdict(recipe),
-        "held_out": report.held_out.as_dict() if report.held_out else None,
-        "log": report.log,
+        "held_out": report.as_dict() if report else None,
+        "log": trainer.state.log_history,
     }
     save_checkpoint(model, tokenizer, checkpoint, record)
 
@@ -94,7 +97,6 @@ def _distil(
     tokenizer: PreTrainedTokenizerBase,
     output: Path,
     recipe: Recipe,
-    console: Console,
 ) -> Path:
     settings = DistillSettings(
         max_new_tokens=recipe.answer_tokens,
@@ -106,6 +108,6 @@ def _distil(
         console.print(f"The model writes {recipe.num_prompts} prompts itself.")
         written = self_written_prompts(backbone, tokenizer, recipe.num_prompts, settings)
         append_rows(prompts, [{"prompt": p.text, "kind": p.kind} for p in written])
-    console.print("It answers them: these answers are what the heads learn.")
+    console.print("It answers them; the heads will learn these answers.")
     distill(backbone, tokenizer, read_prompts(prompts), answers, settings)
     return answers

@@ -1,9 +1,10 @@
-"""Where L-MTP's text parts from plain decoding's, and whether that is a near-tie or an error.
+"""Finds where L-MTP's text differs from plain decoding's, and tells a near-tie from an error.
 
-A backbone pass over several tokens rounds differently from passes over one. Where the two best logits
-are closer than that, either of them may come first; anywhere else, a difference is an error.
+A backbone pass over several tokens rounds differently from passes over one. If the two best logits are
+closer than that rounding, either token may win; any other difference is an error.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,8 +14,8 @@ from modeling_lmtp.cache_lmtp import new_cache
 from modeling_lmtp.modeling_lmtp import LMTPForCausalLM
 from modeling_lmtp.transformers_lmtp import forward_with_cache
 
-NO_ROUNDING = 1e-2  # of a logit: it moves a draw once in hundreds
-SAFETY = 2.0  # two logits may each be off by the rounding, in opposite directions
+NO_ROUNDING = 1e-2  # of a logit: it changes one sampled token in hundreds
+SAFETY = 2.0  # rounding may move the two logits in opposite directions
 
 
 @dataclass(frozen=True)
@@ -24,9 +25,9 @@ class Divergence:
     Args:
         position: how many new tokens agree before it.
         top_two_gap: the plain model's best logit minus its second best there.
-        rounding: the most that any logit there changes with the number of tokens in the pass, or the
-            last digit of the best one, if that is more.
-        is_sampled: whether the tokens were drawn: then the gap says nothing of how near it was.
+        rounding: the largest change of any logit there with the number of tokens in the pass, but at
+            least the last digit of the best one.
+        is_sampled: whether the tokens were sampled; the gap then says nothing about how close it was.
     """
 
     position: int
@@ -36,7 +37,7 @@ class Divergence:
 
     @property
     def is_error(self) -> bool:
-        """Whether rounding cannot explain it; of a draw, that is known where nothing is rounded much."""
+        """Whether rounding cannot explain the difference; for a sampled token, whether rounding is tiny."""
         if self.is_sampled:
             return self.rounding < NO_ROUNDING
         return self.top_two_gap > SAFETY * self.rounding
@@ -46,16 +47,34 @@ class Divergence:
 def judge(
     model: LMTPForCausalLM, known: torch.Tensor, position: int, is_sampled: bool = False
 ) -> Divergence:
-    """Look at the token after `known` `(1, L)`: as plain decoding computes it, and in one pass."""
+    """Judge the token after `known` `(1, L)` by plain decoding's logits and those of one pass."""
     cache = new_cache(model.config)
     forward_with_cache(model.backbone, cache, input_ids=known[:, :-1])
     alone = forward_with_cache(model.backbone, cache, input_ids=known[:, -1:]).logits[0, -1]
     plain, together = alone.float(), model(input_ids=known).logits[0, -1].float()
     best, second = plain.topk(2).values.tolist()
-    # The two passes tried here may happen to agree: no logit is known better than to its last digit
+    # These two passes may agree by chance, but no logit is more precise than its last digit
     last_digit = torch.finfo(alone.dtype).eps * abs(best)
     rounding = max(float((plain - together).abs().max()), last_digit)
     return Divergence(position, best - second, rounding, is_sampled)
+
+
+def first_difference(one: Sequence[int], other: Sequence[int]) -> int:
+    """Return how many tokens agree before two texts differ, or before the shorter one ends."""
+    pairs = zip(one, other, strict=False)
+    return next((place for place, (a, b) in enumerate(pairs) if a != b), min(len(one), len(other)))
+
+
+def first_divergence(
+    model: LMTPForCausalLM,
+    prompt: torch.Tensor,
+    plain_ids: list[int],
+    lmtp_ids: list[int],
+    is_sampled: bool = False,
+) -> Divergence:
+    """Judge the first token that differs after the prompt `(1, L)`."""
+    position = first_difference(plain_ids, lmtp_ids)
+    return judge(model, _extend(prompt, plain_ids[:position]), position, is_sampled)
 
 
 def divergences(
@@ -67,27 +86,24 @@ def divergences(
 ) -> list[Divergence]:
     """Find every token that L-MTP would decide differently along plain decoding's greedy text.
 
-    After each difference it goes on from the plain text, so that one near-tie counts as one token.
+    After each difference it continues from the plain text, so that one near-tie counts as one token.
 
     Args:
         model: the checkpoint.
         prompt: `(1, L)`.
-        plain_ids: plain decoding's new tokens.
-        lmtp_ids: L-MTP's.
-        options: the way of L-MTP, and what else both ways were given; without `max_new_tokens`.
+        plain_ids: the new tokens of plain decoding.
+        lmtp_ids: the new tokens of L-MTP.
+        options: the draft's options and those common to both calls, without `max_new_tokens`.
     """
     found = []
     start = 0
     while lmtp_ids != plain_ids[start:]:
-        rest = plain_ids[start:]
-        agree = [a == b for a, b in zip(rest, lmtp_ids, strict=False)]
-        position = start + (agree.index(False) if False in agree else len(agree))
-        known = torch.cat([prompt, prompt.new_tensor([plain_ids[:position]])], dim=-1)
-        found.append(judge(model, known, position))
+        position = start + first_difference(plain_ids[start:], lmtp_ids)
+        found.append(judge(model, _extend(prompt, plain_ids[:position]), position))
         start = position + 1
         if start >= len(plain_ids):
             break
-        known = torch.cat([prompt, prompt.new_tensor([plain_ids[:start]])], dim=-1)
+        known = _extend(prompt, plain_ids[:start])
         output = model.generate(
             known,
             attention_mask=torch.ones_like(known),
@@ -97,3 +113,7 @@ def divergences(
         )
         lmtp_ids = output[0, known.shape[1] :].tolist()
     return found
+
+
+def _extend(prompt: torch.Tensor, token_ids: list[int]) -> torch.Tensor:
+    return torch.cat([prompt, prompt.new_tensor([token_ids])], dim=-1)

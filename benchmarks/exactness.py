@@ -1,28 +1,121 @@
-"""`lmtp verify`: does a checkpoint decode the same text with and without `use_lmtp=True`?"""
+"""`lmtp verify`: checks that a checkpoint generates the same text with and without `use_lmtp=True`."""
 
+import json
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any
 
 import torch
+from rich.table import Table
 
-from modeling_lmtp.conversion.saving import versions
+from modeling_lmtp.conversion.command_line import console
+from modeling_lmtp.conversion.loading import (
+    first_prompts,
+    load_lmtp,
+    load_tokenizer,
+    prompt_tensors,
+)
+from modeling_lmtp.conversion.options import Dtype, Options, Range
+from modeling_lmtp.conversion.saving import check_output_file
 from modeling_lmtp.leaps_lmtp import drafts
 from modeling_lmtp.modeling_lmtp import LMTPForCausalLM
 from modeling_lmtp.settings_lmtp import DRAFT_SHAPES
-from modeling_lmtp.support_lmtp import Tier, decoding_support, decoding_tier
+from modeling_lmtp.support_lmtp import Support, Tier, decoding_support, decoding_tier
 from modeling_lmtp.transformers_lmtp import attention_implementation
 from modeling_lmtp.tree_lmtp import DraftTree, grow_tree
 
 from .comparison import Comparison, compare
+from .conditions import model_conditions
 
 SAMPLING = {"do_sample": True, "temperature": 0.8, "top_p": 0.95, "top_k": 50}
-# A tree with branches at every depth, for checkpoints whose generation_config names no tree
+# A tree that branches at every depth, for checkpoints whose generation_config has none
 ASSUMED_ACCURACY = 0.5
 NUM_NODES = 12
+SHOWN_DIVERGENCES = 5  # in the table; the result file lists all
+FOOTNOTE = (
+    "* The share of tokens that differ. For the first ones: their position and, in brackets, the gap "
+    "between the plain model's two best logits and the rounding of the logits. A gap of more than twice "
+    "the rounding is an error. In sampling only the first difference of each text counts."
+)
+
+
+@dataclass
+class VerifyOptions(Options):
+    """What to verify."""
+
+    checkpoint: str = field(metadata={"help": "Folder or Hub id of a checkpoint with leap heads."})
+    prompts: Path = field(kw_only=True, metadata={"help": "Prompts, .jsonl or .jsonl.gz."})
+    num_prompts: Annotated[int, Range(ge=1)] = field(
+        default=20, metadata={"help": "Take the first N prompts."}
+    )
+    max_new_tokens: Annotated[int, Range(ge=2)] = field(
+        default=128, metadata={"help": "Generate N tokens per prompt, past any end token."}
+    )
+    seed: int = field(default=0, metadata={"help": "Seed of the sampling."})
+    dtype: Dtype = field(
+        default="float32", metadata={"help": "Dtype of the model; float32 promises equal texts."}
+    )
+    output: Path | None = field(default=None, metadata={"help": "Write the figures as JSON."})
+    field: str = field(default="prompt", metadata={"help": "Field of a row that holds the prompt."})
+
+
+def verify(options: VerifyOptions) -> int:
+    """Check that leap heads generate the text of plain decoding: greedy and sampled, chain and tree.
+
+    The exit status is 1 if they do not. In 16 bits tokens may differ where the plain model's two best
+    logits nearly tie; the table lists these places and tells them from errors.
+
+    Examples:
+      lmtp verify OUT --prompts prompts.jsonl
+      lmtp verify OUT --prompts prompts.jsonl --dtype bfloat16 --output figures.json
+    """
+    if options.output is not None:
+        check_output_file(options.output)
+    texts = first_prompts(options.prompts, options.field, options.num_prompts)
+    model = load_lmtp(options.checkpoint, options.dtype)
+    support = decoding_support(model.backbone)
+    console.print(_describe_support(model, support, options.dtype), highlight=False)
+    if support.tier is Tier.PLAIN:
+        return 1
+    prompts = prompt_tensors(load_tokenizer(options.checkpoint), texts, model.device)
+    results = verify_exactness(model, prompts, options.max_new_tokens, seed=options.seed)
+    console.print(_table(results))
+    console.print(FOOTNOTE)
+    if options.output is not None:
+        record = exactness_record(model, results, options)
+        options.output.write_text(json.dumps(record, indent=2) + "\n")
+    return int(any(result.num_errors for result in results.values()))
+
+
+def _describe_support(model: LMTPForCausalLM, support: Support, dtype: str) -> str:
+    rows = "can accept different lengths" if support.ragged else "all accept the same length"
+    return (
+        f"Tier: {support.tier.value} ({support.reason}; {dtype}, {model.device.type}, "
+        f"{attention_implementation(model.backbone.config)} attention); the rows of a batch {rows}."
+    )
+
+
+def _table(results: dict[str, Comparison]) -> Table:
+    table = Table("decoding", "equal texts", "tokens per step", "tokens differing*", "errors")
+    for name, result in results.items():
+        share = result.summary()["share_of_tokens_differing"]
+        places = [
+            f"{divergence.position} ({divergence.top_two_gap:.2g}/{divergence.rounding:.2g})"
+            for divergence in result.divergences[:SHOWN_DIVERGENCES]
+        ]
+        table.add_row(
+            name,
+            f"{result.num_equal} of {len(result.pairs)}",
+            f"{result.median('tokens_per_step'):.2f}",
+            f"{share:.2%} {', '.join(places)}",
+            str(result.num_errors),
+        )
+    return table
 
 
 def drafts_to_try(model: LMTPForCausalLM) -> dict[str, dict[str, Any]]:
-    """Return, by name, the drafts that `verify` tries: a chain, and a tree if the backbone takes one."""
+    """Return drafts by name: a chain, and a tree if the backbone can verify one."""
     horizon = len(drafts(model.config.leap_offsets))
     tried: dict[str, dict[str, Any]] = {"chain": {"draft_length": horizon}}
     if decoding_tier(model.backbone) is Tier.TREE:
@@ -31,13 +124,13 @@ def drafts_to_try(model: LMTPForCausalLM) -> dict[str, dict[str, Any]]:
 
 
 def saved_shape(model: LMTPForCausalLM) -> dict[str, Any]:
-    """Return what the checkpoint's `generation_config` says of the draft's shape, if anything."""
-    found = {name: getattr(model.generation_config, name, None) for name in DRAFT_SHAPES}
-    return {name: value for name, value in found.items() if value is not None}
+    """Return the settings of the draft's shape in the checkpoint's `generation_config`, if any."""
+    settings = {name: getattr(model.generation_config, name, None) for name in DRAFT_SHAPES}
+    return {name: value for name, value in settings.items() if value is not None}
 
 
 def all_drafts(model: LMTPForCausalLM) -> dict[str, dict[str, Any]]:
-    """Return `drafts_to_try`, and what the checkpoint's `generation_config` drafts, if it says."""
+    """Return `drafts_to_try`, and the draft of the checkpoint's `generation_config` if it has one."""
     saved: dict[str, dict[str, Any]] = {"as saved": {}} if saved_shape(model) else {}
     return {**drafts_to_try(model), **saved}
 
@@ -63,12 +156,12 @@ def verify_exactness(
     Args:
         model: the checkpoint, in evaluation mode; float32 is where equality is promised.
         prompts: token ids, each `(1, L)`.
-        max_new_tokens: tokens per prompt; all are generated, past any end of text.
+        max_new_tokens: how many tokens to generate per prompt, past any end token.
         seed: set before each generation.
         progress: show progress bars.
 
     Raises:
-        ValueError: the backbone cannot take candidates back, so L-MTP refuses it.
+        ValueError: the backbone's cache cannot drop rejected candidates, so L-MTP refuses it.
     """
     results = {}
     modes: dict[str, dict[str, Any]] = {"greedy": {"do_sample": False}, "sampling": SAMPLING}
@@ -84,36 +177,33 @@ def verify_exactness(
             eos_token_id=None,
             **options,
         )
-        results.update({f"{mode}, {draft}": found for draft, found in comparisons.items()})
+        results.update({f"{mode}, {draft}": result for draft, result in comparisons.items()})
     return results
 
 
 def exactness_record(
-    model: LMTPForCausalLM, results: dict[str, Comparison], conditions: dict[str, Any]
+    model: LMTPForCausalLM, results: dict[str, Comparison], options: VerifyOptions
 ) -> dict[str, Any]:
     """Return the results with all their conditions, JSON-serialisable.
 
     Args:
         model: the checkpoint that was verified.
         results: by `verify_exactness`.
-        conditions: the caller's own, such as the prompts' file.
+        options: the command's.
     """
     support = decoding_support(model.backbone)
     return {
         "command": "lmtp verify",
-        "base_model": model.config.base_model_name_or_path,
-        "leap_offsets": model.config.leap_offsets,
-        "head_context": model.config.head_context,
+        **model_conditions(model),
         "tier": support.tier.value,
         "reason": support.reason,
         "ragged_batches": support.ragged,
         "drafts": {name: draft or saved_shape(model) for name, draft in all_drafts(model).items()},
-        **conditions,
+        "prompts": options.prompts.name,
+        "max_new_tokens": options.max_new_tokens,
+        "seed": options.seed,
+        "dtype": options.dtype,
         "sampling": SAMPLING,
-        "device": str(model.device),
-        "attention": attention_implementation(model.backbone.config),
-        "threads": torch.get_num_threads(),
         "batch_size": 1,
-        "versions": versions(),
         "results": {name: result.summary() for name, result in results.items()},
     }

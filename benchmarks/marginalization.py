@@ -1,17 +1,17 @@
-"""Numerical marginalization (arXiv 2502.09419): what a model knows of tokens further ahead.
+"""Numerical marginalization (arXiv 2502.09419): what a model knows about tokens further ahead.
 
-A plain next-token model already answers for the token after next, if asked for every next one:
+A next-token model also predicts the token after next, by a sum over all next tokens:
 
     p(x_{t+2} | x_≤t) = Σ_v p(x_{t+2} | x_≤t, v) p(v | x_≤t)
 
-differs: the sum is over the likeliest `v` only, and for `t + 3` over the likeliest pairs, so that
-each value is a lower bound; how much of the probability was covered is reported. It costs one row of
-a batch per `v`: a reference, not a way to draft.
+differs: the sum is over the likeliest `v` only, and for `t + 3` over the likeliest pairs, so each value
+is a lower bound; the covered probability is reported. Each `v` costs one row of a batch, so this is a
+reference and not a way to draft.
 
-It is the reference ceiling for heads that see `x_≤t` and no more, such as the paper's: for text sampled
-from the model nothing can be known beyond it. (A greedy answer follows from its prefix alone, so there a
-perfect head could even reach 1.) A grounded head also sees tokens after its state: its reference is the
-marginal as many positions nearer, and for the very next token the model's own distribution.
+It is the upper bound for heads that see only `x_≤t`, such as the paper's: on text sampled from the model
+no head can know more. (A greedy answer follows from its prefix alone, so there a perfect head could reach
+1.) A grounded head also sees tokens after its state: its bound is the marginal that many positions nearer,
+and for the very next token the model's distribution.
 
 Shapes: `V` vocabulary size, `K` likeliest continuations, `M` sampled positions, `D` distances.
 """
@@ -38,9 +38,9 @@ class Marginals:
 
     Args:
         ranks: `(M, D)`, `[:, d - 1]` the right token's rank at distance `d`, at most `MAX_RANK`.
-        probabilities: `(M, D)`, what it was given.
-        covered: `(M, D)`, how much probability the continuations summed over have; 1 at `d = 1`.
-        answers: `(M,)`, which answer a position lies in.
+        probabilities: `(M, D)`, the right token's probability.
+        covered: `(M, D)`, the total probability of the continuations in the sum; 1 at `d = 1`.
+        answers: `(M,)`, the answer of each position.
     """
 
     ranks: torch.Tensor
@@ -61,14 +61,14 @@ def marginals_after(
 
     Args:
         model: a causal language model.
-        cache: of one row, everything known; left as it is.
-        logits: `(V,)`, the model's for the next token.
+        cache: of one row, with all known tokens; not changed.
+        logits: `(V,)`, the model's logits for the next token.
         num_continuations: `K`.
         num_distances: `D`.
 
     Returns:
-        `D` tensors `(V,)`, float32, `[d - 1]` for `d` tokens ahead, each a lower bound beyond the
-        first; and for each the probability that it covers.
+        `D` tensors `(V,)`, float32, `[d - 1]` for `d` tokens ahead, lower bounds except for the first;
+        and the probability that each covers.
     """
     marginals = [logits.float().softmax(dim=-1)]
     covered = [1.0]
@@ -89,17 +89,17 @@ def marginals_after(
 def sample_roots(
     examples: Sequence[Example], num_positions: int, num_distances: int, seed: int
 ) -> list[list[int]]:
-    """Draw positions from all answers alike, without repeating one.
+    """Draw positions uniformly from all answers, without replacement.
 
     Args:
         examples: the answers.
-        num_positions: `M`; all there are, if they are fewer.
+        num_positions: `M`; all positions, if there are fewer.
         num_distances: `D`; tokens `r … r + D - 1` must exist for a position `r`.
-        seed: of the draw.
+        seed: seed of the draw.
 
     Returns:
-        For each answer the positions `r` drawn, increasing: everything before `r` is known, and `r`
-        itself is `1` ahead.
+        For each answer its positions `r`, increasing: the tokens before `r` are known, and `r` itself is
+        `1` ahead.
     """
     roots = [
         (number, root)
@@ -125,15 +125,15 @@ def marginalize(
     seed: int = 0,
     progress: bool = False,
 ) -> Marginals:
-    """Ask the marginals for the right tokens at sampled positions of answers.
+    """Compute the marginals at sampled positions of answers, and the ranks of the right tokens.
 
     Args:
         model: a causal language model, in evaluation mode.
         examples: held-out answers.
-        num_positions: `M`; fewer if the answers have no more.
+        num_positions: `M`; fewer if the answers are shorter.
         num_continuations: `K`.
         num_distances: `D`.
-        seed: which positions.
+        seed: seed of the positions.
         progress: show a progress bar.
 
     Raises:
@@ -149,7 +149,7 @@ def marginalize(
     roots = sample_roots(examples, num_positions, num_distances, seed)
     if not any(roots):
         raise ValueError(
-            f"No answer has {num_distances} tokens to look ahead to. Use longer answers, or a smaller "
+            f"No answer has {num_distances} tokens to predict. Use longer answers, or a smaller "
             "num_distances."
         )
     rows = []
@@ -168,10 +168,10 @@ def _of_answer(
     num_continuations: int,
     num_distances: int,
 ) -> list[tuple[list[int], list[float], list[float]]]:
-    """Return, for each position, ranks and probabilities of the right tokens, and what is covered."""
+    """Return the right tokens' ranks and probabilities, and the covered probability, at each position."""
     input_ids = torch.tensor([example.input_ids], device=model.device)
     cache = new_cache(model.config)
-    known, found = 0, []
+    known, rows = 0, []
     for root in positions:
         outputs = forward_with_cache(model, cache, input_ids=input_ids[:, known:root])
         known = root
@@ -179,10 +179,10 @@ def _of_answer(
             model, cache, outputs.logits[0, -1], num_continuations, num_distances
         )
         targets = example.input_ids[root : root + num_distances]
-        given = [marginal[target] for marginal, target in zip(marginals, targets, strict=True)]
+        values = [marginal[target] for marginal, target in zip(marginals, targets, strict=True)]
         ranks = [
             int((marginal > value).sum().clamp(max=MAX_RANK))
-            for marginal, value in zip(marginals, given, strict=True)
+            for marginal, value in zip(marginals, values, strict=True)
         ]
-        found.append((ranks, [value.item() for value in given], covered))
-    return found
+        rows.append((ranks, [value.item() for value in values], covered))
+    return rows

@@ -1,4 +1,4 @@
-"""When the passes of a backbone begin and end: the same clock for every way of decoding."""
+"""Records when the passes of a backbone start and end: one clock for all decoding methods."""
 
 import time
 from typing import Any
@@ -8,7 +8,7 @@ from torch import nn
 
 
 def synchronize(device: torch.device) -> None:
-    """Wait until an accelerator has done what it was given; a CPU always has."""
+    """Wait until an accelerator has finished its work; a CPU always has."""
     if device.type != "cpu":
         torch.accelerator.synchronize(device)
 
@@ -16,14 +16,14 @@ def synchronize(device: torch.device) -> None:
 class PassClock:
     """Times one call of `generate` from the end of its first pass, the prefill, to its end.
 
-    What follows a pass (drafting, walking, judging) belongs to it, up to the start of the next one.
+    Drafting, verification and everything else up to the start of the next pass count towards a pass.
 
     Args:
-        backbone: the model whose passes are counted; an assistant's are not.
+        backbone: the model whose passes are counted; those of an assistant are not.
 
     Attributes:
-        starts: when each pass after the prefill began.
-        rows: how many rows each of them ran.
+        starts: the start of each pass after the prefill.
+        rows: the number of rows in each of them.
     """
 
     def __init__(self, backbone: nn.Module) -> None:
@@ -34,7 +34,7 @@ class PassClock:
         self._ended = 0.0
 
     def __enter__(self) -> "PassClock":
-        """Start to listen."""
+        """Register the hooks."""
         self._handles = [
             self.backbone.register_forward_pre_hook(self._begin, with_kwargs=True),
             self.backbone.register_forward_hook(self._end),
@@ -42,7 +42,7 @@ class PassClock:
         return self
 
     def __exit__(self, *error: object) -> None:
-        """Stop the time."""
+        """Stop the clock and remove the hooks."""
         synchronize(self.device)
         self._ended = time.perf_counter()
         for handle in self._handles:
@@ -50,7 +50,7 @@ class PassClock:
 
     @property
     def device(self) -> torch.device:
-        """Where the backbone is."""
+        """The device of the backbone."""
         return next(self.backbone.parameters()).device
 
     def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -65,23 +65,23 @@ class PassClock:
 
     @property
     def passes(self) -> int:
-        """How many passes there were after the prefill."""
+        """The number of passes after the prefill."""
         return len(self.starts)
 
     @property
     def seconds(self) -> float:
-        """From the end of the prefill to the end."""
+        """Seconds from the end of the prefill to the end of the call."""
         assert self._prefilled is not None
         return self._ended - self._prefilled
 
     @property
     def step_seconds(self) -> list[float]:
-        """What each pass after the prefill took, with all that follows it."""
+        """Seconds of each pass after the prefill, with everything up to the next one."""
         ends = [*self.starts[1:], self._ended]
         return [end - start for start, end in zip(self.starts, ends, strict=True)]
 
     def seconds_after(self, passes: int) -> float:
-        """Return the time from the end of the prefill to the end of so many passes after it."""
+        """Return the seconds from the end of the prefill to the end of `passes` passes."""
         assert self._prefilled is not None
         ends = [*self.starts, self._ended]
         return ends[min(passes, len(ends) - 1)] - self._prefilled

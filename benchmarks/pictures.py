@@ -1,7 +1,7 @@
-"""An analysis as pictures: accuracy per distance, attenuation, tokens per step.
+"""Draws an analysis: accuracy per distance, attenuation, tokens per step.
 
-They are drawn from `analysis.json` alone, so old results can be drawn again. Colours are Okabe and
-Ito's, which colour-blind readers tell apart; markers differ as well.
+The pictures need only `analysis.json`, so old results can be drawn again. Colour-blind readers can tell the
+colours apart (Okabe and Ito's); markers differ as well.
 """
 
 from collections.abc import Mapping, Sequence
@@ -25,12 +25,20 @@ LEGEND = {"loc": "outside lower center", "frameon": False}
 
 
 def pictures_available() -> bool:
-    """Whether matplotlib, the extra `plots`, is installed."""
+    """Return whether matplotlib, the extra `plots`, is installed."""
     return find_spec("matplotlib") is not None
 
 
+def check_pictures() -> None:
+    """Raise a RuntimeError if matplotlib is not installed."""
+    if not pictures_available():
+        raise RuntimeError(
+            "Pictures need matplotlib, which is not installed: pip install 'modeling-lmtp[plots]'."
+        )
+
+
 def draw_pictures(record: Mapping[str, Any], folder: Path) -> list[Path]:
-    """Draw what an analysis holds into PNG files.
+    """Draw an analysis as PNG files.
 
     Args:
         record: what `lmtp analyze` writes as `analysis.json`.
@@ -42,10 +50,7 @@ def draw_pictures(record: Mapping[str, Any], folder: Path) -> list[Path]:
     Raises:
         RuntimeError: matplotlib is not installed.
     """
-    if not pictures_available():
-        raise RuntimeError(
-            "Pictures need matplotlib, which is not installed: pip install 'modeling-lmtp[plots]'."
-        )
+    check_pictures()
     drawn = {}
     if record["checkpoints"]:
         drawn["accuracy"] = _accuracy(record)
@@ -107,7 +112,7 @@ def _accuracy(record: Mapping[str, Any]) -> Any:
 def _draw_ceiling(
     axis: Any, record: Mapping[str, Any], checkpoint: Mapping[str, Any], k: str, number: int
 ) -> bool:
-    """Draw what heads that see as much could know, as far as it was measured; say if there is any."""
+    """Draw the bound of each kind of heads, as far as it was measured; return whether there is any."""
     if not record["marginalization"]:
         return False
     known = {row["distance"]: row for row in record["marginalization"]["distances"]}
@@ -131,7 +136,7 @@ def _attenuation(record: Mapping[str, Any]) -> Any:
         fit = record["marginalization"]["attenuation"]
         fits.append(("the model itself (marginalization)", fit, MODEL_STYLE))
     figure, (left, right) = _figure(9, 3.9 + 0.24 * len(fits), 2)
-    figure.suptitle("Attenuation: certainty fades with distance", fontsize=14)
+    figure.suptitle("Attenuation: certainty falls with distance", fontsize=14)
     furthest = max(max(fit["distances"]) for _, fit, _ in fits)
     limit = leap_break_even(NUM_HEADS)
     _draw_curve(left, limit, furthest, color=GREY, linestyle=":", linewidth=1.8)
@@ -150,7 +155,7 @@ def _attenuation(record: Mapping[str, Any]) -> Any:
     left.set_xlabel("tokens ahead, d", fontsize=12)
     left.set_ylabel("mean probability of the right token", fontsize=11)
     left.set_title("measured, and exp(−γ(d−1)) fitted", fontsize=12)
-    _draw_promises(right, [(fit["gamma"], style) for _, fit, style in fits], limit)
+    _draw_schedules(right, [(fit["gamma"], style) for _, fit, style in fits], limit)
     _legend(figure, left)
     return figure
 
@@ -161,15 +166,15 @@ def _draw_curve(axis: Any, gamma: float, furthest: int, **style: Any) -> None:
 
 
 def _draw_next_token(axis: Any, record: Mapping[str, Any]) -> None:
-    """Show that the model gives its own next token less than the curve's 1."""
+    """Draw the probability of the model's next token, which is below the curve's 1."""
     if record["marginalization"]:
         value = record["marginalization"]["distances"][0]["mean_probability"]["value"]
         style = {**MODEL_STYLE, "markerfacecolor": "white", "linestyle": "none"}
         axis.plot([1], [value], label=f"the model's own next token: {value:.2f}", **style)
 
 
-def _draw_promises(axis: Any, gammas: Sequence[tuple[float, Any]], limit: float) -> None:
-    """Draw what leap 1 and leap 2 promise as γ grows, and where the measured ones are."""
+def _draw_schedules(axis: Any, gammas: Sequence[tuple[float, Any]], limit: float) -> None:
+    """Draw the tokens per step of leap 1 and leap 2 over γ, and mark the measured γ."""
     highest = max(0.4, 1.1 * max(gamma for gamma, _ in gammas))
     steps = [highest * i / 200 for i in range(201)]
     for name, text, style in (
@@ -223,7 +228,7 @@ def _tokens_per_step(record: Mapping[str, Any]) -> Any:
 
 
 def spread(heights: Sequence[float], gap: float) -> list[float]:
-    """Return heights for labels: the given ones, those that are too close moved up."""
+    """Return the heights of labels, moved up where they are too close."""
     placed: dict[int, float] = {}
     lowest = float("-inf")
     for number in sorted(range(len(heights)), key=heights.__getitem__):

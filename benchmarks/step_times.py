@@ -1,4 +1,4 @@
-"""What a decoding step takes with some draft trees, measured by decoding with them."""
+"""Measures how long a decoding step takes with each of some draft trees."""
 
 import statistics
 from collections.abc import Sequence
@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from modeling_lmtp.modeling_lmtp import LMTPForCausalLM
 from modeling_lmtp.tree_lmtp import DraftTree
 
-from .bench import make_batches
+from .bench_runner import make_batches
 from .pass_clock import PassClock
 
 ROUNDS = 2
@@ -23,7 +23,7 @@ def step_seconds(
     *,
     rounds: int = ROUNDS,
 ) -> dict[DraftTree, float]:
-    """Time steps with each tree, all taking turns; those of the empty tree are plain decoding's.
+    """Time decoding steps with each tree in turn; the empty tree is plain decoding.
 
     Args:
         model: the checkpoint.

@@ -2,32 +2,60 @@
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import torch
-from rich.console import Console
 from rich.table import Table
 
+from modeling_lmtp.conversion.command_line import console
 from modeling_lmtp.conversion.loading import adapter_config, load_lmtp, load_tokenizer
+from modeling_lmtp.conversion.options import Dtype, Options, Range
 from modeling_lmtp.modeling_lmtp import LMTPForCausalLM
 from modeling_lmtp.settings_lmtp import DRAFT_SHAPES, STRICT
-from modeling_lmtp.training.answer_files import load_answers, unseen_answers, warn
+from modeling_lmtp.training.answers import load_answers, unseen_answers, warn
 from modeling_lmtp.training.evaluation import evaluate_heads
 from modeling_lmtp.training.examples import Example, evenly
 from modeling_lmtp.transformers_lmtp import attention_implementation
 
-from .bench import GREEDY_MODE, make_batches, measure
 from .bench_methods import Method, plain_method
-from .bench_record import rows
-from .bench_run import device_name, pad_id
+from .bench_report import rows
+from .bench_runner import make_batches, measure, pad_id
+from .conditions import device_name
 from .quiet import measure_quietness
 from .tuning import NOTHING, TunedDraft, choose_drafts
 
 TRIAL_PROMPTS = 12
 TRIAL_TOKENS = 64
 HOPELESS = 0.9  # an expected speed-up below it is not tried
+
+
+@dataclass
+class TuneOptions(Options):
+    """What to tune, and for what."""
+
+    checkpoint: str = field(metadata={"help": "Folder or Hub id of a checkpoint with leap heads."})
+    answers: Path = field(
+        kw_only=True, metadata={"help": "Held-out answers of the backbone, made by `lmtp distill`."}
+    )
+    batch_sizes: list[Annotated[int, Range(ge=1)]] = field(
+        default_factory=lambda: [1, 2, 4, 8], metadata={"help": "Batch sizes to tune for."}
+    )
+    num_answers: Annotated[int, Range(ge=1)] = field(
+        default=64, metadata={"help": "Use N answers, spread evenly over the file."}
+    )
+    bad_rows: Literal["refuse", "skip"] = field(
+        default="refuse",
+        metadata={"help": "Refuse answers with a bad row, or skip and count such rows."},
+    )
+    dtype: Dtype = field(default="auto", metadata={"help": "Dtype of the model."})
+    output: Path | None = field(
+        default=None,
+        metadata={
+            "help": "Folder whose generation_config.json is written; the checkpoint by default."
+        },
+    )
 
 
 @dataclass(frozen=True)
@@ -90,7 +118,7 @@ def try_out(
         for number, draft in enumerate(hopeful)
     ]
     measured = measure(
-        methods, batches, GREEDY_MODE, max_new_tokens=TRIAL_TOKENS, rounds=1, stop_at_end=False
+        methods, batches, "greedy", max_new_tokens=TRIAL_TOKENS, rounds=1, stop_at_end=False
     )
     return [
         Trial(draft, row["speed_up_of_totals"])
@@ -123,54 +151,26 @@ def set_drafts(
     }
 
 
-def run_tune(
-    checkpoint: str,
-    answers: Path,
-    console: Console,
-    *,
-    dtype: str = "auto",
-    batch_sizes: Sequence[int] = (1, 2, 4, 8),
-    num_answers: int = 64,
-    bad_rows: str = "refuse",
-    output: Path | None = None,
-) -> dict[int, Verdict]:
-    """Tune a checkpoint on this device.
+def run_tune(options: TuneOptions) -> None:
+    """Find the draft that is fastest on this device for each batch size, or none where drafting loses.
 
-    Args:
-        checkpoint: with leap heads.
-        answers: the backbone's own, as `lmtp distill` writes them; where it is known which of them the
-            heads were trained on, the others are used.
-        console: for what is found.
-        dtype: to load it in.
-        batch_sizes: to tune for.
-        num_answers: use so many, evenly spread over the file.
-        bad_rows: of the answers, see `read_answers`.
-        output: the folder whose `generation_config.json` is written; by default the checkpoint's.
+    The result goes into generation_config.json, which `generate` follows.
 
-    Raises:
-        ValueError: no output is given and the checkpoint is not a folder, or is an adapter; a batch size
-            is below 1, or a bad row is refused.
+    Examples:
+      lmtp tune OUT --answers held_out.jsonl
+      lmtp tune OUT --answers held_out.jsonl --batch_sizes 1 8
     """
-    if min(batch_sizes) < 1:
-        raise ValueError(f"A batch size must be 1 or more, got {min(batch_sizes)}.")
-    if output is None and adapter_config(checkpoint) is not None:
-        raise ValueError(
-            f"{checkpoint!r} is an adapter, which decodes as the checkpoint that it was trained on says. "
-            "Make it a checkpoint with `lmtp merge` and tune that."
-        )
-    folder = output or Path(checkpoint)
-    if not folder.is_dir():
-        raise ValueError(
-            f"{str(folder)!r} is no folder to write generation_config.json into. Pass an existing "
-            "one as --output."
-        )
-    model, tokenizer = load_lmtp(checkpoint, dtype), load_tokenizer(checkpoint)
+    folder = _check_folder(options)
+    model, tokenizer = (
+        load_lmtp(options.checkpoint, options.dtype),
+        load_tokenizer(options.checkpoint),
+    )
     quietness = measure_quietness(model.device)
     for complaint in quietness.complaints():
         console.print(f"[yellow]This machine is not quiet: {complaint}.[/] Tune again when it is.")
-    found = load_answers(answers, model, tokenizer, bad_rows=bad_rows)
+    found = load_answers(options.answers, model, tokenizer, bad_rows=options.bad_rows)
     warn(found.notes)
-    unseen = unseen_answers(checkpoint, answers, found.examples)
+    unseen = unseen_answers(options.checkpoint, options.answers, found.examples)
     if unseen:
         console.print(
             f"Tuning on the {len(unseen)} of these answers that the heads were not trained on."
@@ -180,12 +180,32 @@ def run_tune(
             "[yellow]The heads were trained on all of these answers,[/] which makes large drafts look "
             "better than they are. Give answers to other prompts."
         )
-    verdicts = tune(model, evenly(unseen or found.examples, num_answers), batch_sizes)
+    examples = evenly(unseen or found.examples, options.num_answers)
+    verdicts = tune(model, examples, options.batch_sizes)
     set_drafts(model, verdicts, {"quiet": not quietness.complaints()})
     model.generation_config.save_pretrained(folder)
     console.print(verdict_table(verdicts))
     console.print(f"Written to {folder / 'generation_config.json'}.")
-    return verdicts
+
+
+def _check_folder(options: TuneOptions) -> Path:
+    """Return the folder to write into.
+
+    Raises:
+        ValueError: the checkpoint is an adapter or on the Hub, and there is no output folder.
+    """
+    if options.output is None and adapter_config(options.checkpoint) is not None:
+        raise ValueError(
+            f"{options.checkpoint!r} is an adapter, which decodes as the checkpoint that it was trained on "
+            "says. Make it a checkpoint with `lmtp export --to full` and tune that."
+        )
+    folder = options.output or Path(options.checkpoint)
+    if not folder.is_dir():
+        raise ValueError(
+            f"{str(folder)!r} is no folder to write generation_config.json into. Pass an existing "
+            "one as --output."
+        )
+    return folder
 
 
 def _figures(verdict: Verdict) -> list[dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""Generation as self-distillation needs it: left-padded batches that follow their own settings."""
+"""Generates for self-distillation: left-padded batches that ignore the checkpoint's settings."""
 
 from __future__ import annotations
 
@@ -12,23 +12,10 @@ from typing import Any, cast
 import torch
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-# Everything a checkpoint's generation_config may add to plain decoding, switched off: the answers
-# follow the settings alone.
-_PLAIN_DECODING = {
-    "num_beams": 1,
-    "num_return_sequences": 1,
-    "typical_p": 1.0,
-    "repetition_penalty": 1.0,
-    "no_repeat_ngram_size": 0,
-    "epsilon_cutoff": 0.0,
-    "eta_cutoff": 0.0,
-    "min_new_tokens": 0,  # it takes precedence over min_length
-}
-
 
 @dataclass(frozen=True)
 class Sampling:
-    """How `generate_ids` picks tokens: greedily where `temperature` is 0."""
+    """How `generate_ids` chooses tokens; a `temperature` of 0 means greedy search."""
 
     max_new_tokens: int
     temperature: float
@@ -58,8 +45,8 @@ def generate_ids(
     was_training = model.training
     model.eval()
     try:
-        with _seeded(sampling.seed, model.device):
-            # PreTrainedModel's own type has no generate: its causal-LM classes mix it in.
+        with _settings_alone(model, config), _seeded(sampling.seed, model.device):
+            # The type PreTrainedModel has no generate: causal-LM classes mix it in
             output = cast(Any, model).generate(
                 input_ids.to(model.device),
                 attention_mask=mask.to(model.device),
@@ -76,7 +63,6 @@ def _decoding_config(
 ) -> GenerationConfig:
     sample = sampling.temperature > 0
     return GenerationConfig(
-        **_PLAIN_DECODING,
         max_new_tokens=sampling.max_new_tokens,
         do_sample=sample,
         # Greedy decoding ignores these three; Transformers' defaults keep it from warning.
@@ -90,11 +76,27 @@ def _decoding_config(
 
 
 def _pad_id(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, stop_ids: list[int]) -> int:
-    """Return an id to pad with. Any does: the attention mask hides it."""
+    """Return an id to pad with. Any that the model embeds does: the attention mask hides it."""
+    num_embeddings = model.get_input_embeddings().weight.shape[0]
     for candidate in (model.generation_config.pad_token_id, tokenizer.pad_token_id, *stop_ids):
-        if candidate is not None:
+        if candidate is not None and 0 <= candidate < num_embeddings:
             return int(candidate)
     return 0
+
+
+@contextmanager
+def _settings_alone(model: PreTrainedModel, config: GenerationConfig) -> Iterator[None]:
+    """Hide the model's own generation settings inside the block.
+
+    Transformers and L-MTP take from them whatever `config` leaves open, and a checkpoint may have saved
+    any setting: penalties, suppressed tokens, a lossy acceptance rule.
+    """
+    saved = model.generation_config
+    model.generation_config = config
+    try:
+        yield
+    finally:
+        model.generation_config = saved
 
 
 @contextmanager

@@ -1,97 +1,103 @@
-"""Model cards, filled from a checkpoint, its record of how it was made, and its result files."""
+"""Model cards, filled from a checkpoint, the record of how it was made, and its benchmark results."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.metadata import requires
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from huggingface_hub import ModelCard, ModelCardData
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, UndefinedError
 from safetensors import safe_open
 from transformers import AutoConfig
 
-from modeling_lmtp.checkpoints_lmtp import TAGS
+from modeling_lmtp.pretrained_lmtp import TAGS
 from modeling_lmtp.transformers_lmtp import TESTED
 
-from .forms import Form, check_hub_id, form_of
 from .measured import read_measured
+from .options import Options
+from .repository import Form, check_hub_id, form_of
 from .saving import PROVENANCE, read_json
 
 TEMPLATES = Path(__file__).parent.parent / "hub_cards"
-LIBRARIES = {Form.FULL: "transformers", Form.HEADS: "transformers", Form.ADAPTER: "peft"}
-# What the Hub knows: heads alone need their base model as an adapter does
-RELATIONS = {Form.FULL: "finetune", Form.HEADS: "adapter", Form.ADAPTER: "adapter"}
+LIBRARIES = {"full": "transformers", "heads": "transformers", "adapter": "peft"}
+# The Hub has no relation for heads; like an adapter, they need their base model
+RELATIONS = {"full": "finetune", "heads": "adapter", "adapter": "adapter"}
 READS = {
     "last": "the last hidden state",
-    "weighted": "the last hidden state, and a learned mean of those of all layers",
+    "weighted": "the last hidden state, and a learned mean of the states of all layers",
 }
 NEEDED_PACKAGES = ("torch", "transformers")
 
 
-@dataclass(frozen=True)
-class CardFacts:
-    """What no file of a checkpoint says.
+@dataclass
+class CardOptions(Options):
+    """What the model card says that no file of the checkpoint does."""
 
-    Args:
-        repo_id: where the checkpoint is, or will be, on the Hub.
-        license: its identifier there, such as `apache-2.0`.
-        language: ISO 639 codes of the languages that it speaks.
-        datasets: Hub ids of the data that it was trained on; none if it wrote its data itself.
-        tag: the revision that the card tells its readers to load.
-    """
+    title: ClassVar[str] = "model card"
 
-    repo_id: str
-    license: str
-    language: Sequence[str]
-    datasets: Sequence[str] = ()
-    tag: str = "v1"
+    license: str = field(
+        kw_only=True, metadata={"help": "The Hub's identifier of the license, such as apache-2.0."}
+    )
+    language: list[str] = field(
+        kw_only=True, metadata={"help": "ISO 639 codes of the model's languages, such as en."}
+    )
+    datasets: list[str] = field(
+        default_factory=list,
+        metadata={"help": "Hub ids of the training data; none if the model wrote it."},
+    )
+    results: list[Path] = field(
+        default_factory=list, metadata={"help": "Files that `lmtp bench --output` wrote."}
+    )
+    tag: str = field(
+        default="v1", metadata={"help": "New tag of the commit; the card loads this revision."}
+    )
 
 
-def build_card(folder: Path, facts: CardFacts, results: Sequence[Path] = ()) -> ModelCard:
-    """Make the card of a checkpoint.
+def build_card(folder: Path, repo_id: str, options: CardOptions) -> ModelCard:
+    """Build the card of a checkpoint.
 
     Args:
         folder: a checkpoint of any form, with its `provenance.json`.
-        facts: the rest.
-        results: files that `lmtp bench` wrote.
+        repo_id: where the checkpoint is, or will be, on the Hub.
+        options: what the checkpoint does not say.
 
     Raises:
-        ValueError: something that the card must say is unknown, a figure comes without its
-            conditions, or a file is malformed; says which.
+        ValueError: something that the card must say is unknown, a figure lacks its conditions, or a
+            file is malformed; the message says which.
     """
     form = form_of(folder)
-    check_hub_id(facts.repo_id, "--repo-id")
+    check_hub_id(repo_id, "REPO_ID")
     base_model, base_revision, config = base_of(folder, form)
     check_hub_id(
         base_model,
-        f"base_model_name_or_path in {'adapter_config' if form is Form.ADAPTER else 'config'}.json, or let "
-        "`lmtp publish` do so with --base-model",
+        f"base_model_name_or_path in {'adapter_config' if form == 'adapter' else 'config'}.json, or "
+        "publish with --base_model",
     )
     data = ModelCardData(
         library_name=LIBRARIES[form],
         pipeline_tag="text-generation",
         base_model=base_model,
         base_model_relation=RELATIONS[form],
-        license=facts.license,
-        datasets=list(facts.datasets) or None,
-        language=list(facts.language),
+        license=options.license,
+        datasets=options.datasets or None,
+        language=options.language,
         tags=list(TAGS),
     )
     text = fill_template(
         form,
         {
-            "repo_id": facts.repo_id,
-            "tag": facts.tag,
-            "license": facts.license,
-            "language": ", ".join(facts.language),
+            "repo_id": repo_id,
+            "tag": options.tag,
+            "license": options.license,
+            "language": ", ".join(options.language),
             "base_model": base_model,
             "base_revision": base_revision,
             "requires": needed_packages(form),
             "tested": TESTED,
             "heads": describe_heads(config, folder),
-            "measured": [read_measured(path, config) for path in results],
-            "training": describe_training(folder, facts.datasets),
+            "measured": [read_measured(path, config) for path in options.results],
+            "training": describe_training(folder, options.datasets),
         },
     )
     return ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text}")
@@ -99,12 +105,12 @@ def build_card(folder: Path, facts: CardFacts, results: Sequence[Path] = ()) -> 
 
 def base_of(folder: Path, form: Form) -> tuple[str | None, str | None, Any]:
     """Return the base model that a checkpoint names, its revision, and the `LMTPConfig` of its heads."""
-    if form is not Form.ADAPTER:
+    if form != "adapter":
         config = AutoConfig.from_pretrained(folder)
         return config.base_model_name_or_path, config.base_model_revision, config
     adapter = read_json(folder / "adapter_config.json")
     base, revision = adapter.get("base_model_name_or_path"), adapter.get("revision")
-    # The heads' description travels in the record, so that no card needs the base model at hand
+    # Publishing records the heads' configuration, so that the card does not need the base model
     heads = read_json(_provenance(folder)).get("lmtp_config")
     config = AutoConfig.for_model(**heads) if heads else AutoConfig.from_pretrained(base)
     return base, revision, config
@@ -114,7 +120,7 @@ def fill_template(form: Form, values: dict[str, Any]) -> str:
     """Fill the card template of a form.
 
     Raises:
-        ValueError: the template has a placeholder without a value; names it.
+        ValueError: the template has a placeholder without a value; the message names it.
     """
     known = {name: value for name, value in values.items() if value not in (None, "")}
     environment = Environment(
@@ -123,44 +129,44 @@ def fill_template(form: Form, values: dict[str, Any]) -> str:
         keep_trailing_newline=True,
     )
     try:
-        return environment.get_template(f"{form.value}.md").render(known)
+        return environment.get_template(f"{form}.md").render(known)
     except UndefinedError as error:
         raise ValueError(
-            f"The card for {form.value!r} has a placeholder without a value: {error.message}. Give it "
-            "by an option of the command, or in the checkpoint's files."
+            f"The card for {form!r} has a placeholder without a value: {error.message}. Pass the value as "
+            "an option of the command, or add it to the checkpoint's files."
         ) from error
 
 
 def needed_packages(form: Form) -> str:
-    """Say which packages, and from which version, a reader needs: those that this package requires."""
-    names = (*NEEDED_PACKAGES, "peft") if form is Form.ADAPTER else NEEDED_PACKAGES
-    found = [text for text in requires("modeling-lmtp") or () if text.startswith(names)]
-    return ", ".join(f"`{text}`" for text in found)
+    """Return the packages, with their versions, that loading the model needs."""
+    names = (*NEEDED_PACKAGES, "peft") if form == "adapter" else NEEDED_PACKAGES
+    requirements = [text for text in requires("modeling-lmtp") or () if text.startswith(names)]
+    return ", ".join(f"`{text}`" for text in requirements)
 
 
 def describe_heads(config: Any, folder: Path) -> list[tuple[str, str]]:
     """Return the heads' properties, as names and values."""
     context = {
-        0: "nothing that follows its state (the paper's head)",
-        "path": "all tokens up to its target, those drafted before it included",
+        0: "nothing after its state (the paper's head)",
+        "path": "all tokens up to its target, including those drafted before it",
     }.get(
         config.head_context,
-        f"of the known tokens that follow its state, the first {config.head_context}",
+        f"the first {config.head_context} known tokens after its state",
     )
     if config.share_lm_head:
         rank = config.lm_head_rank
         unembedding = f"the model's own, plus rank {rank} per head" if rank else "the model's own"
     else:
-        unembedding = "one of each head's own"
+        unembedding = "one per head"
     drafts = config.draft_token_ids
     rows = [
         ("leap offsets", ", ".join(map(str, config.leap_offsets)) or "none"),
         ("each head reads", READS[config.head_input]),
-        ("each head sees besides", context),
+        ("each head also sees", context),
         ("residual blocks per head", str(config.num_head_layers)),
         ("unembedding", unembedding),
         (
-            "tokens that heads propose",
+            "tokens the heads can draft",
             "all" if drafts is None else f"{len(drafts):,} of them",
         ),
     ]
@@ -185,13 +191,11 @@ def describe_training(folder: Path, datasets: Sequence[str]) -> list[tuple[str, 
     """Return how a checkpoint was made, as names and values, from its `provenance.json`.
 
     Raises:
-        ValueError: there is none, or it does not say by which command.
+        ValueError: there is no such file, or it does not name the command.
     """
     record = read_json(_provenance(folder))
     if not record.get("command"):
-        raise ValueError(
-            f"{_provenance(folder)} does not say by which command the heads were made."
-        )
+        raise ValueError(f"{_provenance(folder)} does not say which command made the heads.")
     rows = [("command", f"`{record['command']}`")]
     if datasets:
         rows.append(("data", ", ".join(datasets)))
@@ -219,14 +223,14 @@ def _provenance(folder: Path) -> Path:
     path = folder / PROVENANCE
     if not path.exists():
         raise ValueError(
-            f"{folder} has no {PROVENANCE}, so a card could not say how it was made. The commands of "
-            "`lmtp` write one; for a model of your own, save it with save_checkpoint."
+            f"{folder} has no {PROVENANCE}, so its card could not say how the model was made. The commands "
+            "of `lmtp` write one; save your own model with conversion.saving.save_checkpoint."
         )
     return path
 
 
 def write_card(folder: Path, card: ModelCard) -> Path:
-    """Write a card as the `README.md` of a folder, whole or not at all, and return its path."""
+    """Write a card as `README.md`, completely or not at all, and return its path."""
     path, unfinished = folder / "README.md", folder / ".README.md.unfinished"
     try:
         card.save(unfinished)

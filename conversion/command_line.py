@@ -1,25 +1,29 @@
 """The command line: `lmtp COMMAND ARGUMENTS --option value`, its help, and errors in one line.
 
-A command is a function whose parameters are annotated with dataclasses of options (see `options`); it
-returns None, or the exit status. Its docstring is its help; what follows a line `Examples:` comes last.
+A command is a function whose parameters are annotated with dataclasses of options (see `options`). It
+returns None or the exit status. Its docstring is its help, and the lines after `Examples:` come last.
 """
 
 import difflib
 import inspect
+import re
 import shutil
 import sys
 import textwrap
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import Field, fields
+from dataclasses import MISSING, Field, fields
 from importlib import import_module
-from typing import Any, NoReturn, get_args, get_origin, get_type_hints
+from typing import Any, Literal, NoReturn, get_args, get_origin, get_type_hints
 
 import jinja2
 from huggingface_hub.errors import HTTPError, StrictDataclassError
 from rich.console import Console
 from transformers import HfArgumentParser, TrainingArguments
 
-from .options import is_argument, own_fields
+from modeling_lmtp import __version__
+
+from .options import is_argument, is_required, own_fields
 
 console = Console(soft_wrap=True)
 
@@ -27,7 +31,7 @@ Command = Callable[..., int | None]
 ARGUMENTS_PAGE = (
     "https://huggingface.co/docs/transformers/main_classes/trainer#transformers.TrainingArguments"
 )
-# What bad input and a bad environment cause; others are mistakes of this package
+# The user's input or environment causes these; anything else is a bug, and keeps its traceback
 USER_ERRORS = (
     ValueError,
     OSError,
@@ -37,41 +41,67 @@ USER_ERRORS = (
     HTTPError,
     jinja2.TemplateError,
 )
+INTERRUPTED = 130  # what shells report for a process that Ctrl-C ended
 
 
 class Parser(HfArgumentParser):
-    """`HfArgumentParser` that raises its errors instead of leaving the process."""
+    """`HfArgumentParser` that reads lists of choices, and raises errors instead of exiting."""
+
+    def add_argument(self, *names: Any, **options: Any) -> Any:
+        """Add an option; `list[Literal[...]]`, which argparse cannot call, becomes choices of strings."""
+        if get_origin(options.get("type")) is Literal:
+            options |= {"choices": get_args(options["type"]), "type": str}
+        return super().add_argument(*names, **options)
 
     def error(self, message: str) -> NoReturn:
-        """Raise a ValueError with argparse's message."""
-        raise ValueError(message)
+        """Raise a ValueError with argparse's message, naming each option once and without dashes inside."""
+        message = re.sub(r"^argument (--\w+)(/--?[\w-]+)*:", r"\1:", message)
+        message = re.sub(r"/--[\w-]+", "", message)
+        hint = (
+            " Separate several values with spaces." if re.search(r"'[^']*,[^']*'$", message) else ""
+        )
+        raise ValueError(f"{message}.{hint} See `{self.prog} --help`.")
 
 
 def run(commands: Mapping[str, tuple[str, str]], arguments: Sequence[str]) -> int:
     """Run `lmtp` and return its exit status.
 
     Args:
-        commands: for each name, where the function is, as `module:function`, and one line of help.
+        commands: for each name, where its function is, as `module:function`, and one line of help.
         arguments: what follows `lmtp`.
     """
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # on an ASCII terminal write escapes rather than fail
+            stream.reconfigure(errors="backslashreplace")
     name, *rest = arguments or ["--help"]
     if name in ("-h", "--help"):
         print(_commands_help(commands))
         return 0
+    if name == "--version":
+        print(f"modeling-lmtp {__version__}")
+        return 0
     try:
         if name not in commands:
-            raise ValueError(_unknown(f"There is no command {name!r}", name, list(commands)))
-        module, _, function = commands[name][0].partition(":")
-        command = getattr(import_module(module), function)
+            unknown = _unknown(f"There is no command {name!r}", name, list(commands))
+            raise ValueError(f"{unknown} See `lmtp --help`.")
+        command = find_command(commands[name][0])
         if {"-h", "--help"} & set(rest):
             print(command_help(name, command))
             return 0
         return command(*parse(name, command, rest)) or 0
-    except KeyboardInterrupt:
-        return 130  # as a shell reports it
     except USER_ERRORS as error:
         _print_error(error)
         return 1
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return INTERRUPTED
+
+
+def find_command(place: str) -> Command:
+    """Import the function at `module:function`."""
+    module, _, function = place.partition(":")
+    command: Command = getattr(import_module(module), function)
+    return command
 
 
 def option_classes(command: Command) -> list[type]:
@@ -84,11 +114,12 @@ def parse(name: str, command: Command, arguments: Sequence[str]) -> tuple[Any, .
     """Read a command's options.
 
     Raises:
-        ValueError: they are not the command's, or a value is not allowed.
+        ValueError: an argument is missing or unknown, or a value is not allowed.
     """
     classes = option_classes(command)
     parser = Parser(classes, prog=f"lmtp {name}", allow_abbrev=False, add_help=False)
-    named = _with_names(name, classes[0], list(arguments))
+    _check_repeated(arguments)
+    named = _name_arguments(name, classes[0], list(arguments))
     *options, unknown = parser.parse_args_into_dataclasses(
         named, look_for_args_file=False, return_remaining_strings=True
     )
@@ -98,36 +129,55 @@ def parse(name: str, command: Command, arguments: Sequence[str]) -> tuple[Any, .
         see = f"See `lmtp {name} --help`."
         if not word.startswith("--"):
             raise ValueError(f"{word!r} is not expected there: arguments go before options. {see}")
-        raise ValueError(f"{_unknown(f'{word} is not an option', word, names)} {see}")
+        raise ValueError(f"{_unknown(f'There is no option {word}', word, names)} {see}")
     return tuple(options)
 
 
-def _with_names(name: str, options: type, arguments: list[str]) -> list[str]:
-    """Put the names of the command's arguments before the words that the command line begins with."""
+def _option_name(word: str) -> str:
+    """Return the field's name for `--some-name`, `--some_name` or `--some_name=value`."""
+    return word.partition("=")[0].removeprefix("--").replace("-", "_")
+
+
+def _check_repeated(arguments: Sequence[str]) -> None:
+    """Raise a ValueError for an option that is given twice: argparse would drop the first one silently."""
+    counts = Counter(_option_name(word) for word in arguments if word.startswith("--"))
+    for name, count in counts.items():
+        if count > 1:
+            raise ValueError(
+                f"--{name} is given {count} times. Give it once; if it takes several values, they follow "
+                "one after the other."
+            )
+
+
+def _name_arguments(name: str, options: type, words: list[str]) -> list[str]:
+    """Turn the positional arguments, which come before all options, into options that argparse reads."""
+    hints = get_type_hints(options)
     expected = [field for field in fields(options) if is_argument(field)]
-    count = next((i for i, word in enumerate(arguments) if word.startswith("--")), len(arguments))
-    words, rest = arguments[:count], arguments[count:]
-    given_by_name = {word.partition("=")[0].replace("-", "_") for word in rest}
-    missing = [field for field in expected if f"__{field.name}" not in given_by_name]
-    takes_all = any(get_origin(field.type) is list for field in missing)
-    if len(words) < len(missing) or (len(words) > len(missing) and not takes_all):
+    count = next((i for i, word in enumerate(words) if word.startswith("--")), len(words))
+    values, rest = words[:count], words[count:]
+    by_name = {_option_name(word) for word in rest}
+    missing = [field for field in expected if field.name not in by_name]
+    has_list = any(get_origin(hints[field.name]) is list for field in missing)
+    if len(values) < len(missing) or (len(values) > len(missing) and not has_list):
         usage = " ".join(field.name.upper() for field in expected) or "no arguments"
-        got = f"got {' '.join(words)}" if words else "got none"
+        got = f"got {' '.join(values)}" if values else "got none"
         raise ValueError(f"lmtp {name} takes {usage}, {got}. See `lmtp {name} --help`.")
     named = []
-    for number, field in enumerate(missing):
-        later = len(missing) - number - 1
-        taken = len(words) - later if get_origin(field.type) is list else 1
-        named += [f"--{field.name}", *words[:taken]]
-        words = words[taken:]
+    for place, field in enumerate(missing):
+        if get_origin(hints[field.name]) is list:
+            length = len(values) - (len(missing) - place - 1)
+            named += [f"--{field.name}", *values[:length]]
+        else:  # with =, so that argparse takes a value such as -1 for no option
+            length = 1
+            named.append(f"--{field.name}={values[0]}")
+        values = values[length:]
     return named + rest
 
 
 def _unknown(what: str, word: str, names: Sequence[str]) -> str:
-    near = difflib.get_close_matches(
-        word.replace("-", "_"), [n.replace("-", "_") for n in names], 1
-    )
-    return f"{what}; did you mean {near[0].replace('__', '--', 1)}?" if near else f"{what}."
+    by_spelling = {name.replace("-", "_"): name for name in names}
+    near = difflib.get_close_matches(word.replace("-", "_"), by_spelling, 1)
+    return f"{what}; did you mean {by_spelling[near[0]]}?" if near else f"{what}."
 
 
 def command_help(name: str, command: Command) -> str:
@@ -135,38 +185,55 @@ def command_help(name: str, command: Command) -> str:
     text, _, examples = inspect.cleandoc(command.__doc__ or "").partition("Examples:\n")
     classes = option_classes(command)
     arguments = [field for field in fields(classes[0]) if is_argument(field)]
-    usage = " ".join(["lmtp", name, *(field.name.upper() for field in arguments), "[options]"])
-    parts = [f"usage: {usage}", text.strip()]
+    parts = [f"usage: {_usage(name, classes)}", text.strip()]
     if arguments:
         parts.append(_rows([(field.name.upper(), _help(field)) for field in arguments]))
     for options in classes:
         rows = [
             (_option(field, options), _help(field))
             for field in own_fields(options)
-            if not is_argument(field)
+            if field not in arguments
         ]
         if rows:
-            parts.append(f"{options.title}:\n{_rows(rows)}")
+            title = getattr(options, "title", "options")
+            parts.append(f"{title}:\n{_rows(rows)}")
         if issubclass(options, TrainingArguments):
             parts.append(
-                "All options of transformers.TrainingArguments are taken as well, such as --report_to "
-                f"and --push_to_hub:\n{ARGUMENTS_PAGE}"
+                "All options of transformers.TrainingArguments work too, such as --report_to and "
+                f"--push_to_hub:\n{ARGUMENTS_PAGE}"
             )
     if examples:
         parts.append(f"examples:\n{textwrap.indent(textwrap.dedent(examples).rstrip(), '  ')}")
     return "\n\n".join(parts)
 
 
+def _usage(name: str, classes: Sequence[type]) -> str:
+    arguments = [field for field in fields(classes[0]) if is_argument(field)]
+    required = [
+        _option(field, options)
+        for options in classes
+        for field in own_fields(options)
+        if is_required(field) and field not in arguments
+    ]
+    hints = get_type_hints(classes[0])
+    names = [
+        field.name.upper() + (" ..." if get_origin(hints[field.name]) is list else "")
+        for field in arguments
+    ]
+    return " ".join(["lmtp", name, *names, *required, "[options]"])
+
+
 def _commands_help(commands: Mapping[str, tuple[str, str]]) -> str:
     rows = [(name, line) for name, (_, line) in commands.items()]
     return (
         "usage: lmtp COMMAND ...\n\nLeap multi-token prediction for Hugging Face Transformers.\n\n"
-        f"{_rows(rows)}\n\n`lmtp COMMAND --help` lists a command's options."
+        f"{_rows(rows)}\n\n`lmtp COMMAND --help` lists a command's options; `lmtp --version` prints the "
+        "version."
     )
 
 
 def _option(field: Field[Any], options: type) -> str:
-    """Return an option's name and what it takes."""
+    """Return an option's name and a placeholder for its value."""
     hint = get_type_hints(options)[field.name]
     if hint is bool:
         return f"--no_{field.name}" if field.default is True else f"--{field.name}"
@@ -177,21 +244,26 @@ def _metavar(hint: Any) -> str:
     kinds = [kind for kind in get_args(hint) or [hint] if kind is not type(None)]
     if all(isinstance(kind, str) for kind in kinds):
         return "{" + ",".join(kinds) + "}"
+    if get_origin(hint) is list:
+        return _metavar(kinds[0]) + " ..."
     if len(kinds) == 1 and get_origin(kinds[0]) is not None:
-        return _metavar(kinds[0]) + (" ..." if get_origin(kinds[0]) is list else "")
+        return _metavar(kinds[0])
     names = {int: "N", float: "X", str: "TEXT"}
     return next((names[kind] for kind in kinds if kind in names), kinds[0].__name__.upper())
 
 
 def _help(field: Field[Any]) -> str:
     text = field.metadata.get("help", "")
-    is_shown = not is_argument(field) and field.default not in (None, False, True, "")
-    return f"{text} (default: {field.default})" if is_shown else text
+    default = field.default if field.default_factory is MISSING else field.default_factory()
+    if default is MISSING or default is None or isinstance(default, bool) or default in ("", []):
+        return text
+    shown = " ".join(map(str, default)) if isinstance(default, list) else default
+    return f"{text} (default: {shown})"
 
 
 def _rows(rows: Sequence[tuple[str, str]]) -> str:
     """Lay out names beside their help, as wide as the terminal, at most 110 columns."""
-    width = min(shutil.get_terminal_size((100, 24)).columns, 110)
+    width = max(60, min(shutil.get_terminal_size((100, 24)).columns, 110))
     indent = min(max(len(name) for name, _ in rows) + 4, 34)
     lines = []
     for name, text in rows:
@@ -206,13 +278,11 @@ def _rows(rows: Sequence[tuple[str, str]]) -> str:
 
 def _print_error(error: Exception) -> None:
     message: object = error
-    if isinstance(error, StrictDataclassError):  # the validator's name around the message
+    if isinstance(error, StrictDataclassError):  # wraps the message in the validator's name
         message = error.__cause__
-    elif isinstance(error, HTTPError) and not isinstance(error, OSError):  # no answer came at all
+    elif isinstance(error, HTTPError) and not isinstance(error, OSError):  # there was no response
         message = f"The connection to the Hub failed: {error}"
     elif isinstance(error, jinja2.TemplateError):
         message = f"The chat template failed: {error}"
     text = f"error: {message}"
-    encoding = getattr(sys.stderr, "encoding", None) or "ascii"
-    text = text.encode(encoding, "backslashreplace").decode(encoding)
     Console(stderr=True).print(text, style="red", markup=False, highlight=False, soft_wrap=True)

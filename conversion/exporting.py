@@ -1,16 +1,23 @@
-"""`lmtp export`: leap heads in the layouts that serving engines read."""
+"""`lmtp export`: a checkpoint as one full model, as a plain backbone, or as heads for serving engines."""
 
 import json
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from safetensors.torch import save_file
+from transformers import AutoConfig, GenerationConfig
 
 from modeling_lmtp.backbone_lmtp import unembedding_size
 from modeling_lmtp.leaps_lmtp import evenly_spaced_offsets
 from modeling_lmtp.modeling_lmtp import LMTPForCausalLM
+from modeling_lmtp.settings_lmtp import LMTPSettings
+from modeling_lmtp.transformers_lmtp import commit_of
 
+from .command_line import console
+from .folding import fold_in
 from .key_maps import (
     BIAS,
     MEDUSA,
@@ -21,19 +28,162 @@ from .key_maps import (
     Place,
     their_name,
 )
-from .loading import load_lmtp
-from .saving import check_output_folder, new_folder, write_record
+from .loading import adapter_config, load_lmtp, load_tokenizer_with_fallback
+from .options import Dtype, Options
+from .saving import check_output_folder, new_folder, save_checkpoint, write_record
 
-FORMATS = {layout.name: layout for layout in (MEDUSA, VLLM)}
+LAYOUTS = {layout.name: layout for layout in (MEDUSA, VLLM)}
+NAMES = {
+    "full": "the full checkpoint",
+    "plain": "the plain backbone",
+    "vllm": "the heads",
+    "medusa": "the heads",
+}
 
 
-def export_heads(source: str, output: Path, format: str = MEDUSA.name) -> list[str]:
-    """Write a checkpoint's heads in another layout; the backbone stays where it is.
+@dataclass
+class ExportOptions(Options):
+    """What to export, and as what."""
+
+    source: str = field(
+        metadata={
+            "help": "Folder or Hub id of a checkpoint with leap heads, or of an adapter of one."
+        }
+    )
+    output: Path = field(metadata={"help": "New folder for the result."})
+    to: Literal["full", "plain", "vllm", "medusa"] = field(
+        kw_only=True,
+        metadata={
+            "help": "full: backbone and heads in one checkpoint, with the adapter merged. plain: the "
+            "backbone without heads. vllm, medusa: the heads in that engine's layout."
+        },
+    )
+    base: str | None = field(
+        default=None,
+        metadata={
+            "help": "The checkpoint that the adapter was trained on, or the backbone of a heads-only "
+            "checkpoint, if not the one that SOURCE names."
+        },
+    )
+    dtype: Dtype = field(default="auto", metadata={"help": "Load and save in this dtype."})
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A checkpoint in memory, with its adapter merged.
 
     Args:
-        source: folder or Hub id of a checkpoint whose heads have offsets 2, 3, 4, …
-        output: a new folder.
-        format: `"medusa"` (Medusa's own code, text-generation-inference, TensorRT-LLM) or `"vllm"`.
+        model: the model.
+        checkpoint: where its heads came from; for an adapter, the checkpoint that it was trained on.
+        revision: commit or branch of that checkpoint, if one was asked for.
+        backbone: the folder or Hub id that replaced the backbone of a heads-only checkpoint.
+    """
+
+    model: LMTPForCausalLM
+    checkpoint: str
+    revision: str | None = None
+    backbone: str | None = None
+
+
+def export(options: ExportOptions) -> None:
+    """Save a checkpoint in another form. SOURCE stays as it is.
+
+    Examples:
+      lmtp export ADAPTER OUT --to full        merge an adapter of `lmtp joint`
+      lmtp export CHECKPOINT OUT --to plain    a model for any server, without leap heads
+      lmtp export CHECKPOINT OUT --to vllm     heads for vLLM; their offsets must be 2, 3, 4, ...
+    """
+    for note in export_checkpoint(options):
+        console.print(f"Note: {note}", markup=False, highlight=False)
+    console.print(f"Saved {NAMES[options.to]} in {options.output}.", markup=False, highlight=False)
+
+
+def export_checkpoint(options: ExportOptions) -> list[str]:
+    """Save `options.source` in the form `options.to`.
+
+    Returns:
+        Notes on what is not exact.
+
+    Raises:
+        ValueError: the output folder holds something, there is nothing to export, the adapter does not
+            fit its checkpoint, or the layout cannot express the heads (gives all reasons).
+    """
+    check_output_folder(options.output)
+    loaded = _load(options)
+    record = {
+        "command": "lmtp export",
+        "to": options.to,
+        "source": options.source,
+        "checkpoint": loaded.checkpoint,
+        "checkpoint_revision": commit_of(loaded.model.config, loaded.revision or "main"),
+    }
+    if options.to in LAYOUTS:
+        return save_heads(loaded.model, options.output, LAYOUTS[options.to], record)
+    tokenizer = load_tokenizer_with_fallback(
+        loaded.checkpoint, loaded.model.config, loaded.backbone
+    )
+    save: Callable[..., None] = save_checkpoint if options.to == "full" else save_backbone
+    save(loaded.model, tokenizer, options.output, record)
+    return []
+
+
+def _load(options: ExportOptions) -> Loaded:
+    source, base = options.source, options.base
+    adapter = adapter_config(source)
+    if adapter is not None:
+        checkpoint = base or adapter.base_model_name_or_path
+        if not checkpoint:
+            raise ValueError(f"The adapter {source!r} does not name its checkpoint. Pass --base.")
+        revision = None if base else adapter.revision
+        pinned: dict[str, Any] = {"revision": revision} if revision else {}
+        model = load_lmtp(checkpoint, options.dtype, **pinned)
+        return Loaded(fold_in(model, source), checkpoint, revision)
+    config = AutoConfig.from_pretrained(source)
+    if config.model_type == "lmtp" and not config.heads_only:
+        if options.to == "full":
+            raise ValueError(
+                f"{source!r} is a full checkpoint already. --to plain drops its heads; --to vllm and --to "
+                "medusa export them."
+            )
+        if base is not None:
+            raise ValueError(
+                f"--base {base} is for an adapter or a heads-only checkpoint, but {source!r} holds its own "
+                "backbone. Leave --base out."
+            )
+    given: dict[str, Any] = {"backbone": base} if base is not None else {}
+    return Loaded(load_lmtp(source, options.dtype, **given), source, backbone=base)
+
+
+def save_backbone(
+    model: LMTPForCausalLM, tokenizer: Any, output: Path, record: dict[str, Any]
+) -> None:
+    """Save the backbone in its own format; only `provenance.json` tells that it had leap heads."""
+    backbone = model.backbone
+    backbone.generation_config = plain_settings(model.generation_config)
+    with new_folder(output) as folder:
+        backbone.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        write_record(folder, record, model.config)
+
+
+def plain_settings(settings: GenerationConfig) -> GenerationConfig:
+    """Return generation settings without those of L-MTP, such as `use_lmtp` and `draft_nodes`."""
+    plain, settings_of_lmtp = GenerationConfig(), {field.name for field in fields(LMTPSettings)}
+
+    def is_lmtp(name: str) -> bool:
+        # Checkpoints also record how their draft was chosen, as draft_conditions
+        known = name in settings_of_lmtp or name.startswith("draft_")
+        return known and not hasattr(plain, name)
+
+    return GenerationConfig.from_dict(
+        {name: value for name, value in settings.to_dict().items() if not is_lmtp(name)}
+    )
+
+
+def save_heads(
+    model: LMTPForCausalLM, output: Path, layout: Layout, record: dict[str, Any]
+) -> list[str]:
+    """Save the heads in an engine's layout, without the backbone.
 
     Returns:
         Notes on what is not exact.
@@ -41,20 +191,13 @@ def export_heads(source: str, output: Path, format: str = MEDUSA.name) -> list[s
     Raises:
         ValueError: the layout cannot express these heads; gives all reasons.
     """
-    check_output_folder(output)
-    if format not in FORMATS:
-        raise ValueError(f"format must be one of {', '.join(FORMATS)}, got {format!r}.")
-    model = load_lmtp(source)
     check_expressible(model)
-    layout = FORMATS[format]
     tensors = medusa_tensors(model, layout)
     with new_folder(output) as folder:
         save_file(tensors, folder / layout.file_name, metadata={"format": "pt"})
-        (folder / "config.json").write_text(
-            json.dumps(medusa_config(model, layout), indent=2) + "\n"
-        )
-        record = {"command": "lmtp export", "checkpoint": source, "layout": layout.name}
-        write_record(folder, record, model.config)
+        config = json.dumps(medusa_config(model, layout), indent=2) + "\n"
+        (folder / "config.json").write_text(config)
+        write_record(folder, {**record, "layout": layout.name}, model.config)
     if not model.config.lm_head_rank:
         return []
     return [
@@ -64,12 +207,12 @@ def export_heads(source: str, output: Path, format: str = MEDUSA.name) -> list[s
 
 
 def check_expressible(model: LMTPForCausalLM) -> None:
-    """Raise a ValueError unless the heads are Medusa's: one state in, all of the vocabulary out."""
+    """Raise a ValueError unless the heads are Medusa's kind: one state in, the full vocabulary out."""
     config = model.config
     adjacent = evenly_spaced_offsets(config.num_leap_heads, 1)
-    bias = getattr(model.get_output_embeddings(), "bias", None)
-    own_biases = [head.lm_head.bias for head in model.leap_heads if head.lm_head is not None]
-    biases = own_biases if own_biases else [bias]
+    shared_bias = getattr(model.get_output_embeddings(), "bias", None)
+    head_biases = [head.lm_head.bias for head in model.leap_heads if head.lm_head is not None]
+    biases = head_biases or [shared_bias]
     reasons = {
         "there are no heads": config.num_leap_heads == 0,
         f"its heads predict {adjacent}, yours {config.leap_offsets}": config.leap_offsets
@@ -85,13 +228,13 @@ def check_expressible(model: LMTPForCausalLM) -> None:
         ),
         "its unembeddings have no bias": any(b is not None and bool(b.any()) for b in biases),
     }
-    found = [reason for reason, holds in reasons.items() if holds]
-    if found:
-        raise ValueError(f"Medusa's layout cannot express these heads: {'; '.join(found)}.")
+    holding = [reason for reason, holds in reasons.items() if holds]
+    if holding:
+        raise ValueError(f"Medusa's layout cannot express these heads: {'; '.join(holding)}.")
 
 
 def medusa_tensors(model: LMTPForCausalLM, layout: Layout) -> dict[str, torch.Tensor]:
-    """Return the heads' tensors by the layout's names, each with an unembedding of its own."""
+    """Return the heads' tensors under the layout's names; every head gets an unembedding."""
     num_layers = model.config.num_head_layers
     tensors: dict[str, torch.Tensor] = {}
     for index, head in enumerate(model.leap_heads):
@@ -100,7 +243,7 @@ def medusa_tensors(model: LMTPForCausalLM, layout: Layout) -> dict[str, torch.Te
                 tensors[their_name(layout, Place(ours, index, layer), num_layers)] = tensor
         name = their_name(layout, Place(UNEMBEDDING, index, 0), num_layers)
         tensors[name] = _unembedding(model, head)
-    # Each is written out, shared or not
+    # safetensors refuses tensors that share memory, as shared unembeddings do
     return {name: tensor.detach().cpu().clone().contiguous() for name, tensor in tensors.items()}
 
 

@@ -1,4 +1,4 @@
-"""Files of a checkpoint that another project wrote: from a folder, a file or the Hub, safely read."""
+"""Finds and safely reads a checkpoint of another project, in a folder, a file or on the Hub."""
 
 import pickle
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ from .saving import read_json
 
 CONFIG = "config.json"
 INDEX = ".index.json"
-# The first that matches: a checkpoint may hold the same weights in two forms
+# The first pattern that matches counts: a checkpoint may hold the same weights in two formats
 WEIGHTS = ("*.safetensors", "medusa_lm_head.pt", "pytorch_model*.bin")
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
 
@@ -25,8 +25,8 @@ class ForeignFiles:
     """A checkpoint's files on this machine.
 
     Args:
-        folder: where they are.
-        weights: the files of its weights.
+        folder: the folder that holds them.
+        weights: the files with weights.
         revision: the commit, if they came from the Hub.
     """
 
@@ -36,16 +36,16 @@ class ForeignFiles:
 
     @cached_property
     def config(self) -> dict[str, Any]:
-        """Its config.json, or nothing.
+        """The content of config.json, empty if there is none.
 
         Raises:
-            ValueError: it is not JSON, or no object.
+            ValueError: the file is not a JSON object.
         """
         return read_json(self.folder / CONFIG) if (self.folder / CONFIG).exists() else {}
 
     @property
     def has_tokenizer(self) -> bool:
-        """Whether a tokenizer lies beside the weights."""
+        """Whether the folder also holds a tokenizer."""
         return any((self.folder / name).exists() for name in TOKENIZER_FILES)
 
     def tensors(self) -> dict[str, torch.Tensor]:
@@ -58,21 +58,21 @@ class ForeignFiles:
         for path in self.weights:
             for name, tensor in _read_weights(path).items():
                 if name in tensors:
-                    raise ValueError(f"{path} holds {name}, which another file holds as well.")
+                    raise ValueError(f"{path} holds {name}, and so does another file.")
                 tensors[name] = tensor
         return tensors
 
 
 def find_files(source: str | Path, revision: str | None = None) -> ForeignFiles:
-    """Find a checkpoint's files; what is on the Hub is fetched.
+    """Find a checkpoint's files, and download them from the Hub if need be.
 
     Args:
         source: a folder, a file with weights, or a Hub id.
-        revision: on the Hub.
+        revision: branch, tag or commit on the Hub.
 
     Raises:
-        ValueError: there are no weights, or it is an adapter.
-        OSError: it can be found neither here nor on the Hub.
+        ValueError: there are no weights, or the source is an adapter.
+        OSError: the source is neither on this machine nor on the Hub.
     """
     path = Path(source)
     if path.is_file():
@@ -84,8 +84,8 @@ def find_files(source: str | Path, revision: str | None = None) -> ForeignFiles:
         commit = path.name
     if (path / "adapter_config.json").exists():
         raise ValueError(
-            f"{source} holds an adapter, which is nothing without its model. Merge it with the code "
-            "that made it, and convert the result. (`lmtp merge` is for adapters of this project.)"
+            f"{source} holds an adapter, which is useless without its model. Merge it with the code "
+            "that made it, and convert the result. (`lmtp export` merges adapters of this project only.)"
         )
     for pattern in WEIGHTS:
         weights = sorted(path.glob(pattern))
@@ -113,12 +113,12 @@ def _read_weights(path: Path) -> dict[str, torch.Tensor]:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise ValueError(
-            f"{path} is no pickle of tensors alone, and others are not opened, because they can run "
-            "any code. Get the weights as safetensors."
+            f"{path} is a pickle of more than tensors, which could run any code, so it is not opened. "
+            "Get the weights as safetensors."
         ) from error
     except (RuntimeError, EOFError, OSError) as error:
         raise ValueError(
-            f"{path} is damaged or incomplete ({error}). Get the file again."
+            f"{path} is damaged or incomplete ({error}). Download it again."
         ) from error
     if not isinstance(state, dict) or not all(isinstance(v, torch.Tensor) for v in state.values()):
         raise ValueError(f"{path} must hold tensors by name, got {type(state).__name__}.")
@@ -126,4 +126,4 @@ def _read_weights(path: Path) -> dict[str, torch.Tensor]:
 
 
 def _damaged(path: Path, error: Exception) -> ValueError:
-    return ValueError(f"{path} is damaged or incomplete ({error}). Get the file again.")
+    return ValueError(f"{path} is damaged or incomplete ({error}). Download it again.")

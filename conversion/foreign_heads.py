@@ -1,4 +1,4 @@
-"""Reading heads that other projects trained: tensors by the tables of `key_maps`, nothing left over.
+"""Reads heads that other projects trained, by the tables of `key_maps`; every tensor must have a place.
 
 Shapes: `H` hidden size, `V` vocabulary size.
 """
@@ -31,13 +31,13 @@ class ForeignHeads:
     """Heads read from a checkpoint, in our names.
 
     Args:
-        layout: where their names came from.
+        layout: the layout of their original names.
         tensors: of `leap_heads`, `{head}.blocks.{layer}.linear.weight` `(H, H)` and `.bias` `(H,)`,
-            `{head}.lm_head.weight` `(V, H)` or none of these.
-        num_heads: how many there are.
-        num_layers: blocks of each.
-        others: what the file holds beside heads, in its own names.
-        notes: what was filled in, and why.
+            `{head}.lm_head.weight` `(V, H)` of all heads or of none.
+        num_heads: the number of heads.
+        num_layers: the number of blocks in each.
+        others: the other tensors of the file, under their original names.
+        notes: which tensors were filled in, and why.
     """
 
     layout: Layout
@@ -49,7 +49,7 @@ class ForeignHeads:
 
     @property
     def has_unembeddings(self) -> bool:
-        """Whether heads have an unembedding of their own."""
+        """Whether each head has its own unembedding."""
         return _ours(UNEMBEDDING, 0) in self.tensors
 
     @property
@@ -64,62 +64,63 @@ def read_heads(
     """Find the heads among a checkpoint's tensors.
 
     Args:
-        tensors: all that the files hold.
+        tensors: all tensors of the checkpoint.
         config: its config.json; may be empty.
-        num_heads: take the first so many, whatever the configuration says.
+        num_heads: read the first N heads, whatever the configuration says.
 
     Raises:
-        ValueError: no layout fits, a tensor is missing or has a wrong shape or type, or the
-            configuration says something else than the tensors.
+        ValueError: no layout fits, a tensor is missing or has a wrong shape or dtype, or the
+            configuration contradicts the tensors.
     """
     layout, prefix = recognise(tensors)
     places = {name: place_of(layout, prefix, name) for name in tensors}
     others = {name: tensors[name] for name, place in places.items() if place is None}
-    found = {place: tensors[name] for name, place in places.items() if place is not None}
-    kept_heads = _count_heads(layout, found, config, num_heads)
-    num_layers = _count_layers(layout, found, config)
-    complete, notes = _complete(layout, prefix, found, kept_heads, num_layers)
+    by_place = {place: tensors[name] for name, place in places.items() if place is not None}
+    kept_heads = _count_heads(layout, by_place, config, num_heads)
+    num_layers = _count_layers(layout, by_place, config)
+    complete, notes = _complete(layout, prefix, by_place, kept_heads, num_layers)
     _check_alike(complete)
     return ForeignHeads(layout, complete, kept_heads, num_layers, others, notes)
 
 
 def _count_heads(
     layout: Layout,
-    found: Mapping[Place, torch.Tensor],
+    by_place: Mapping[Place, torch.Tensor],
     config: Mapping[str, Any],
     num_heads: int | None,
 ) -> int:
-    present = sorted({place.head for place in found})
+    present = sorted({place.head for place in by_place})
     if present != list(range(len(present))):
-        raise ValueError(f"Heads are missing: those found are {present}, and they count from 0.")
+        raise ValueError(f"Heads are missing: the file has heads {present}, but they count from 0.")
     field = layout.config["num_leap_heads"]
     if num_heads is None:
         declared = config.get(field, len(present))
         if declared != len(present):
             raise ValueError(
-                f"config.json says {field}={declared!r}, but the tensors are of {len(present)} heads. "
-                f"Pass --num-heads {len(present)} to take these, or another number for the first ones."
+                f"config.json says {field}={declared!r}, but there are tensors of {len(present)} heads. "
+                f"Pass --num_heads {len(present)} to convert these, or a smaller number for the first ones."
             )
     elif not 1 <= num_heads <= len(present):
         raise ValueError(
-            f"num_heads must be 1 to {len(present)}, the heads that there are; got {num_heads}."
+            f"num_heads must be 1 to {len(present)}, the number of heads in the file; got {num_heads}."
         )
     return num_heads or len(present)
 
 
 def _count_layers(
-    layout: Layout, found: Mapping[Place, torch.Tensor], config: Mapping[str, Any]
+    layout: Layout, by_place: Mapping[Place, torch.Tensor], config: Mapping[str, Any]
 ) -> int:
-    """Return how many blocks a head has; those that are missing are found later."""
+    """Return how many blocks a head has; `_complete` reports missing ones."""
     field = layout.config["num_head_layers"]
-    at_least = 1 + max((p.layer or 0 for p in found if p.ours == WEIGHT), default=0)
-    told = {p.layer for p in found if p.ours == UNEMBEDDING and p.layer is not None}  # by the name
-    in_tensors = max(told, default=at_least)
+    at_least = 1 + max((p.layer or 0 for p in by_place if p.ours == WEIGHT), default=0)
+    # Some layouts put the number of layers into the unembedding's name
+    named = {p.layer for p in by_place if p.ours == UNEMBEDDING and p.layer is not None}
+    in_tensors = max(named, default=at_least)
     number = config.get(field, in_tensors)
-    if not isinstance(number, int) or number < at_least or told - {number}:
+    if not isinstance(number, int) or number < at_least or named - {number}:
         raise ValueError(
             f"The tensors are of heads with {in_tensors} layers, but config.json says "
-            f"{field}={number!r}. Correct it there, or get the files that belong together."
+            f"{field}={number!r}. Correct config.json, or get files that belong together."
         )
     return number
 
@@ -127,23 +128,23 @@ def _count_layers(
 def _complete(
     layout: Layout,
     prefix: str,
-    found: Mapping[Place, torch.Tensor],
+    by_place: Mapping[Place, torch.Tensor],
     num_heads: int,
     num_layers: int,
 ) -> tuple[Tensors, tuple[str, ...]]:
-    """Give every tensor our name, and put in what the table lets a checkpoint lack."""
-    by_place = {
+    """Rename every tensor to ours, and fill in those that the layout allows to be missing."""
+    tensors = {
         replace(place, layer=0) if place.ours == UNEMBEDDING else place: tensor
-        for place, tensor in found.items()
+        for place, tensor in by_place.items()
     }
     result: Tensors = {}
     missing: list[str] = []
-    reasons: dict[str, None] = {}  # a set that keeps the order
+    reasons: dict[str, None] = {}  # an ordered set
     for place in _needed(num_heads, num_layers):
-        tensor = by_place.get(place)
+        tensor = tensors.get(place)
         if tensor is None:
             reason = layout.may_miss.get(place.ours)
-            may_miss, tensor = _stand_in(reason, place, by_place)
+            may_miss, tensor = _stand_in(reason, place, tensors)
             if may_miss and reason is not None:
                 reasons[reason] = None
             else:
@@ -167,15 +168,15 @@ def _needed(num_heads: int, num_layers: int) -> Iterator[Place]:
 
 
 def _stand_in(
-    reason: str | None, place: Place, found: Mapping[Place, torch.Tensor]
+    reason: str | None, place: Place, by_place: Mapping[Place, torch.Tensor]
 ) -> tuple[bool, torch.Tensor | None]:
-    """Tell whether a tensor is rightly missing, and what takes its place, if anything does."""
-    alike = {p: tensor for p, tensor in found.items() if p.ours == place.ours}
+    """Return whether a tensor may be missing, and the tensor that replaces it, if any."""
+    alike = {p: tensor for p, tensor in by_place.items() if p.ours == place.ours}
     of_this_head = [tensor for p, tensor in alike.items() if p.head == place.head]
     if reason == SHARED_BLOCKS:
         return len(of_this_head) == 1, next(iter(of_this_head), None)
     if reason == NO_BIAS and not alike:
-        weight = found.get(replace(place, ours=WEIGHT))
+        weight = by_place.get(replace(place, ours=WEIGHT))
         return weight is not None, None if weight is None else torch.zeros_like(weight[:, 0])
     return reason == SHARED_UNEMBEDDING and not alike, None
 
@@ -191,13 +192,14 @@ def _check_alike(tensors: Tensors) -> None:
             expected = (size,) if name.endswith(".bias") else (size, size)
         if tuple(tensor.shape) != expected:
             raise ValueError(
-                f"The tensor for {name} has the shape {tuple(tensor.shape)}, but beside the others it "
-                f"must have {expected}. The file mixes heads of different models."
+                f"The tensor for {name} has the shape {tuple(tensor.shape)}, but the others require "
+                f"{expected}. The file mixes heads of different models."
             )
         if tensor.dtype != first.dtype or not tensor.dtype.is_floating_point:
             raise ValueError(
-                f"The tensor for {name} is {tensor.dtype}, but the first head's are {first.dtype}. "
-                "Heads of one checkpoint have one floating-point type; quantized ones are not read."
+                f"The tensor for {name} is {tensor.dtype}, but the first head's are {first.dtype}. All "
+                "heads of a checkpoint must have one floating-point dtype; quantized heads cannot be "
+                "converted."
             )
 
 

@@ -1,10 +1,9 @@
-"""Where other projects keep what a leap head consists of: tables of names, and how they are read.
+"""Tables of the names that other projects give to the tensors of a leap head, and how to read them.
 
-Their heads are ours in another spelling: `z' = z + SiLU(W z + b)` in each block, then an unembedding
-without bias. Names are templates: `{head}` and `{layer}` count from 0, `{layers}` is the number of
-layers.
+Their heads compute what ours do: `z' = z + SiLU(W z + b)` in each block, then an unembedding without
+bias. Names are templates: `{head}` and `{layer}` count from 0, `{layers}` is the number of layers.
 
-Facts: `medusa` from github.com/FasterDecoding/Medusa and text-generation-inference, `vllm` from
+Sources: `medusa` from github.com/FasterDecoding/Medusa and text-generation-inference, `vllm` from
 github.com/vllm-project/vllm, `official` from github.com/Xiaohao-Liu/L-MTP at 93065a3.
 """
 
@@ -17,7 +16,7 @@ BIAS = "{head}.blocks.{layer}.linear.bias"
 UNEMBEDDING = "{head}.lm_head.weight"
 
 # Why a tensor may be missing from a complete checkpoint
-SHARED_BLOCKS = "a head repeats one block, which files that keep shared tensors once hold once"
+SHARED_BLOCKS = "a head repeats one block, and files that store shared tensors once hold it once"
 SHARED_UNEMBEDDING = "heads without an unembedding (Medusa's version 2) share the backbone's"
 NO_BIAS = "medusa_fc_bias is false: the biases are zero"
 
@@ -27,14 +26,14 @@ class Layout:
     """How one project names the tensors of its heads, and the fields of its config.json.
 
     Args:
-        name: of the layout.
-        names: our name of a tensor (relative to `leap_heads`) to theirs.
-        prefixes: what may stand before all of their names, the most usual first.
+        name: the layout's name.
+        names: maps our name of a tensor (relative to `leap_heads`) to theirs.
+        prefixes: the prefixes that their names may have, the most common first.
         may_miss: our names of tensors that a complete checkpoint may lack, each with the reason.
-        config: what we call a field of their configuration, to their name of it.
-        leap_stride: the leap that the layout stands for; None where its configuration says it.
-        file_name: the weights' file.
-        fixed_config: fields that a configuration in this layout always has.
+        config: maps our name of a configuration field to theirs.
+        leap_stride: the leap of all heads in this layout; None if the configuration says it.
+        file_name: the file of the weights.
+        fixed_config: fields that every configuration in this layout has.
     """
 
     name: str
@@ -114,12 +113,12 @@ LAYOUTS = (MEDUSA, VLLM, OFFICIAL)
 
 @dataclass(frozen=True)
 class Place:
-    """What a tensor is: `ours` is one of the templates above.
+    """The place of a tensor in the heads.
 
     Args:
-        ours: our template.
+        ours: our template of its name.
         head: the head's index.
-        layer: the block's index; of an unembedding, the number of layers if its name tells.
+        layer: the block's index; for an unembedding, the number of layers if its name contains it.
     """
 
     ours: str
@@ -128,29 +127,29 @@ class Place:
 
 
 def recognise(names: Iterable[str]) -> tuple[Layout, str]:
-    """Return the layout, and its prefix, of which a checkpoint holds most heads' tensors.
+    """Return the layout and prefix that match most of a checkpoint's tensors.
 
     Raises:
-        ValueError: no name is that of a head.
+        ValueError: no name matches any layout.
     """
     names = list(names)
-    found = [
+    matches = [
         (sum(place_of(layout, prefix, name) is not None for name in names), layout, prefix)
         for layout in LAYOUTS
         for prefix in layout.prefixes
     ]
-    count, layout, prefix = max(found, key=lambda entry: entry[0])
+    count, layout, prefix = max(matches, key=lambda entry: entry[0])
     if not count:
         known = "; ".join(f"{layout.name}: {layout.names[WEIGHT]}" for layout in LAYOUTS)
         raise ValueError(
-            f"None of the {len(names)} tensors belongs to heads in a known layout ({known}). Found "
+            f"None of the {len(names)} tensors belongs to heads in a known layout ({known}). The file has "
             f"{', '.join(sorted(names)[:5]) or 'none'}."
         )
     return layout, prefix
 
 
 def place_of(layout: Layout, prefix: str, name: str) -> Place | None:
-    """Return what their tensor of that name is, or None if it is not a head's."""
+    """Return the place of their tensor, or None if it is not part of a head."""
     for ours, theirs in layout.names.items():
         match = re.fullmatch(_pattern(prefix + theirs), name)
         if match is not None:
@@ -160,7 +159,7 @@ def place_of(layout: Layout, prefix: str, name: str) -> Place | None:
 
 
 def their_name(layout: Layout, place: Place, num_layers: int) -> str:
-    """Return what a layout calls a tensor of heads with so many layers, without a prefix."""
+    """Return a layout's name of a tensor of heads with `num_layers` layers, without a prefix."""
     return layout.names[place.ours].format(head=place.head, layer=place.layer, layers=num_layers)
 
 

@@ -1,9 +1,9 @@
-"""How far ahead do heads really look? Their accuracy on the backbone's own text tells.
+"""Checks how far ahead heads look, by their accuracy on text that the backbone writes.
 
-A head that learned to predict the token `d` ahead is right there far more often than anywhere else. With
-a wrong offset it would still decode without a mistake, and never be accepted.
+A head that learned to predict the token `d` ahead is right at `d` far more often than at any other offset.
+Under a wrong offset it would still decode correctly, but its drafts would never be accepted.
 
-Shapes: `m` heads, `D` offsets, `N` positions, `L` length.
+Shapes: `m` heads, `D` offsets, `N` positions.
 """
 
 from collections.abc import Sequence
@@ -28,9 +28,12 @@ PROMPTS = (
     "List five tips for sleeping well.",
 )
 NEW_TOKENS = 96
-BEYOND = 3  # offsets that are tried behind the largest one in question
-SURE = 4.0  # standard errors of the difference between two offsets
-TIMES = 1.5  # and how many times as often the better one must be right
+BEYOND = 3  # also measure so many offsets behind the largest declared one
+# A head fits an offset better if its accuracy there is higher by MARGIN, and RATIO times as high.
+# 0.05 is about four standard errors of a weak head's accuracy on 8 answers of 96 tokens.
+MARGIN = 0.05
+RATIO = 1.5
+MIN_POSITIONS = 100  # accuracies over fewer positions decide nothing
 
 
 @dataclass(frozen=True)
@@ -38,58 +41,51 @@ class LeapFit:
     """How often each head is right at each offset.
 
     Args:
-        offsets: the offsets in question, one per head.
-        hits: `(m, D, N)` booleans: head, offset 1 … D, position; the same positions for all.
+        offsets: the declared offsets, one per head.
+        accuracies: `(m, D)`, of head and offset 1 ... D, all over the same positions.
+        num_positions: `N`, how many positions that is.
     """
 
     offsets: tuple[int, ...]
-    hits: torch.Tensor
-
-    @property
-    def accuracies(self) -> list[list[float]]:
-        """For each head, its accuracy at the offsets 1 … D."""
-        accuracies: list[list[float]] = self.hits.double().mean(dim=2).tolist()
-        return accuracies
+    accuracies: torch.Tensor
+    num_positions: int
 
     def best(self, head: int) -> int:
         """Return the offset at which a head is right most often."""
-        return int(self.hits[head].sum(dim=1).argmax()) + 1
+        return int(self.accuracies[head].argmax()) + 1
 
-    def is_better(self, head: int, offset: int, other: int) -> bool:
-        """Tell whether a head is clearly right more often at one offset than at another."""
-        ours, theirs = self.hits[head, offset - 1], self.hits[head, other - 1]
-        gained, lost = int((ours & ~theirs).sum()), int((theirs & ~ours).sum())
-        sure = gained - lost > SURE * (gained + lost) ** 0.5  # McNemar's test
-        return sure and int(ours.sum()) > TIMES * int(theirs.sum())
+    def fits_better(self, head: int, offset: int, accuracy: float) -> bool:
+        """Return whether a head is clearly right more often at an offset than `accuracy`."""
+        here = float(self.accuracies[head, offset - 1])
+        is_clear = here - accuracy > MARGIN and here > RATIO * accuracy
+        return is_clear and self.num_positions >= MIN_POSITIONS
 
     @property
     def wrong(self) -> tuple[int, ...]:
-        """The heads that clearly fit another offset."""
+        """The heads that clearly fit another offset than the declared one."""
         return tuple(
             head
             for head, offset in enumerate(self.offsets)
-            if self.best(head) > 1 and self.is_better(head, self.best(head), offset)
+            # Untrained heads repeat the next-token prediction: that is no sign of a wrong offset
+            if (best := self.best(head)) > 1
+            and self.fits_better(head, best, float(self.accuracies[head, offset - 1]))
         )
 
     @property
     def unclear(self) -> tuple[int, ...]:
-        """The heads that fit no offset clearly, or the next token, as before any training."""
+        """The heads that fit no offset clearly, or that predict the next token as untrained heads do."""
+        medians = self.accuracies.median(dim=1).values.tolist()
         return tuple(
             head
             for head in range(len(self.offsets))
-            if self.best(head) == 1 or not self.is_better(head, self.best(head), self._usual(head))
+            if self.best(head) == 1 or not self.fits_better(head, self.best(head), medians[head])
         )
 
-    def _usual(self, head: int) -> int:
-        """Return the offset at which a head's accuracy is the median of all."""
-        by_hits = self.hits[head].sum(dim=1).argsort(descending=True)
-        return int(by_hits[len(by_hits) // 2]) + 1
-
     def describe(self) -> str:
-        """Return, per head, its best offset and how often it is right there and as declared."""
+        """Return each head's accuracy at its declared offset, and at its best one if that differs."""
         parts = []
         for head, offset in enumerate(self.offsets):
-            accuracies = self.accuracies[head]
+            accuracies = self.accuracies[head].tolist()
             best = self.best(head)
             parts.append(
                 f"head {head}: {accuracies[offset - 1]:.1%} at {offset}"
@@ -98,52 +94,53 @@ class LeapFit:
         return "; ".join(parts)
 
     def check(self) -> str | None:
-        """Raise a ValueError if the offsets are wrong; return a warning if nothing can be told.
+        """Raise a ValueError if an offset is wrong; return a warning if one cannot be confirmed.
 
         Raises:
-            ValueError: a head clearly fits another offset; names those that fit.
+            ValueError: a head clearly fits another offset; the message names those that fit.
         """
         if self.wrong:
-            fitting = ",".join(str(self.best(head)) for head in range(len(self.offsets)))
+            fitting = " ".join(str(self.best(head)) for head in range(len(self.offsets)))
             raise ValueError(
-                f"leap_offsets {self.offsets} do not fit these heads. Accuracy on the backbone's own "
-                f"text: {self.describe()}. Pass --leap-offsets {fitting} if that is how they were "
-                "trained, or --no-check-leap to take your offsets all the same."
+                f"leap_offsets {self.offsets} do not fit these heads. Accuracy on text that the backbone "
+                f"wrote: {self.describe()}. Pass --leap_offsets {fitting} if that is how they were "
+                "trained, or --no_check_leap to keep your offsets."
             )
         if self.unclear:
             names = ", ".join(map(str, self.unclear))
             return (
-                f"The offset of head {names} could not be confirmed: on the backbone's own text no "
-                f"offset of 2 or more stands out ({self.describe()}). Untrained heads, and those of "
-                "another backbone, draft what will not be accepted."
+                f"The offset of head {names} could not be confirmed: on text that the backbone wrote, no "
+                f"offset of 2 or more stands out ({self.describe()}). Drafts of untrained heads, or of "
+                "heads for another backbone, are rarely accepted."
             )
         return None
 
 
 @torch.no_grad()
 def fit_leaps(model: LMTPForCausalLM, texts: Sequence[Example]) -> LeapFit:
-    """Measure each head at the offsets around its own, on texts of the backbone.
+    """Measure each head's accuracy at all offsets up to `BEYOND` the declared ones.
 
     Args:
-        model: heads of the paper's kind (they see no token beyond their state).
-        texts: prompt and answer; positions within answers count.
+        model: with heads of the paper's kind, which see no token after their state.
+        texts: prompts with the backbone's answers; only positions within answers count.
 
     Raises:
         ValueError: no text is long enough.
     """
     offsets = model.config.leap_offsets
     horizon = max(offsets) + BEYOND
-    hits = [_hits(model, text, horizon) for text in texts]
-    if not sum(part.shape[2] for part in hits):
+    hits = torch.cat([_hits(model, text, horizon) for text in texts], dim=2)
+    num_positions = hits.shape[2]
+    if not num_positions:
         raise ValueError(
             f"The backbone's answers are shorter than {horizon + 1} tokens, so offsets cannot be "
-            "checked. Pass other prompts with --prompts, or --no-check-leap."
+            "checked. Pass other prompts with --prompts, or --no_check_leap."
         )
-    return LeapFit(tuple(offsets), torch.cat(hits, dim=2))
+    return LeapFit(tuple(offsets), hits.double().mean(dim=2), num_positions)
 
 
 def _hits(model: LMTPForCausalLM, text: Example, horizon: int) -> torch.Tensor:
-    """Return `(m, D, n)` booleans for the positions from which all `D` targets lie in the answer."""
+    """Return `(m, D, n)` booleans for the positions whose `D` targets all lie in the answer."""
     input_ids = torch.tensor([text.input_ids], device=model.device)
     first, length = text.answer_start, len(text.input_ids)
     count = max(0, length - horizon - first)
@@ -157,7 +154,7 @@ def _hits(model: LMTPForCausalLM, text: Example, horizon: int) -> torch.Tensor:
     return torch.stack(rows).cpu()
 
 
-def own_texts(
+def generated_texts(
     backbone: Any, tokenizer: Any, prompts: Sequence[str] = PROMPTS, new_tokens: int = NEW_TOKENS
 ) -> list[Example]:
     """Let the backbone answer prompts greedily."""

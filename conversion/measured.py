@@ -1,4 +1,4 @@
-"""Measured figures for a model card: never without the conditions they were measured under."""
+"""Reads benchmark results for a model card, and refuses figures without their conditions."""
 
 import math
 from collections.abc import Sequence
@@ -16,7 +16,7 @@ SHOWN_VERSIONS = ("torch", "transformers")
 
 @dataclass(frozen=True)
 class MeasuredTable:
-    """Rows of one result file, and what was the same for all of them.
+    """The rows of one result file, and the conditions that all of them share.
 
     Args:
         rows: each with `OF_EACH_ROW` and `FIGURES`, as text.
@@ -28,20 +28,20 @@ class MeasuredTable:
 
 
 def read_measured(path: Path, config: Any) -> MeasuredTable:
-    """Read what `lmtp bench` wrote: `{"conditions": {…}, "rows": [{…}, …]}`.
+    """Read a file of `lmtp bench`: `{"conditions": {…}, "rows": [{…}, …]}`.
 
     Args:
-        path: the file; a row's own conditions come before those of the file.
-        config: of the checkpoint that it must be about.
+        path: the file; a row's conditions override those of the file.
+        config: the `LMTPConfig` of the checkpoint that the file must be about.
 
     Raises:
-        ValueError: there are no rows, a condition or a figure is missing, the rows are a sweep's, or the
-            figures are another model's; says which.
+        ValueError: the file has no rows, a condition or a figure is missing, the rows are of a sweep, or
+            the figures are of another model; the message says which.
     """
     record = read_json(path)
     conditions, rows = record.get("conditions", {}), record.get("rows", [])
-    own = [row for row in rows if row.get("decoding") != "plain"]  # what the others compare with
-    if not own:
+    measured = [row for row in rows if row.get("decoding") != "plain"]  # plain is the baseline
+    if not measured:
         raise ValueError(f"{path} has no rows of figures. Write it with `lmtp bench`.")
     _check_model(path, conditions, config)
     missing = [name for name in OF_ALL_ROWS if _lacks(conditions, name)]
@@ -52,7 +52,7 @@ def read_measured(path: Path, config: Any) -> MeasuredTable:
     versions = [f"{name} {conditions['versions'].get(name, '?')}" for name in SHOWN_VERSIONS]
     threads = f"{conditions['threads']} thread{'s' if conditions['threads'] != 1 else ''}"
     return MeasuredTable(
-        rows=[_row(path, number, {**conditions, **row}) for number, row in enumerate(own, 1)],
+        rows=[_row(path, number, {**conditions, **row}) for number, row in enumerate(measured, 1)],
         conditions=f"{conditions['device']}, {threads}, at most {conditions['max_new_tokens']} new "
         f"tokens per prompt, {', '.join(versions)}",
     )
@@ -62,10 +62,10 @@ def _row(path: Path, number: int, row: dict[str, Any]) -> dict[str, str]:
     missing = [name for name in (*OF_EACH_ROW, *FIGURES) if _lacks(row, name)]
     if missing:
         raise ValueError(f"{path}, row {number}: missing: {', '.join(missing)}.")
-    if row.get("at") is not None:  # no column tells such rows apart
+    if row.get("at") is not None:
         raise ValueError(
-            f"{path}, row {number}: is at {row['at']} of a sweep ({row.get('sweep')}), which the card's "
-            "table does not tell. Give it a file that `lmtp bench` wrote without --sweep."
+            f"{path}, row {number} is one point of a sweep ({row.get('sweep')} {row['at']}), for which the "
+            "card's table has no column. Pass a file that `lmtp bench` wrote."
         )
     figures = {name: f"{_number(path, number, name, row[name]):.2f}" for name in FIGURES}
     return {**{name: str(row[name]) for name in OF_EACH_ROW}, **figures}
@@ -84,20 +84,22 @@ def _lacks(values: dict[str, Any], name: str) -> bool:
 
 
 def _check_model(path: Path, conditions: dict[str, Any], config: Any) -> None:
-    wanted: Sequence[tuple[str, Any]] = (
+    expected: Sequence[tuple[str, Any]] = (
         ("leap_offsets", list(config.leap_offsets)),
         ("head_context", config.head_context),
     )
-    measured, own = (
-        Path(name).name if name else None  # a folder's name, or a repository's without its owner
+    measured, named = (
+        Path(name).name
+        if name
+        else None  # the folder's name, or the repository's without its owner
         for name in (conditions.get("base_model"), config.base_model_name_or_path)
     )
-    if measured and own and measured != own:
+    if measured and named and measured != named:
         raise ValueError(
-            f"{path} is about another model: heads on {measured} instead of {own}. Measure this "
+            f"{path} is about another model: heads on {measured} instead of {named}. Measure this "
             "checkpoint with `lmtp bench`."
         )
-    for name, value in wanted:
+    for name, value in expected:
         if name in conditions and conditions[name] != value:
             raise ValueError(
                 f"{path} is about another model: {name} {conditions[name]} instead of {value}. Measure "

@@ -1,9 +1,10 @@
-"""Options of a command: the fields of dataclasses, declared once.
+"""Options of a command: fields of dataclasses, each declared once.
 
-From a field follow the option on the command line (`HfArgumentParser`), its line of help, the check of its
-value, and what a record says of it. Bounds are part of the type: `Annotated[int, Range(ge=1)]`.
+The field gives the option on the command line (`HfArgumentParser`), its line of help, the check of its
+value, and the entry in a result's record. Bounds are part of the type: `Annotated[int, Range(ge=1)]`.
 """
 
+import inspect
 from dataclasses import MISSING, Field, fields
 from typing import (
     Annotated,
@@ -27,8 +28,8 @@ class Range(NamedTuple):
     le: float | None = None
     lt: float | None = None
 
-    def __contains__(self, value: Any) -> bool:
-        """Whether a number lies within the bounds."""
+    def allows(self, value: float) -> bool:
+        """Return whether a number lies within the bounds; NaN never does."""
         return (
             (self.ge is None or value >= self.ge)
             and (self.gt is None or value > self.gt)
@@ -46,10 +47,11 @@ class Range(NamedTuple):
 
 
 class Options:
-    """Base class of a command's options; a subclass is a dataclass.
+    """Base class of a command's options; each subclass is a dataclass.
 
-    Its fields without a default are the command's arguments, in order. `title` heads its part of the
-    help.
+    In a command's first class the fields without a default are its positional arguments, in order. A field
+    with `kw_only=True` and no default is an option that must be given. `title` heads the class's part of
+    the help.
     """
 
     title: ClassVar[str] = "options"
@@ -60,18 +62,18 @@ class Options:
 
 
 def own_fields(options: type) -> list[Field[Any]]:
-    """Return the fields that this package declares, in order: not those of `TrainingArguments`."""
+    """Return the fields that `Options` declare, in order; those of `TrainingArguments` are left out."""
     own = {
         name
         for base in options.__mro__
-        if base.__module__.startswith(__package__.partition(".")[0])
-        for name in vars(base).get("__annotations__", {})
+        if issubclass(base, Options)
+        for name in inspect.get_annotations(base)
     }
     return [field for field in fields(options) if field.name in own]
 
 
 def check_options(options: Any) -> None:
-    """Check the fields that this package declares against their types' choices and bounds.
+    """Check the fields of `own_fields` against the choices and bounds of their types.
 
     Raises:
         ValueError: names the field, the value and what is allowed.
@@ -79,18 +81,24 @@ def check_options(options: Any) -> None:
     hints = get_type_hints(type(options), include_extras=True)
     for field in own_fields(type(options)):
         value = getattr(options, field.name)
-        if value is None:
-            continue
+        values = value if isinstance(value, list | tuple) else [value]
         for part in _parts(hints[field.name]):
-            if isinstance(part, Range) and value not in part:
-                raise ValueError(f"{field.name} must be {part}, got {value!r}.")
-            if get_origin(part) is Literal and value not in get_args(part):
-                choices = ", ".join(map(str, get_args(part)))
-                raise ValueError(f"{field.name} must be one of {choices}, got {value!r}.")
+            for one in values:
+                _check(field.name, one, part)
+
+
+def _check(name: str, value: Any, part: Any) -> None:
+    if value is None:
+        return
+    if isinstance(part, Range) and not part.allows(value):
+        raise ValueError(f"{name} must be {part}, got {value!r}.")
+    if get_origin(part) is Literal and value not in get_args(part):
+        choices = ", ".join(map(str, get_args(part)))
+        raise ValueError(f"{name} must be one of {choices}; got {value!r}.")
 
 
 def _parts(hint: Any) -> list[Any]:
-    """Return a type and what `Annotated` and `| None` are made of."""
+    """Return the types, choices and bounds in a hint such as `list[Annotated[int, Range(ge=1)]]`."""
     if get_origin(hint) is Annotated:
         base, *extras = get_args(hint)
         return [*_parts(base), *extras]
@@ -100,6 +108,11 @@ def _parts(hint: Any) -> list[Any]:
     return [part for argument in arguments for part in _parts(argument)] or [hint]
 
 
-def is_argument(field: Field[Any]) -> bool:
-    """Whether a field is an argument of the command, which is told by its place and not by its name."""
+def is_required(field: Field[Any]) -> bool:
+    """Return whether a field has no default."""
     return field.default is MISSING and field.default_factory is MISSING
+
+
+def is_argument(field: Field[Any]) -> bool:
+    """Return whether a field of a command's first class is a positional argument."""
+    return is_required(field) and not field.kw_only

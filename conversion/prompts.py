@@ -1,22 +1,27 @@
-"""Prompts for self-distillation: read from a file, or written by the model itself.
+"""Reads prompts from files and renders them as token ids.
 
-`render_prompt` is the one place that turns a prompt into token ids; self-distillation and training
-both use it, so that the heads see a prompt exactly as the backbone did when it answered.
+Self-distillation and training both call `render_prompt`, so that the heads see a prompt exactly as the
+backbone did when it answered.
 """
 
 from __future__ import annotations
 
 import gzip
 import json
+import re
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from datetime import datetime
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+import jinja2
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 SENTINEL = "lmtpsentinel"
+CLOCK = "strftime_now"  # what Transformers gives to chat templates
 
 
 @dataclass(frozen=True)
@@ -29,14 +34,14 @@ class Example:
 
 @dataclass(frozen=True)
 class Prompt:
-    """One user turn, and the label of the kind it belongs to (None where there is none)."""
+    """One user turn, and the kind of prompt it is, if known."""
 
     text: str
     kind: str | None = None
 
 
 def refuse(error: ValueError) -> None:
-    """Raise it: what is done with a bad row unless otherwise said."""
+    """Raise the error: the default way to handle a bad row."""
     raise error
 
 
@@ -46,13 +51,13 @@ def read_json_lines(
     """Yield (line number from 1, JSON object) for each line of a .jsonl or .jsonl.gz file.
 
     Args:
-        path: the file. Its blank lines are skipped.
-        on_bad_line: gets an error that names `file:line` for any other line that is no JSON object,
-            and for compressed data that ends early or is damaged; it may raise it, as by default, or
-            go on.
+        path: the file. Blank lines are skipped.
+        on_bad_line: called with an error that names `file:line` for each other line that is not a JSON
+            object, and for compressed data that ends early or is damaged. It may raise the error, as by
+            default, or return to skip the line.
 
     Raises:
-        ValueError: the file's name has another ending.
+        ValueError: the file's name has another suffix.
     """
     path = Path(path)
     if not path.name.endswith((".jsonl", ".jsonl.gz")):
@@ -73,10 +78,10 @@ def read_json_lines(
 
 
 def _damage(error: Exception, number: int) -> str:
-    """Say what is wrong with gzip data after line `number`."""
+    """Return what is wrong with gzip data after line `number`."""
     if isinstance(error, EOFError):
         return "the gzip data ends early after here"
-    hint = "" if number else "; if nothing is compressed, leave .gz out of its name"
+    hint = "" if number else "; if the file is not compressed, remove .gz from its name"
     return f"the gzip data is damaged ({error}) after here{hint}"
 
 
@@ -97,13 +102,14 @@ def read_prompts(
     """Read one prompt per line from a .jsonl or .jsonl.gz file.
 
     Args:
-        path: the file. A row's optional string "kind" is kept.
+        path: the file. A row may name its kind in the field "kind".
         field: the name of the field that holds the prompt's text.
-        on_bad_row: gets an error that names `file:line`, and the fields found, where `field` is
-            missing, empty or no text, or `kind` no string; it may raise it, as by default, or go on.
+        on_bad_row: called with an error that names `file:line` and the row's fields if `field` is not a
+            non-empty string, or `kind` is not a string. It may raise the error, as by default, or return
+            to skip the row.
 
     Raises:
-        ValueError: the file holds no prompt, or has another ending than these.
+        ValueError: the file holds no prompt, or its name has another suffix.
     """
     prompts = []
     for number, row in read_json_lines(path, on_bad_row):
@@ -124,45 +130,120 @@ def _prompt(row: dict[str, Any], field: str) -> Prompt:
         )
     if kind is not None and not isinstance(kind, str):
         raise ValueError(f"expected a string in field 'kind', got {kind!r}")
-    text.encode()  # half of a surrogate pair is no text, and tokenizers do not say so
+    text.encode()  # raises for half a surrogate pair, which tokenizers accept silently
     return Prompt(text, kind)
 
 
-def render_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
+def render_prompt(
+    tokenizer: PreTrainedTokenizerBase, prompt: str, now: datetime | None = None
+) -> list[int]:
     """Return the token ids up to where the answer to `prompt` begins.
 
-    With a chat template: one user turn and the header of the answer. The template writes its own
-    special tokens, so none are added (no second BOS). Without one: the bare prompt, with the
-    special tokens that the tokenizer itself adds.
+    With a chat template: one user turn and the header of the answer. The template writes the special
+    tokens, so the tokenizer adds none (no second BOS). Without a template: the bare prompt, with the
+    special tokens that the tokenizer adds.
+
+    Args:
+        tokenizer: the backbone's.
+        prompt: the text of the user.
+        now: the time for templates that write it; that of the call by default.
+
+    Raises:
+        ValueError: the chat template cannot render one user turn, or leaves out its text.
     """
     if not tokenizer.chat_template:
         return list(tokenizer(prompt)["input_ids"])
-    text = render_turns(tokenizer, prompt, add_generation_prompt=True)
+    text = render_turns(tokenizer, prompt, add_generation_prompt=True, now=now)
     return encode(tokenizer, text)
 
 
 def render_turns(
-    tokenizer: PreTrainedTokenizerBase, *turns: str, add_generation_prompt: bool
+    tokenizer: PreTrainedTokenizerBase,
+    *turns: str,
+    add_generation_prompt: bool,
+    now: datetime | None = None,
 ) -> str:
-    """Render turns of user and assistant, by turns."""
-    messages = [
-        {"role": ("user", "assistant")[number % 2], "content": turn}
-        for number, turn in enumerate(turns)
-    ]
-    return str(
-        tokenizer.apply_chat_template(
-            messages, tokenize=False, add_generation_prompt=add_generation_prompt
-        )
+    """Render turns of user and assistant alternately.
+
+    Raises:
+        ValueError: the chat template cannot render them, or leaves out their text.
+    """
+    takes_parts = _takes_parts(tokenizer, str(tokenizer.chat_template))
+    return _render(tokenizer, turns, takes_parts, add_generation_prompt, now)
+
+
+def depends_on_time(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether the chat template writes the date or the time."""
+    return CLOCK in str(tokenizer.chat_template)
+
+
+def _at(chat_template: str, now: datetime) -> dict[str, Any]:
+    """Return arguments that make a chat template write another time than that of the call.
+
+    A macro of the clock's name hides Transformers' function; variables of a template may be data only,
+    so the macro looks up what the template will ask for.
+    """
+    formats = {match[2] for match in re.finditer(CLOCK + r"\(\s*(['\"])(.+?)\1", chat_template)}
+    macro = "{% macro " + CLOCK + "(format) %}{{ lmtp_times[format] }}{% endmacro %}"
+    times = {written: now.strftime(written) for written in formats}
+    return {"chat_template": macro + chat_template, "lmtp_times": times}
+
+
+@lru_cache(maxsize=8)
+def _takes_parts(tokenizer: PreTrainedTokenizerBase, chat_template: str) -> bool:
+    """Whether a chat template takes the content of a turn as a list of parts, as multimodal ones do.
+
+    A template that loops over parts renders a string without an error, and without its text.
+    """
+    for takes_parts in (False, True):
+        if SENTINEL in _render(tokenizer, (SENTINEL,), takes_parts, True, None):
+            return takes_parts
+    raise ValueError(
+        "The chat template renders a user turn without its text, whether its content is a string or a "
+        "list of parts, so every prompt would be the same. Load a tokenizer with another chat template."
     )
 
 
+def _render(
+    tokenizer: PreTrainedTokenizerBase,
+    turns: Sequence[str],
+    takes_parts: bool,
+    add_generation_prompt: bool,
+    now: datetime | None,
+) -> str:
+    messages = [
+        {
+            "role": ("user", "assistant")[number % 2],
+            "content": [{"type": "text", "text": turn}] if takes_parts else turn,
+        }
+        for number, turn in enumerate(turns)
+    ]
+    options: dict[str, Any] = {}
+    if now is not None and depends_on_time(tokenizer):
+        options = _at(str(tokenizer.chat_template), now)
+    try:
+        rendered = tokenizer.apply_chat_template(
+            messages, tokenize=False, add_generation_prompt=add_generation_prompt, **options
+        )
+    except (jinja2.TemplateError, TypeError) as error:  # a TypeError: text where parts are expected
+        if isinstance(error, TypeError) and not takes_parts:
+            return ""
+        raise ValueError(f"The chat template cannot render a user turn alone: {error}.") from error
+    return str(rendered)
+
+
 def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    """Return the token ids of rendered text, without special tokens of the tokenizer's own."""
+    """Return the token ids of rendered text; the tokenizer adds no special tokens."""
     return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
+def decode_answer(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
+    """Return the text of an answer, its special tokens (of channels, thinking, tools) included."""
+    return str(tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))
+
+
 def end_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Return the ids that end an answer: the model's own, else the tokenizer's; maybe none."""
+    """Return the ids that end an answer: the model's, or else the tokenizer's; possibly none."""
     ids = model.generation_config.eos_token_id
     if ids is None:
         ids = tokenizer.eos_token_id
@@ -172,10 +253,10 @@ def end_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[
 
 
 def answer_end_id(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int | None:
-    """Return the id with which a finished answer ends, None if the model has none.
+    """Return the id that ends a finished answer, or None if the model has none.
 
-    Of several `end_ids` it is the one with which the chat template closes an answer, else the
-    tokenizer's own, else the first.
+    Of several `end_ids` it is the one with which the chat template closes an answer, or else the
+    tokenizer's, or else the first.
     """
     ids = end_ids(model, tokenizer)
     likely = [*_closing_ids(tokenizer), tokenizer.eos_token_id, *ids]
@@ -183,9 +264,9 @@ def answer_end_id(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) ->
 
 
 def _closing_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Return what the chat template writes behind an answer; nothing where it does not show."""
+    """Return the ids that the chat template writes after an answer; none if that cannot be told."""
     if not tokenizer.chat_template:
         return []
     rendered = render_turns(tokenizer, "?", SENTINEL, add_generation_prompt=False)
-    _, found, tail = rendered.rpartition(SENTINEL)
-    return encode(tokenizer, tail) if found else []
+    _, separator, tail = rendered.rpartition(SENTINEL)
+    return encode(tokenizer, tail) if separator else []

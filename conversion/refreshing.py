@@ -1,22 +1,24 @@
-"""`lmtp refresh`: replaces the code in a published checkpoint with the installed version's."""
+"""`lmtp refresh`: replaces the code of a published checkpoint with the installed version's."""
 
 import shutil
 import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from huggingface_hub import CommitInfo, HfApi, snapshot_download
 from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError
 from huggingface_hub.hf_api import GitRefs
+from rich.table import Table
 from transformers.tokenization_utils_base import TOKENIZER_CONFIG_FILE
 
 from modeling_lmtp import LMTPForCausalLM, __version__
 
-from .forms import Form, form_of
+from .command_line import console
 from .loading import load_tokenizer
+from .options import Options
 from .prompts import render_prompt
-from .repository import CHECK_PROMPT, check_repository, check_tokenizer
+from .repository import CHECK_PROMPT, Form, check_repository, check_tokenizer, form_of
 from .saving import read_json
 from .shipped_code import (
     CONFIG,
@@ -31,27 +33,37 @@ from .shipped_code import (
 from .uploading import check_new_tag, upload_changes
 
 ADAPTER_CONFIG = "adapter_config.json"
-# Subfolders, and the same weights in formats of other programs
+# Subfolders, and copies of the weights in other formats
 NOT_CHECKED = ("*/*", "*.gguf", "*.onnx", "*.bin")
-PROMPT_IDS = [1, 2, 3, 4, 5]  # of a checkpoint without a tokenizer
+PROMPT_IDS = [1, 2, 3, 4, 5]  # for a checkpoint without a tokenizer
 ADVICE = "Nothing was changed. Please report this, and which checkpoint it is."
 
 Show = Callable[[dict[str, str]], None]
 
 
-@dataclass(frozen=True)
-class Branch:
-    """Which branch of a repository to refresh, and how.
+@dataclass
+class RefreshOptions(Options):
+    """Which checkpoint to refresh, and how."""
 
-    Args:
-        revision: its name; `main` by default.
-        tag: names the new commit; must be new. There is none by default.
-        token: the one that was saved with `hf auth login` by default.
-    """
-
-    revision: str | None = None
-    tag: str | None = None
-    token: str | None = None
+    source: str = field(
+        metadata={"help": "A repository on the Hub, such as me/model, or a folder."}
+    )
+    revision: str | None = field(
+        default=None, metadata={"help": "Branch of the repository; main by default."}
+    )
+    tag: str | None = field(default=None, metadata={"help": "New tag for the new commit."})
+    base_folder: Path | None = field(
+        default=None,
+        metadata={
+            "help": "Local copy of the base model of a heads-only checkpoint, to check with."
+        },
+    )
+    token: str | None = field(
+        default=None, metadata={"help": "Hub token; that of `hf auth login` by default."}
+    )
+    yes: bool = field(
+        default=False, metadata={"help": "Replace the code; without it nothing is changed."}
+    )
 
 
 @dataclass(frozen=True)
@@ -59,10 +71,10 @@ class Refreshed:
     """What a refresh changed, or would change.
 
     Args:
-        changes: `added`, `replaced` or `removed` by file name; empty where nothing is to be done.
-        head: of a repository, the commit that was compared.
-        old_tags: of a repository, the tags whose code is not this version's.
-        commit: what was uploaded, if anything was.
+        changes: `added`, `replaced` or `removed` by file name; empty if the code is up to date.
+        head: the commit of the repository that was compared.
+        old_tags: the tags of the repository whose code is not this version's.
+        commit: the new commit, if one was uploaded.
     """
 
     changes: dict[str, str]
@@ -71,67 +83,108 @@ class Refreshed:
     commit: CommitInfo | None = None
 
 
-def refresh(
-    source: str,
-    *,
-    branch: Branch | None = None,
-    base_folder: Path | None = None,
-    write: bool = False,
-    show: Show = lambda changes: None,
-) -> Refreshed:
-    """Bring the code of a checkpoint up to date, once it has been tried in a clean process.
+def refresh(options: RefreshOptions) -> None:
+    """Replace the code of a published checkpoint with that of the installed version.
 
-    Weights, settings, tokenizer, card and record stay as they are; so does `config.json`, unless its
-    `auto_map` names other classes than this version's.
+    Weights, settings, tokenizer, card and record stay as they are. The new code is first loaded in a
+    clean process and compared; with --yes it then replaces the old code, on the Hub in one commit.
+
+    Examples:
+      lmtp refresh me/my-model-lmtp                  show what would change
+      lmtp refresh me/my-model-lmtp --yes --tag v2   change it
+    """
+    done = refresh_checkpoint(options, _print_changes)
+    source, code = options.source, f"the code of modeling-lmtp {__version__}"
+    if not done.changes:
+        _print(f"{source} has {code} already. Nothing to do.")
+    elif not options.yes:
+        _print(f"Nothing was changed. Add --yes to change these files of {source}.")
+    elif done.commit is None:
+        _print(f"{source} now has {code}.")
+    else:
+        tagged = f", tagged {options.tag}" if options.tag else ""
+        _print(f"{done.commit.commit_url}\nrevision {done.commit.oid}{tagged}")
+    if done.old_tags:
+        _print(_about_old_tags(source, done, options.tag))
+
+
+def _about_old_tags(repo_id: str, done: Refreshed, tag: str | None) -> str:
+    commit = done.commit.oid if done.commit else done.head
+    if tag and done.changes:
+        advice = f"name {tag} there instead"
+    elif done.changes and not done.commit:
+        advice = "tag the new commit with --tag NAME and name that tag there instead"
+    else:
+        command = f"hf repos tag create {repo_id} NAME --revision {commit}"
+        advice = f"tag the new code with `{command}` and name that tag there instead"
+    return (
+        f"Tags are not moved, and still have other code: {', '.join(done.old_tags)}. If the card tells "
+        f"readers to load one of them, {advice}."
+    )
+
+
+def _print(text: str) -> None:
+    console.print(text, markup=False, highlight=False)
+
+
+def _print_changes(changes: dict[str, str]) -> None:
+    table = Table("file", "change")
+    for name, change in changes.items():
+        table.add_row(name, change)
+    console.print(table)
+
+
+def refresh_checkpoint(options: RefreshOptions, show: Show = lambda changes: None) -> Refreshed:
+    """Update the code of a checkpoint, after trying it in a clean process.
+
+    `config.json` stays as it is too, unless its `auto_map` names other classes than this version's.
 
     Args:
-        source: a folder, or a repository on the Hub.
-        branch: of a repository; by default `main`, and the new commit gets no tag.
-        base_folder: of a checkpoint with leap heads only, a copy of the base model to check with.
-        write: replace the code: in a folder all files or none, in a repository in one commit.
-        show: is called with the changes, before any is made.
+        options: see its fields. In a folder all files are replaced or none, in a repository one commit
+            replaces them.
+        show: called with the changes, before any is made.
 
     Returns:
         The changes, and where they went.
 
     Raises:
-        ValueError: `source` is no checkpoint with leap heads or is an adapter, the branch does not exist
-            or the tag does, or the new code does not give the model's logits and text.
+        ValueError: the source is an adapter or has no leap heads, the branch does not exist or the tag
+            does, or the new code does not give the model's logits and text.
         OSError, RuntimeError: the checkpoint does not load with the new code, or cannot be changed.
     """
-    if not Path(source).exists():
-        return _refresh_repository(source, branch or Branch(), base_folder, write, show)
-    if branch is not None and (branch.revision or branch.tag):
+    if not Path(options.source).exists():
+        return _refresh_repository(options, show)
+    if options.revision or options.tag:
         raise ValueError(
-            f"{source} is on this machine; --revision and --tag are for a repository on the Hub."
+            f"{options.source} is on this machine; --revision and --tag are for a repository on the Hub."
         )
-    return _refresh_folder(Path(source), base_folder, write, show)
+    return _refresh_folder(options, show)
 
 
-def _refresh_folder(folder: Path, base_folder: Path | None, write: bool, show: Show) -> Refreshed:
-    form = _form_with_code(folder, str(folder))
+def _refresh_folder(options: RefreshOptions, show: Show) -> Refreshed:
+    folder = Path(options.source)
+    form = _form_with_code(folder, options.source)
     with tempfile.TemporaryDirectory(prefix="lmtp-refresh-") as scratch:
         updated = Path(scratch)
         write_code(updated, folder / CONFIG)
         changes = changes_between(hashes_in(folder), hashes_in(updated))
         if changes:
-            _check(folder, updated, form, base_folder)
+            _check(folder, updated, form, options.base_folder)
             show(changes)
-            if write:
+            if options.yes:
                 replace_files(folder, updated, changes)
     return Refreshed(changes)
 
 
-def _refresh_repository(
-    repo_id: str, branch: Branch, base_folder: Path | None, write: bool, show: Show
-) -> Refreshed:
-    api, commit = HfApi(token=branch.token), None
+def _refresh_repository(options: RefreshOptions, show: Show) -> Refreshed:
+    repo_id = options.source
+    api, commit = HfApi(token=options.token), None
     refs = _find_refs(api, repo_id)
-    if write:
-        api.whoami()  # a missing token is known before all the work
-    check_new_tag(refs, repo_id, branch.tag)
-    head = _find_head(refs, repo_id, branch.revision or "main")
-    where = {"repo_id": repo_id, "revision": head, "token": branch.token}
+    if options.yes:
+        api.whoami()  # fail on a missing token before all the work
+    check_new_tag(refs, repo_id, options.tag)
+    head = _find_head(refs, repo_id, options.revision or "main")
+    where = {"repo_id": repo_id, "revision": head, "token": options.token}
     source = Path(snapshot_download(**where, allow_patterns=[CONFIG, ADAPTER_CONFIG]))
     form = _form_with_code(source, repo_id)
     with tempfile.TemporaryDirectory(prefix="lmtp-refresh-") as scratch:
@@ -141,21 +194,21 @@ def _refresh_repository(
         old_tags = _tags_with_other_code(api, repo_id, refs, updated)
         if changes:
             snapshot_download(**where, ignore_patterns=list(NOT_CHECKED))  # into `source`
-            _check(source, updated, form, base_folder)
+            _check(source, updated, form, options.base_folder)
             show(changes)
-            if write:
-                commit = _upload(updated, repo_id, changes, branch, head)
+            if options.yes:
+                commit = _upload(updated, options, changes, head)
     return Refreshed(changes, head, old_tags, commit)
 
 
 def _form_with_code(folder: Path, name: str) -> Form:
     form = form_of(folder, name)
-    if form is Form.ADAPTER:
+    if form == "adapter":
         base = read_json(folder / ADAPTER_CONFIG).get("base_model_name_or_path")
         raise ValueError(
             f"{name} is an adapter and has no code of its own: its base model brings the code. Refresh "
             f"{base!r}. An adapter that pins a commit of it stays with the old code until it is published "
-            "again with the new commit as --base-revision."
+            "again with the new commit as --base_revision."
         )
     return form
 
@@ -165,7 +218,7 @@ def _check(source: Path, updated: Path, form: Form, base_folder: Path | None) ->
     for path in source.iterdir():
         if path.is_file() and not is_code(path.name) and path.name != CONFIG:
             _link(path, updated / path.name)
-    given = {"backbone": base_folder} if base_folder and form is Form.HEADS else {}
+    given = {"backbone": base_folder} if base_folder and form == "heads" else {}
     model = LMTPForCausalLM.from_pretrained(updated, **given).eval()
     prompt_ids = PROMPT_IDS
     if (updated / TOKENIZER_CONFIG_FILE).exists():
@@ -219,15 +272,15 @@ def _tags_with_other_code(
 
 
 def _upload(
-    updated: Path, repo_id: str, changes: dict[str, str], branch: Branch, head: str
+    updated: Path, options: RefreshOptions, changes: dict[str, str], head: str
 ) -> CommitInfo:
     return upload_changes(
         updated,
-        repo_id,
+        options.source,
         changes,
-        branch=branch.revision or "main",
+        branch=options.revision or "main",
         head=head,
         message=f"Replace the code with that of modeling-lmtp {__version__}",
-        tag=branch.tag,
-        token=branch.token,
+        tag=options.tag,
+        token=options.token,
     )

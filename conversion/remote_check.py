@@ -1,4 +1,4 @@
-"""Load a checkpoint as its users will: in a fresh process, as remote code, without this package."""
+"""Loads a checkpoint as its users will: in a fresh process, as remote code, without this package."""
 
 import json
 import os
@@ -11,56 +11,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from .forms import Form
-
-SCRIPT = """
-import json, sys
-sys.modules["modeling_lmtp"] = None  # importing the package now fails
-import torch
-from safetensors.torch import save_file
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
-path, output, asked = sys.argv[1], sys.argv[2], json.loads(sys.argv[3])
-torch.set_num_threads(asked["threads"])
-base = asked["base"]
-input_ids = torch.tensor([asked["prompt_ids"]])
-if asked["form"] == "adapter":
-    from peft import AutoPeftModelForCausalLM, PeftModel
-    if base is None:
-        model = AutoPeftModelForCausalLM.from_pretrained(path, trust_remote_code=True)
-    else:
-        model = AutoModelForCausalLM.from_pretrained(base, trust_remote_code=True)
-        model = PeftModel.from_pretrained(model, path)
-    code = type(model.get_base_model())
-else:
-    given = {} if base is None else {"backbone": base}
-    assert AutoConfig.from_pretrained(path, trust_remote_code=True).model_type == "lmtp"
-    model = AutoModel.from_pretrained(path, trust_remote_code=True, **given)
-    with torch.no_grad():
-        by_auto_model = model(input_ids).logits
-    model = AutoModelForCausalLM.from_pretrained(path, trust_remote_code=True, **given)
-    code = type(model)
-assert code.__module__.startswith("transformers_modules"), code.__module__
-model.eval()
-options = dict(attention_mask=torch.ones_like(input_ids), max_new_tokens=asked["max_new_tokens"])
-options |= dict(do_sample=False, return_dict_in_generate=True)
-with torch.no_grad():
-    outputs = model(input_ids, output_leap_logits=True)
-    ids = model.generate(input_ids=input_ids, use_lmtp=False, **options).sequences
-if asked["form"] != "adapter":
-    assert torch.equal(by_auto_model, outputs.logits), "AutoModel gives other logits"
-leap_logits = {f"leap_logits.{i}": part for i, part in enumerate(outputs.leap_logits)}
-save_file({"logits": outputs.logits, **leap_logits}, output)
-model.float()  # where both ways of decoding must be equal
-plain = model.generate(input_ids=input_ids, use_lmtp=False, **options)
-lmtp = model.generate(input_ids=input_ids, use_lmtp=True, **options)
-start = input_ids.shape[1]
-print(json.dumps({
-    "ids": ids[0, start:].tolist(),
-    "plain_ids": plain.sequences[0, start:].tolist(),
-    "lmtp_ids": lmtp.sequences[0, start:].tolist(),
-    "acceptance_lengths": lmtp.acceptance_lengths[0],
-}))
-"""
+SCRIPT = Path(__file__).with_name("remote_script.py")
 
 
 def generate_as_remote_code(
@@ -68,28 +19,28 @@ def generate_as_remote_code(
     prompt_ids: list[int],
     max_new_tokens: int,
     *,
-    form: Form = Form.FULL,
+    form: str = "full",
     base: str | None = None,
 ) -> dict[str, Any]:
     """Generate greedily, plainly and with L-MTP, from a checkpoint's own code in a fresh process.
 
     Args:
         checkpoint: a folder.
-        prompt_ids: one prompt.
-        max_new_tokens: as `generate` has it.
-        form: what the folder holds; each form loads by its own Auto classes.
-        base: of heads or an adapter, a folder with their base model, in place of the one they name.
+        prompt_ids: token ids of one prompt.
+        max_new_tokens: passed to `generate`.
+        form: `"full"`, `"heads"` or `"adapter"`; each loads through its own Auto classes.
+        base: a folder with the base model of heads or an adapter, in place of the one they name.
 
     Returns:
-        In float32, where both must be equal, `plain_ids`, `lmtp_ids` (the new tokens) and
-        `acceptance_lengths`; in the checkpoint's own dtype, plain decoding's `ids` and `tensors`:
-        `logits` `(1, L, V)` of the prompt and `leap_logits.{i}` of each head.
+        In float32, where both must be equal: `plain_ids`, `lmtp_ids` (the new tokens) and
+        `acceptance_lengths`. In the checkpoint's dtype: plain decoding's `ids`, and `tensors` with the
+        prompt's `logits` `(1, L, V)` and the `leap_logits.{i}` of each head.
 
     Raises:
         RuntimeError: the process failed; the message ends with its error output.
     """
-    asked = {
-        "form": form.value,
+    task = {
+        "form": form,
         "base": base,
         "prompt_ids": prompt_ids,
         "max_new_tokens": max_new_tokens,
@@ -98,11 +49,19 @@ def generate_as_remote_code(
     with tempfile.TemporaryDirectory() as scratch:
         tensors = Path(scratch) / "logits.safetensors"
         done = subprocess.run(
-            [sys.executable, "-c", SCRIPT, str(checkpoint), str(tensors), json.dumps(asked)],
+            # By its text: run by its path, Python would look for modules in this folder first
+            [
+                sys.executable,
+                "-c",
+                SCRIPT.read_text(),
+                str(checkpoint),
+                str(tensors),
+                json.dumps(task),
+            ],
             capture_output=True,
             text=True,
             check=False,
-            # Transformers keeps a copy of remote code, here only as long as the check lasts
+            # Transformers caches a copy of remote code; delete it with the scratch folder
             env={**os.environ, "HF_MODULES_CACHE": str(Path(scratch) / "modules")},
         )
         if done.returncode:

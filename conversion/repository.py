@@ -1,31 +1,71 @@
-"""The files of a repository to publish: assembled in a folder, and tried in a clean process."""
+"""Assembles the files of a Hub repository in a folder, and tries them in a clean process.
+
+A repository takes one of three forms: a full checkpoint, leap heads only, or an adapter.
+"""
 
 import json
 import re
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
+from huggingface_hub.utils import validate_repo_id
 from peft import PeftConfig, PeftModel
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
-from transformers.tokenization_utils_base import TOKENIZER_CONFIG_FILE
+from transformers import PreTrainedTokenizerBase
 
 from modeling_lmtp.backbone_lmtp import unembedding_size
 from modeling_lmtp.modeling_lmtp import LMTPForCausalLM
 
-from .forms import Form, check_hub_id, form_of
-from .loading import load_tokenizer
+from .loading import load_tokenizer, load_tokenizer_with_fallback
 from .remote_check import generate_as_remote_code
 from .saving import PROVENANCE, file_sha256, read_json, versions
+
+Form = Literal["full", "heads", "adapter"]
 
 CHECK_PROMPT = "Why is the sky blue?"
 CHECK_TOKENS = 24
 OTHER_BACKBONE = (
-    "If its backbone was trained, publish it with --form full; else check --base-model and "
-    "--base-revision."
+    "If its backbone was trained, publish it with --form full; else check --base_model and "
+    "--base_revision."
 )
 COMMIT = re.compile("[0-9a-f]{40}")
+
+
+def form_of(folder: Path, name: str | None = None) -> Form:
+    """Return the form of the checkpoint in a folder.
+
+    Args:
+        folder: holds at least the checkpoint's configuration.
+        name: what to call it in an error; the folder's path by default.
+
+    Raises:
+        ValueError: the folder holds neither a checkpoint with leap heads nor an adapter.
+    """
+    if (folder / "adapter_config.json").exists():
+        return "adapter"
+    config = read_json(folder / "config.json") if (folder / "config.json").exists() else {}
+    if config.get("model_type") != "lmtp":
+        raise ValueError(
+            f"{name or folder} holds neither a checkpoint with leap heads nor an adapter. Make one with "
+            "`lmtp train` or `lmtp convert`."
+        )
+    return "heads" if config.get("heads_only") else "full"
+
+
+def check_hub_id(name: str | None, option: str) -> str:
+    """Return `name` if it can be the id of a repository on the Hub.
+
+    Raises:
+        ValueError: the name is missing, a path, or malformed; the message names the option to set.
+    """
+    if not name or Path(name).is_absolute() or Path(name).exists():
+        raise ValueError(
+            f"Others cannot load from {name!r}. Give the repository's id on the Hub, such as "
+            f"name/model, with {option}."
+        )
+    validate_repo_id(name)
+    return name
 
 
 def assemble(
@@ -42,74 +82,64 @@ def assemble(
 
     Args:
         source: a checkpoint of any form.
-        folder: exists and is empty.
-        form: what to make of it.
-        base_model, base_revision: where others get the base model; as the checkpoint says by default.
-        base_folder: a copy of the base model, in place of the one that `source` names.
-        max_shard_size: see `save_pretrained`.
+        folder: an existing, empty folder.
+        form: the form of the repository.
+        base_model, base_revision: where others get the base model; what the checkpoint says by default.
+        base_folder: a local copy of the base model, loaded in place of the one that `source` names.
+        max_shard_size: passed to `save_pretrained`.
 
     Returns:
-        The model that was written, on the CPU in its own dtype, and its tokenizer.
+        The model that was written, on the CPU in the checkpoint's dtype, and its tokenizer.
 
     Raises:
-        ValueError: `source` cannot take that form, the base model is not named or not pinned so that
-            others could load it, or the tokenizer does not fit.
+        ValueError: `source` cannot take that form, the base model has no name or commit that others
+            could load, or the tokenizer does not fit.
     """
-    own = form_of(source)
-    if (own is Form.ADAPTER) != (form is Form.ADAPTER):
+    source_form = form_of(source)
+    if (source_form == "adapter") != (form == "adapter"):
         raise ValueError(
-            f"{source} is of form {own.value!r} and cannot be published as {form.value!r}. An adapter is "
-            "published as it is, or made a full checkpoint with `lmtp merge`."
+            f"{source} is of form {source_form!r} and cannot be published as {form!r}. Publish an adapter "
+            "as it is, or make a full checkpoint of it with `lmtp export --to full`."
         )
-    if form is Form.ADAPTER:
+    if form == "adapter":
         tokenizer = load_tokenizer(source)
         model, config = _write_adapter(source, folder, base_model, base_revision, base_folder)
     else:
-        given = {"backbone": base_folder} if base_folder and own is Form.HEADS else {}
+        given = {"backbone": base_folder} if base_folder and source_form == "heads" else {}
         model = LMTPForCausalLM.from_pretrained(source, **given).eval()
         config = model.config
-        tokenizer = _tokenizer(source, config, base_folder)
+        tokenizer = load_tokenizer_with_fallback(source, config, base_folder)
         config.base_model_name_or_path = base_model or config.base_model_name_or_path
         config.base_model_revision = base_revision or config.base_model_revision
-        check_hub_id(config.base_model_name_or_path, "--base-model")
+        check_hub_id(config.base_model_name_or_path, "--base_model")
         config.backbone_config.name_or_path = config.base_model_name_or_path
-        if form is Form.HEADS:
+        if form == "heads":
             check_pinned(config.base_model_revision)
         options = {} if max_shard_size is None else {"max_shard_size": max_shard_size}
-        model.save_pretrained(folder, heads_only=form is Form.HEADS, **options)
+        model.save_pretrained(folder, heads_only=form == "heads", **options)
     check_tokenizer(tokenizer, model)
     tokenizer.save_pretrained(folder)
     _write_record(source, folder, form, config)
     return model, tokenizer
 
 
-def _tokenizer(source: Path, config: Any, base_folder: Path | None) -> PreTrainedTokenizerBase:
-    """Load the checkpoint's tokenizer, or where it has none its backbone's."""
-    if (source / TOKENIZER_CONFIG_FILE).exists():
-        return load_tokenizer(source)
-    if base_folder is not None:
-        return load_tokenizer(base_folder)
-    named, revision = config.base_model_name_or_path, config.base_model_revision
-    return AutoTokenizer.from_pretrained(named, revision=revision or "main")
-
-
 def check_pinned(revision: str | None) -> None:
-    """Raise a ValueError unless a revision is a commit, which nobody can move."""
+    """Raise a ValueError unless a revision is a commit: branches and tags can be moved."""
     if not COMMIT.fullmatch(revision or ""):
         raise ValueError(
             "The base model must be pinned to a commit, of 40 hexadecimal digits; got revision "
-            f"{revision!r}. Give it with --base-revision."
+            f"{revision!r}. Give it with --base_revision."
         )
 
 
 def check_tokenizer(tokenizer: PreTrainedTokenizerBase, model: Any) -> None:
-    """Raise a ValueError if a tokenizer has tokens that a model has no embedding for."""
+    """Raise a ValueError if a tokenizer has tokens for which the model has no embedding."""
     highest = max(tokenizer.get_vocab().values())
     vocab_size, _ = unembedding_size(model)
     if highest >= vocab_size:
         raise ValueError(
             f"The tokenizer does not match the model: its token ids go up to {highest}, the model's "
-            f"vocabulary has {vocab_size}. Save the backbone's own tokenizer beside the checkpoint."
+            f"vocabulary has {vocab_size}. Save the backbone's tokenizer with the checkpoint."
         )
 
 
@@ -123,7 +153,7 @@ def _write_adapter(
     """Copy an adapter and name its base model; return the adapted model and the base's configuration."""
     adapter = PeftConfig.from_pretrained(str(source))
     named, pinned = adapter.base_model_name_or_path, adapter.revision
-    adapter.base_model_name_or_path = check_hub_id(base_model or named, "--base-model")
+    adapter.base_model_name_or_path = check_hub_id(base_model or named, "--base_model")
     adapter.revision = base_revision or pinned
     check_pinned(adapter.revision)
     adapter.save_pretrained(folder)
@@ -134,10 +164,10 @@ def _write_adapter(
 
 
 def _write_record(source: Path, folder: Path, form: Form, config: Any) -> None:
-    """Write the source's `provenance.json` with what publishing adds, and no path of this machine."""
+    """Write the source's `provenance.json` with an entry on the publication, without local paths."""
     path = source / PROVENANCE
     record = read_json(path) if path.exists() else {}
-    if form is Form.ADAPTER:
+    if form == "adapter":  # so that its card can describe the heads without the base model
         whole = json.loads(config.to_json_string(use_diff=False))
         record["lmtp_config"] = {**whole, "backbone_config": None, "auto_map": None}
     record = {
@@ -146,7 +176,7 @@ def _write_record(source: Path, folder: Path, form: Form, config: Any) -> None:
         "base_model_revision": config.base_model_revision,
         "publication": {
             "command": "lmtp publish",
-            "form": form.value,
+            "form": form,
             "versions": versions(),
             "sha256": {path.name: file_sha256(path) for path in weight_files(folder)},
         },
@@ -179,29 +209,28 @@ def check_repository(
     """Load a repository in a clean process without this package, and compare it with the model.
 
     Args:
-        folder, form: what to check.
-        model: what the repository must hold.
-        prompt_ids: what to continue.
-        base_folder: of heads or an adapter, a copy of their base model.
+        folder, form: the repository.
+        model: the model that it must hold.
+        prompt_ids: token ids to continue.
+        base_folder: a local copy of the base model of heads or an adapter.
         advice: what to do if the logits differ.
 
     Raises:
-        ValueError: it gives other logits or other text than the model, or other text with leap heads
-            than without.
+        ValueError: the repository gives other logits or text than the model, or its text with leap
+            heads differs from its text without.
         RuntimeError: it does not load.
     """
-    base = str(base_folder) if base_folder is not None and form is not Form.FULL else None
-    found = generate_as_remote_code(folder, prompt_ids, CHECK_TOKENS, form=form, base=base)
+    base = str(base_folder) if base_folder is not None and form != "full" else None
+    remote = generate_as_remote_code(folder, prompt_ids, CHECK_TOKENS, form=form, base=base)
     input_ids = torch.tensor([prompt_ids])
     outputs = model(input_ids=input_ids, output_leap_logits=True)
     leap = {f"leap_logits.{i}": logits for i, logits in enumerate(outputs.leap_logits)}
     for name, logits in {"logits": outputs.logits, **leap}.items():
         try:
-            torch.testing.assert_close(found["tensors"][name], logits)
+            torch.testing.assert_close(remote["tensors"][name], logits)
         except AssertionError as error:
             raise ValueError(
-                f"What was assembled is not the model: loaded anew, its {name} are others. {advice}\n"
-                f"{error}"
+                f"The assembled repository is not the model: its {name} differ. {advice}\n{error}"
             ) from error
     ids = model.generate(
         input_ids=input_ids,
@@ -210,12 +239,10 @@ def check_repository(
         do_sample=False,
         use_lmtp=False,
     )
-    if found["ids"] != ids[0, len(prompt_ids) :].tolist():
+    if remote["ids"] != ids[0, len(prompt_ids) :].tolist():
+        raise ValueError("The assembled repository is not the model: it generates another text.")
+    if remote["lmtp_ids"] != remote["plain_ids"]:
         raise ValueError(
-            "What was assembled is not the model: loaded anew, it writes another text."
-        )
-    if found["lmtp_ids"] != found["plain_ids"]:
-        raise ValueError(
-            "With use_lmtp=True the assembled model writes another text in float32 than without. Run "
+            "The assembled model generates another text with use_lmtp=True than without, in float32. Run "
             "`lmtp verify` on the checkpoint."
         )

@@ -1,4 +1,4 @@
-"""Saving a trained checkpoint: whole or not at all, with a record of how it was made."""
+"""Saves a checkpoint, completely or not at all, with a record of how it was made."""
 
 import hashlib
 import json
@@ -24,7 +24,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """Read a JSON object.
 
     Raises:
-        ValueError: the file is no JSON object; names it.
+        ValueError: the file is not a JSON object; the message names it.
     """
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
@@ -36,9 +36,9 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def check_output_folder(output: Path) -> None:
-    """Raise a ValueError if `output` exists and holds anything: nothing is overwritten."""
+    """Raise a ValueError if `output` holds anything: no command overwrites files."""
     if output.resolve() == Path.cwd():
-        raise ValueError(f"{output} is the folder that you are in. Name a new one for the output.")
+        raise ValueError(f"{output} is the current folder. Name a new folder for the output.")
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise ValueError(
             f"{output} already holds something. Choose another output, or empty it first."
@@ -46,35 +46,35 @@ def check_output_folder(output: Path) -> None:
 
 
 def run_folder_of(output: Path, command: str) -> Path:
-    """Return the folder beside `output` that holds the run of `command` until `output` is saved.
+    """Return the folder next to `output` that holds the run of `command` until `output` is saved.
 
     Raises:
-        ValueError: `output` holds something; says so where it is the whole checkpoint of a run whose
-            folder a kill left behind.
+        ValueError: `output` holds something; the message says so if it is the finished checkpoint of a
+            run that was killed before it deleted its folder.
     """
-    if output.resolve() == Path.cwd():  # it has no name to call the run's folder by
+    if output.resolve() == Path.cwd():  # "." has no name to derive the run folder's name from
         check_output_folder(output)
     run_folder, file = output.with_name(f"{output.name}.training"), output / PROVENANCE
     record = read_json(file) if file.is_file() else {}
     if run_folder.exists() and record.get("command") == command:
         raise ValueError(
-            f"{output} is finished and whole, and {run_folder} is left over from that run: delete it. To "
-            "train anew, choose another output."
+            f"{output} is finished, and {run_folder} is left over from that run: delete it. To train again "
+            "choose another output."
         )
     check_output_folder(output)
     return run_folder
 
 
 def check_output_file(path: Path) -> None:
-    """Raise a ValueError unless a file can be written as `path`: before the work, not after it."""
+    """Raise a ValueError unless `path` can be written; to be called before the work, not after it."""
     if path.is_dir():
         raise ValueError(f"{path} is a folder. Name a file, such as {path / 'result'}.")
     if not path.parent.is_dir():
         raise ValueError(
-            f"{path} cannot be written: there is no folder {path.parent}. Make it, or name another."
+            f"{path} cannot be written: there is no folder {path.parent}. Create it, or name another."
         )
     if not os.access(path if path.exists() else path.parent, os.W_OK):
-        raise ValueError(f"{path} cannot be written: permission denied. Name another place for it.")
+        raise ValueError(f"{path} cannot be written: permission denied. Choose another path.")
 
 
 def file_sha256(path: Path) -> str:
@@ -88,24 +88,24 @@ def file_sha256(path: Path) -> str:
 
 def versions() -> dict[str, str]:
     """Return the versions of Python and of the packages that a result depends on."""
-    found = {"python": platform.python_version()}
+    installed = {"python": platform.python_version()}
     for package in RECORDED_PACKAGES:
         try:
-            found[package] = version(package)
+            installed[package] = version(package)
         except PackageNotFoundError:
-            found[package] = "not installed"
-    return found
+            installed[package] = "not installed"
+    return installed
 
 
 @contextmanager
 def new_folder(output: Path) -> Iterator[Path]:
-    """Give a folder to write into that becomes `output` at the end of the block, if nothing fails.
+    """Yield a folder to write into, and rename it to `output` at the end of the block if nothing failed.
 
-    It lies beside `output`, so that a full disk or a kill leaves nothing half-made under that name.
+    A full disk or a kill thus leaves no incomplete `output`.
 
     Raises:
         ValueError: `output` holds something.
-        OSError: there is no room for it.
+        OSError: the disk is full.
     """
     check_output_folder(output)
     unfinished = output.with_name(f".{output.name}.unfinished")
@@ -116,16 +116,16 @@ def new_folder(output: Path) -> Iterator[Path]:
         if output.exists():
             output.rmdir()
         unfinished.rename(output)
-    except SafetensorError as error:  # what safetensors makes of a full disk
+    except SafetensorError as error:  # safetensors raises its own error on a full disk
         raise OSError(
-            f"{output} could not be saved: {error}. Make room on that disk and start again."
+            f"{output} could not be saved: {error}. Free some space on that disk and start again."
         ) from error
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
 
 
 def write_record(folder: Path, record: dict[str, Any], config: Any) -> None:
-    """Write `provenance.json`: `record`, the backbone that an `LMTPConfig` names, and the versions."""
+    """Write `provenance.json`: `record`, the backbone of an `LMTPConfig`, and the versions."""
     record = {
         **record,
         "base_model": config.base_model_name_or_path,
@@ -142,17 +142,17 @@ def save_checkpoint(
     record: dict[str, Any],
     write_more: Callable[[Path], None] | None = None,
 ) -> None:
-    """Save model, tokenizer, code and `provenance.json` as the folder `output`, whole or not at all.
+    """Save model, tokenizer, code and `provenance.json` in `output`, completely or not at all.
 
     Args:
         model, tokenizer: what to save.
         output: a folder that does not exist yet, or is empty.
-        record: how it was made; the versions and the backbone are added.
-        write_more: writes what else belongs there into the folder that it is given.
+        record: how the checkpoint was made; versions and backbone are added.
+        write_more: called with the folder, to write further files.
 
     Raises:
         ValueError: `output` holds something.
-        OSError: there is no room for it.
+        OSError: the disk is full.
     """
     with new_folder(output) as folder:
         model.save_pretrained(folder)

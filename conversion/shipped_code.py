@@ -1,4 +1,4 @@
-"""The code that travels with a checkpoint: which files it is, and replacing it in a folder."""
+"""The code that travels with a checkpoint: finds its files and replaces them in a folder."""
 
 import json
 import shutil
@@ -11,7 +11,7 @@ from huggingface_hub.utils.sha import git_hash
 from transformers.dynamic_module_utils import custom_object_save
 
 from modeling_lmtp import LMTPConfig, LMTPForCausalLM
-from modeling_lmtp.checkpoints_lmtp import AUTO_MAP
+from modeling_lmtp.pretrained_lmtp import AUTO_MAP
 
 from .saving import read_json
 
@@ -21,7 +21,7 @@ ADDED, REPLACED, REMOVED = "added", "replaced", "removed"
 
 
 def is_code(name: str) -> bool:
-    """Return whether a file of a checkpoint is shipped code, by its name."""
+    """Return whether a file of a checkpoint is shipped code, judging by its name."""
     return name.endswith(CODE) and "/" not in name
 
 
@@ -30,10 +30,10 @@ def write_code(folder: Path, config: Path) -> None:
 
     Args:
         folder: where to write.
-        config: the checkpoint's `config.json`; copied as it is if it names these classes.
+        config: the checkpoint's `config.json`; copied unchanged if it names these classes already.
 
     Raises:
-        ValueError: `config` is no JSON object.
+        ValueError: `config` is not a JSON object.
     """
     for shipped in (LMTPForCausalLM, LMTPConfig):
         custom_object_save(shipped, folder)
@@ -85,19 +85,19 @@ def changes_between(old: dict[str, str], new: dict[str, str]) -> dict[str, str]:
 def replace_files(folder: Path, updated: Path, changes: dict[str, str]) -> None:
     """Change some files of a folder, all or none.
 
-    A kill leaves every single file whole, old or new; doing it again finishes.
+    A kill in between leaves each file either old or new, never cut off; a second call completes the change.
 
     Args:
-        folder: what changes.
+        folder: the folder to change.
         updated: holds the new files.
         changes: by file name, see `changes_between`.
 
     Raises:
-        OSError: the folder cannot be written. It is as it was.
+        OSError: the folder cannot be written. It is unchanged.
     """
-    beside = folder / ".refresh.unfinished"
-    new, old = beside / "new", beside / "old"
-    shutil.rmtree(beside, ignore_errors=True)
+    scratch = folder / ".refresh.unfinished"  # inside, because renames do not cross file systems
+    new, old = scratch / "new", scratch / "old"
+    shutil.rmtree(scratch, ignore_errors=True)
     try:
         new.mkdir(parents=True)
         old.mkdir()
@@ -117,6 +117,6 @@ def replace_files(folder: Path, updated: Path, changes: dict[str, str]) -> None:
                     path.unlink()
                 else:
                     (new / name).replace(path)
-            undo.pop_all()  # nothing failed, so nothing is undone
+            undo.pop_all()  # nothing failed: keep the changes
     finally:
-        shutil.rmtree(beside, ignore_errors=True)
+        shutil.rmtree(scratch, ignore_errors=True)

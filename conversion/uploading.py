@@ -1,4 +1,4 @@
-"""Uploading a folder to the Hub in one commit; what fails leaves the Hub as it was."""
+"""Uploads a folder to the Hub in one commit; a failure leaves the Hub as it was."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,7 +11,7 @@ from huggingface_hub.utils.sha import git_hash
 
 from .saving import file_sha256
 
-THE_HUBS_OWN = ".gitattributes"  # in every repository from the start
+HUB_FILE = ".gitattributes"  # the Hub adds it to every new repository
 
 
 def upload(
@@ -28,22 +28,19 @@ def upload(
     """Upload all files of a folder in one commit, and tag it.
 
     Args:
-        folder: flat.
-        repo_id: made if it does not exist.
-        tag: names the commit; must be new.
-        private: as `HfApi.create_repo` has it.
-        revision: the branch, made from `main` if it does not exist; `main` by default.
-        token: the one that was saved with `hf auth login` by default.
-        replace: take the place of what is there.
-        message: of the commit.
-
-    Returns:
-        huggingface_hub's account of the commit.
+        folder: a folder without subfolders.
+        repo_id: the repository; created if it does not exist.
+        tag: a new tag for the commit.
+        private: passed to `HfApi.create_repo`.
+        revision: the branch, created from `main` if it does not exist; `main` by default.
+        token: the Hub token; that of `hf auth login` by default.
+        replace: delete or replace the other files of the branch.
+        message: the commit message.
 
     Raises:
-        ValueError: the repository holds other files, and `replace` is not set, or has that tag.
-        OSError: huggingface_hub's own errors.
-        RuntimeError: the connection failed, or the commit is there but not its tag.
+        ValueError: the repository holds other files and `replace` is false, or it has that tag.
+        OSError: an error of huggingface_hub.
+        RuntimeError: the connection failed, or the commit was made but not its tag.
     """
     api, branch = HfApi(token=token), revision or "main"
     with _undoing(repo_id) as undo:
@@ -69,7 +66,7 @@ def upload(
         commit = api.create_commit(
             repo_id, operations, commit_message=message, revision=branch, parent_commit=head
         )
-        if undo:  # a tag that fails takes them back
+        if undo:  # if tagging fails, delete the new repository or branch too
             api.create_tag(repo_id, tag=tag, revision=commit.oid)
             return commit
     _tag(api, repo_id, commit, tag)
@@ -80,7 +77,7 @@ def check_new_tag(refs: GitRefs, repo_id: str, tag: str | None) -> None:
     """Raise a ValueError if a repository has a tag of that name."""
     if tag in {known.name for known in refs.tags}:
         raise ValueError(
-            f"{repo_id} has a tag {tag!r} already, and cards rely on it. Choose another with --tag."
+            f"{repo_id} has a tag {tag!r} already, and cards may refer to it. Choose another with --tag."
         )
 
 
@@ -99,19 +96,16 @@ def upload_changes(
 
     Args:
         folder: holds the new files.
-        repo_id, branch: where they go.
-        changes: of each file that changes, by name, whether it is added, replaced or removed.
+        repo_id, branch: the branch to change.
+        changes: for each changed file, whether it is added, replaced or removed.
         head: the commit that the branch must still be at.
-        message: of the commit.
-        tag: names the commit; must be new.
-        token: the one that was saved with `hf auth login` by default.
-
-    Returns:
-        huggingface_hub's account of the commit.
+        message: the commit message.
+        tag: a new tag for the commit.
+        token: the Hub token; that of `hf auth login` by default.
 
     Raises:
-        OSError: huggingface_hub's own errors.
-        RuntimeError: the commit is there, but not its tag.
+        OSError: an error of huggingface_hub.
+        RuntimeError: the commit was made, but not its tag.
     """
     api = HfApi(token=token)
     operations = [
@@ -133,15 +127,15 @@ def _tag(api: HfApi, repo_id: str, commit: CommitInfo, tag: str) -> None:
         api.create_tag(repo_id, tag=tag, revision=commit.oid)
     except Exception as error:
         raise RuntimeError(
-            f"The commit {commit.oid} is in {repo_id}, but the tag {tag!r} is not ({error}). Make it with "
-            f"`hf repos tag create {repo_id} {tag} --revision {commit.oid}`."
+            f"The commit {commit.oid} is in {repo_id}, but tagging it {tag!r} failed ({error}). Tag it "
+            f"with `hf repos tag create {repo_id} {tag} --revision {commit.oid}`."
         ) from error
 
 
 def other_files(api: HfApi, repo_id: str, revision: str | None, folder: Path) -> set[str]:
-    """Return the names of a repository's files that a folder lacks or has with another content."""
-    found = api.list_repo_tree(repo_id, recursive=True, revision=revision)
-    remote = [file for file in found if isinstance(file, RepoFile) and file.path != THE_HUBS_OWN]
+    """Return the names of a repository's files that a folder lacks, or has with other content."""
+    tree = api.list_repo_tree(repo_id, recursive=True, revision=revision)
+    remote = [file for file in tree if isinstance(file, RepoFile) and file.path != HUB_FILE]
     return {file.path for file in remote if not _is_same(file, folder / file.path)}
 
 
@@ -155,7 +149,7 @@ def _is_same(remote: RepoFile, local: Path) -> bool:
 
 @contextmanager
 def _undoing(repo_id: str) -> Iterator[list[Any]]:
-    """Give a list of what to call, last first, if the block fails."""
+    """Yield a list of functions; if the block fails, call them, the last first."""
     undo: list[Any] = []
     try:
         yield undo
@@ -164,6 +158,6 @@ def _undoing(repo_id: str) -> Iterator[list[Any]]:
             call()
         if isinstance(error, ValueError | OSError) or not isinstance(error, Exception):
             raise
-        # The connection's own errors, which belong to a library of huggingface_hub's choice
+        # Connection errors are of whichever HTTP library huggingface_hub uses
         reason = error.__cause__ or error
         raise RuntimeError(f"The upload to {repo_id} failed: {reason}") from error

@@ -31,7 +31,7 @@ COMMANDS = {
         "Check that L-MTP generates what plain decoding generates.",
     ),
     "bench": (
-        "modeling_lmtp.benchmarks.bench_run:bench",
+        "modeling_lmtp.benchmarks.bench:bench",
         "Measure ways of decoding side by side.",
     ),
     "analyze": (
@@ -39,7 +39,7 @@ COMMANDS = {
         "Show how far ahead heads predict, and which schedule to use.",
     ),
     "tune": (
-        "modeling_lmtp.benchmarks.tune_run:tune",
+        "modeling_lmtp.benchmarks.tune_run:run_tune",
         "Find the draft that is fastest on this device.",
     ),
     "export": (

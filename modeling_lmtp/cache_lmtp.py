@@ -1,12 +1,12 @@
-"""The key-value cache around one verification: what it must be able to do, and keeping one path.
+"""The key-value cache: what it supports, keeping accepted paths, moving rows, growing in place.
 
-Slots are places along the cache's sequence axis. A verified tree occupies the last `1 + N` of them,
-and every row ends in the last slot: rows that accepted less are moved to the right, so that a batch
-always looks like a left-padded one.
+Slots are positions along the cache's sequence axis. A verified tree occupies the last `1 + N` of them.
+Every row ends in the last slot: rows that accepted less are moved to the right, so a batch always looks
+left-padded.
 
-This file and `static_lmtp` are the only ones that know the attributes of cache layers.
+Only this file and `static_lmtp` use the attributes of cache layers.
 
-Shapes: `B` rows, `W` slots, `C ≥ W` slots with a place, `Q` new ones, `D` head dimension.
+Shapes: `B` rows, `W` slots, `Q` new ones, `D` head dimension.
 """
 
 import copy
@@ -24,9 +24,9 @@ from .transformers_lmtp import (
     StaticLayer,
 )
 
-MIN_ROOM = 64  # slots; beyond it, room for a quarter of what there is
+MIN_ROOM = 64  # spare slots of a growing layer; a quarter of its slots if that is more
 
-# What is read of each kind of layer once it has been used
+# The attributes that are used of each kind of layer
 _ATTRIBUTES: dict[type, tuple[str, ...]] = {
     DynamicLayer: ("keys", "values"),
     DynamicSlidingWindowLayer: (
@@ -46,23 +46,19 @@ _ATTRIBUTES: dict[type, tuple[str, ...]] = {
 }
 
 
-# --- What a cache is
+# --- What a cache supports
 
 
 def new_cache(config: PreTrainedConfig, static_length: int | None = None) -> Cache:
-    """Return an empty cache for a model; with `static_length`, a static one of that many slots."""
+    """Return an empty cache for a model; with `static_length`, a static one with that many slots."""
     config = config.get_text_config(decoder=True)
     if static_length is not None:
         return StaticCache(config=config, max_cache_len=static_length)
     return DynamicCache(config=config)
 
 
-def why_not_rolled_back(cache: Cache | None) -> str:
-    """Say why rejected candidates cannot be taken out of a cache again; nothing if they can.
-
-    Args:
-        cache: of a call, perhaps a cache of the caller's own.
-    """
+def reason_no_rollback(cache: Cache | None) -> str | None:
+    """Return why a call's cache cannot drop rejected candidates, or None if it can."""
     if cache is None:
         return (
             "this model or this call has no key-value cache that can be rolled back "
@@ -73,63 +69,129 @@ def why_not_rolled_back(cache: Cache | None) -> str:
             f"a {type(cache).__name__} is not known to roll back; pass a DynamicCache or a StaticCache, "
             "and no other cache_implementation than 'dynamic', 'offloaded' or 'static'"
         )
-    return why_unknown_layers(cache)
+    return reason_unknown_layers(cache)
 
 
-def why_unknown_layers(cache: Cache) -> str:
-    """Say what of a cache's layers is not what it was in the releases tested; nothing if all is there."""
+def reason_unknown_layers(cache: Cache) -> str | None:
+    """Return which attributes a cache's layers lack that they had in the tested releases, or None."""
     for layer in cache.layers:
         for kind, names in _ATTRIBUTES.items():
             lacking = [name for name in names if not hasattr(layer, name)]
             if isinstance(layer, kind) and lacking and _is_used(layer):
                 lacks = f"cache layers of the kind {type(layer).__name__} lack {', '.join(lacking)}"
                 return f"{lacks} in {RELEASE}"
-    return ""
+    return None
 
 
 def _is_used(layer: Any) -> bool:
     return bool(getattr(layer, "is_initialized", True))
 
 
-def why_not_cropped(cache: Cache) -> str:
-    """Say why a used cache cannot be cropped without a trace, if it says so itself."""
+def reason_not_croppable(cache: Cache) -> str | None:
+    """Return why a used cache cannot be cropped, if it says so itself, or None."""
     if has_recurrent_states(cache) or getattr(cache, "is_croppable", True):
-        return ""
+        return None  # recurrent states are restored, not cropped
     return f"its {type(cache).__name__} says that it cannot be cropped"
 
 
-def why_not_gathered(cache: Cache) -> str:
-    """Say why a path of a tree cannot be gathered among a cache's slots; nothing if it can."""
+def reason_not_gatherable(cache: Cache) -> str | None:
+    """Return why a tree's path cannot be gathered from a cache's slots, or None if it can."""
     other = {
         type(layer).__name__
         for layer in cache.layers
         if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer)
     }
     return (
-        f"cache layers of the kind {', '.join(sorted(other))} cannot be gathered" if other else ""
+        f"cache layers of the kind {', '.join(sorted(other))} cannot be gathered" if other else None
     )
 
 
+def _other_states(layer: Any) -> dict[str, Any]:
+    """Return what a layer holds beside the attributes that are used of each kind of layer."""
+    known = {name for names in _ATTRIBUTES.values() for name in names}
+    ours = ("_buffers", "_views")
+    return {
+        name: value for name, value in vars(layer).items() if name not in known and name not in ours
+    }
+
+
+def _tensors(value: Any) -> Iterator[torch.Tensor]:
+    if torch.is_tensor(value):
+        yield value
+    elif isinstance(value, dict | list | tuple):
+        for part in value.values() if isinstance(value, dict) else value:
+            yield from _tensors(part)
+
+
+def reason_not_movable(cache: Cache) -> str | None:
+    """Return why slots of a used cache must stay where they are, or None if they may move.
+
+    A layer may hold more for each slot than keys and values, such as the keys of an indexer. Its own
+    methods crop it and select rows; no public method moves it.
+    """
+    for layer in cache.layers:
+        for name, value in _other_states(layer).items():
+            if any(tensor.ndim > 1 for tensor in _tensors(value)):
+                return f"cache layers of the kind {type(layer).__name__} hold {name!r} as well"
+    return None
+
+
+def reason_not_restored(cache: Cache, plain: Cache, tolerance: float) -> str | None:
+    """Return what a cache that was rolled back holds and plain decoding's does not, or None.
+
+    Keys, values and recurrent states are not compared: the logits show whether they are right.
+
+    Args:
+        cache: a cache of one row, after a rollback.
+        plain: a cache of the same tokens.
+        tolerance: how far states may differ, relative to the largest one.
+    """
+    for layer, plain_layer in zip(cache.layers, plain.layers, strict=True):
+        states = _other_states(layer)
+        for name, expected in _other_states(plain_layer).items():
+            if not _is_close(states.get(name), expected, tolerance):
+                kind = type(plain_layer).__name__
+                return f"cache layers of the kind {kind} do not roll back {name!r}"
+    return None
+
+
+def _is_close(state: Any, expected: Any, tolerance: float) -> bool:
+    if torch.is_tensor(expected):
+        if not torch.is_tensor(state) or state.shape != expected.shape:
+            return False
+        if not expected.is_floating_point() or expected.numel() == 0:
+            return bool(torch.equal(state, expected))
+        return bool((state - expected).abs().max() <= tolerance * expected.abs().max())
+    if isinstance(expected, dict):
+        return isinstance(state, dict) and all(
+            _is_close(state.get(key), part, tolerance) for key, part in expected.items()
+        )
+    if isinstance(expected, list | tuple):
+        return (
+            isinstance(state, type(expected))
+            and len(state) == len(expected)
+            and all(_is_close(*parts, tolerance) for parts in zip(state, expected, strict=True))
+        )
+    return not isinstance(expected, int) or state == expected
+
+
 def windows_of(cache: Cache) -> set[int]:
-    """Return the attention windows that the layers of a cache keep, in tokens."""
+    """Return the sliding windows of a cache's layers, in tokens."""
     return {layer.sliding_window for layer in cache.layers if hasattr(layer, "sliding_window")}
 
 
 def window_of(cache: Cache, layer: int) -> int | None:
-    """Return the attention window that one layer keeps, in tokens; None if it keeps everything."""
+    """Return the sliding window of one layer, in tokens; None if it has none."""
     return getattr(cache.layers[layer], "sliding_window", None)
 
 
 def visible_slots(cache: Cache, num_new: int, is_sliding: bool) -> int | None:
-    """Return how many slots the layers of one kind show to a pass over new tokens.
+    """Return how many of the last slots one kind of layer shows to a pass; None if there is no such layer.
 
     Args:
         cache: before the pass.
-        num_new: `Q`.
-        is_sliding: of layers with a window, or of the others.
-
-    Returns:
-        The last so many; None if there is no such layer.
+        num_new: `Q`, the tokens of the pass.
+        is_sliding: whether the kind is that of layers with a sliding window.
     """
     layers = [n for n, sliding in enumerate(cache.is_sliding) if sliding == is_sliding]
     if not layers:
@@ -139,7 +201,7 @@ def visible_slots(cache: Cache, num_new: int, is_sliding: bool) -> int | None:
 
 
 def has_recurrent_states(cache: Cache) -> bool:
-    """Return whether any layer of a cache that has been used holds a recurrent state."""
+    """Return whether any layer of a used cache has a recurrent state."""
     return any(
         any(getattr(layer, "is_recurrent_states_initialized", {}).values())
         for layer in cache.layers
@@ -147,7 +209,7 @@ def has_recurrent_states(cache: Cache) -> bool:
 
 
 def _counts_slots(cache: Cache) -> bool:
-    """Whether any layer has slots: pure state-space models keep none."""
+    """Return whether any layer has slots; those of pure state-space models have none."""
     return any(hasattr(layer, "get_seq_length") for layer in cache.layers)
 
 
@@ -157,7 +219,7 @@ def num_slots_of(cache: Cache, default: int = 0) -> int:
 
 
 def recurrent_states(cache: Cache) -> Iterator[tuple[dict[int, Any], int]]:
-    """Yield each recurrent and convolution state by where it is kept: a dict and a key."""
+    """Yield the dict and the key of each recurrent and convolution state."""
     for layer in cache.layers:
         for name in ("conv_states", "recurrent_states"):
             for index, states in getattr(layer, name, {}).items():
@@ -166,11 +228,11 @@ def recurrent_states(cache: Cache) -> Iterator[tuple[dict[int, Any], int]]:
 
 
 def crop_attention(cache: Cache, num_slots: int) -> None:
-    """Drop the last slots of all layers that have slots; recurrent states stay as they are."""
+    """Drop the last slots of all layers that have any; recurrent states are not touched."""
     for layer in cache.layers:
         if not isinstance(layer, LinearAttentionCacheLayerMixin):
             layer.crop(-num_slots)
-        elif isinstance(layer, DynamicLayer):  # attention beside the recurrence
+        elif isinstance(layer, DynamicLayer):  # a hybrid layer, with attention as well
             DynamicLayer.crop(layer, -num_slots)
 
 
@@ -178,13 +240,13 @@ def crop_attention(cache: Cache, num_slots: int) -> None:
 
 
 def keep_paths(cache: Cache, paths: Sequence[Sequence[int]], num_slots: int) -> None:
-    """Keep, of each row's last `num_slots` slots, those of the nodes on its path; drop the rest.
+    """Keep the slots of each row's accepted nodes among its last `num_slots`; drop the others.
 
-    Rows with a shorter path than others are moved right, and get padding on their left.
+    Rows with a shorter path are moved right, and get padding on their left.
 
     Args:
-        cache: holds verified trees in its last slots, node `n` in slot `n` of them.
-        paths: per row the accepted nodes, root first: `0 = path[0] < path[1] < …`.
+        cache: holds verified trees in its last slots, node `n` in the `n`-th of them.
+        paths: per row, the accepted nodes, root first: `0 = path[0] < path[1] < …`.
         num_slots: `1 + N`, root and candidates.
     """
     longest = max(len(path) for path in paths)
@@ -194,9 +256,8 @@ def keep_paths(cache: Cache, paths: Sequence[Sequence[int]], num_slots: int) -> 
         if list(path) != list(range(longest))
     ]
     if moves:
-        on_device: dict[
-            tuple[int, torch.device], torch.Tensor
-        ] = {}  # paths, the same in all layers
+        # One transfer per path and device, not one per layer
+        on_device: dict[tuple[int, torch.device], torch.Tensor] = {}
         for states in _states_by_slot(cache):
             for row, path, shift in moves:
                 key = row, states.device
@@ -207,7 +268,7 @@ def keep_paths(cache: Cache, paths: Sequence[Sequence[int]], num_slots: int) -> 
 
 
 def _states_by_slot(cache: Cache) -> Iterator[torch.Tensor]:
-    """Yield all that the cache holds per slot, as views whose second-to-last axis is the slots."""
+    """Yield everything the cache holds per slot, as views with the slots in the second-to-last axis."""
     for layer in cache.layers:
         if torch.is_tensor(getattr(layer, "keys", None)):
             yield layer.keys
@@ -220,13 +281,13 @@ def _states_by_slot(cache: Cache) -> Iterator[torch.Tensor]:
 def _keep_path_of_row(
     states: torch.Tensor, path: list[int], nodes: torch.Tensor, num_slots: int, shift: int
 ) -> None:
-    """Gather the path's slots behind those of the prefix, then move all that to the right, in place.
+    """Gather the path's slots after those of the prefix, then move both to the right, in place.
 
     Args:
         states: `(…, W, D)`, one row.
-        path, nodes: the accepted nodes, on the host and as a tensor beside the states.
+        path, nodes: the accepted nodes, on the host and on the states' device.
         num_slots: `1 + N`.
-        shift: by how many slots.
+        shift: the number of slots to move by.
     """
     prefix = states.shape[-2] - num_slots
     if path != list(range(len(path))):
@@ -238,26 +299,26 @@ def _keep_path_of_row(
 
 
 def select_rows(cache: Cache, rows: Sequence[int]) -> None:
-    """Keep these rows of the batch, in this order."""
+    """Keep only these rows of the batch, in this order."""
     cache.reorder_cache(torch.tensor(rows))
 
 
 def move_left(cache: Cache, num_slots: int) -> None:
-    """Move all rows left by so many slots, padding in every row; or right, where negative."""
+    """Drop the first slots of all rows, which are padding; add padding if `num_slots` is negative."""
     if num_slots == 0:
         return
     for layer in cache.layers:
         if not torch.is_tensor(getattr(layer, "keys", None)):
             continue
         length = layer.get_seq_length() - num_slots
-        layer.keys = _flush_right(layer.keys, length, layer)
-        layer.values = _flush_right(layer.values, length, layer)
+        layer.keys = _last_slots(layer.keys, length, layer)
+        layer.values = _last_slots(layer.values, length, layer)
         if hasattr(layer, "cumulative_length"):
             layer.cumulative_length = length
 
 
-def _flush_right(states: torch.Tensor, length: int, layer: Any) -> torch.Tensor:
-    """Return the last slots of `(B, heads, W, D)`: `length`, or as many as the layer's window holds."""
+def _last_slots(states: torch.Tensor, length: int, layer: Any) -> torch.Tensor:
+    """Return the last `length` slots of `(B, heads, W, D)`, or as many as the layer's window holds."""
     if hasattr(layer, "sliding_window"):
         length = min(length, layer.sliding_window - 1)
     missing = length - states.shape[-2]
@@ -267,19 +328,19 @@ def _flush_right(states: torch.Tensor, length: int, layer: Any) -> torch.Tensor:
 
 
 def take_row(cache: Cache, row: int) -> Cache:
-    """Return a new cache that holds one row."""
-    taken = copy.copy(cache)
-    taken.layers = [copy.copy(layer) for layer in cache.layers]
-    for layer in taken.layers:
+    """Return a new cache with a copy of one row."""
+    row_cache = copy.copy(cache)
+    row_cache.layers = [copy.copy(layer) for layer in cache.layers]
+    for layer in row_cache.layers:
         for name, value in vars(layer).items():
             if isinstance(value, dict):
                 setattr(layer, name, dict(value))
-    select_rows(taken, [row])
-    return taken
+    select_rows(row_cache, [row])
+    return row_cache
 
 
 def join_rows(cache: Cache, rows: Sequence[Cache]) -> None:
-    """Make `cache` hold these rows, which have the same number of slots."""
+    """Replace the contents of `cache` by these rows, which have the same number of slots."""
     for number, layer in enumerate(cache.layers):
         parts = [row.layers[number] for row in rows]
         vars(layer).update(vars(parts[0]))
@@ -293,91 +354,94 @@ def join_rows(cache: Cache, rows: Sequence[Cache]) -> None:
                     getattr(layer, name)[index] = joined
 
 
-# --- Room to grow
+# --- Growing in place
 
 
 class GrowingLayer(DynamicLayer):
-    """A dynamic layer whose `keys` and `values` are the first slots of larger tensors.
+    """A dynamic layer whose `keys` and `values` are views of the first slots of larger buffers.
 
-    Transformers' dynamic layer concatenates, and so copies all its slots in every pass; in a long text that
-    is more than the pass itself reads. Here all slots move only when the room is used up. Whatever else
-    gives the layer other keys and values (a selection of rows, say) takes the room away, and the next pass
-    makes new room.
+    Transformers' dynamic layer concatenates, so it copies all its slots in every pass; in a long text
+    that is more than the pass itself reads. This layer copies them only when a buffer is full. Any
+    operation that assigns other keys and values, such as a selection of rows, invalidates the buffers,
+    and the next pass allocates new ones.
     """
 
     def __init__(self) -> None:
         super().__init__()
-        self._room: tuple[torch.Tensor, torch.Tensor] | None = None
-        self._shown: tuple[torch.Tensor, torch.Tensor] | None = None
+        self._buffers: tuple[torch.Tensor, torch.Tensor] | None = None
+        self._views: tuple[torch.Tensor, torch.Tensor] | None = None
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Write `(B, heads, Q, D)` behind the slots there are; return all, `(B, heads, W + Q, D)`."""
+        """Append `(B, heads, Q, D)`; return all slots, `(B, heads, W + Q, D)`."""
         if not self.is_initialized or self.keys.numel() == 0:
             return super().update(key_states, value_states, *args, **kwargs)
         known, length = self.keys.shape[-2], self.keys.shape[-2] + key_states.shape[-2]
         if not self._has_room(length):
-            self._room = _with_room(self.keys, length), _with_room(self.values, length)
-        assert self._room is not None
-        for room, new in zip(self._room, (key_states, value_states), strict=True):
-            room[..., known:length, :] = new
-        self._show(length)
+            self._buffers = _new_buffer(self.keys, length), _new_buffer(self.values, length)
+        assert self._buffers is not None
+        for buffer, new in zip(self._buffers, (key_states, value_states), strict=True):
+            buffer[..., known:length, :] = new
+        self._set_length(length)
         return self.keys, self.values
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Forget the last slots; their places are kept."""
-        in_room = self._has_room(0)
+        """Drop the last slots, but keep the buffers."""
+        uses_buffers = self._has_room(0)
         super().crop(tokens_to_remove)
-        if in_room:
-            self._show(self.keys.shape[-2])
+        if uses_buffers:
+            self._set_length(self.keys.shape[-2])
 
     def _has_room(self, length: int) -> bool:
-        """Whether keys and values are those last shown, and so many slots have a place."""
-        if self._room is None or self._shown is None:
+        """Return whether keys and values are the current views, of buffers with that many slots."""
+        if self._buffers is None or self._views is None:
             return False
-        is_own = self.keys is self._shown[0] and self.values is self._shown[1]
-        return is_own and length <= self._room[0].shape[-2]
+        is_view = self.keys is self._views[0] and self.values is self._views[1]
+        return is_view and length <= self._buffers[0].shape[-2]
 
-    def _show(self, length: int) -> None:
-        assert self._room is not None
-        self.keys, self.values = (room[..., :length, :] for room in self._room)
-        self._shown = self.keys, self.values
+    def _set_length(self, length: int) -> None:
+        assert self._buffers is not None
+        self.keys, self.values = (buffer[..., :length, :] for buffer in self._buffers)
+        self._views = self.keys, self.values
 
 
-def _with_room(states: torch.Tensor, length: int) -> torch.Tensor:
-    """Copy `(B, heads, W, D)` into the first slots of a larger tensor."""
+def _new_buffer(states: torch.Tensor, length: int) -> torch.Tensor:
+    """Return a buffer for `length` slots and more, with `(B, heads, W, D)` in its first slots."""
     capacity = length + max(MIN_ROOM, length // 4)
-    room = states.new_empty((*states.shape[:-2], capacity, states.shape[-1]))
-    room[..., : states.shape[-2], :] = states
-    return room
+    buffer = states.new_empty((*states.shape[:-2], capacity, states.shape[-1]))
+    buffer[..., : states.shape[-2], :] = states
+    return buffer
 
 
-def _converted(layer: Any, other: Any) -> Any:
-    own = {name: value for name, value in vars(layer).items() if name not in ("_room", "_shown")}
-    vars(other).update(own)
+def _copy_attributes(layer: Any, other: Any) -> Any:
+    """Give another kind of layer everything that a layer holds, except its buffers."""
+    attributes = {
+        name: value for name, value in vars(layer).items() if name not in ("_buffers", "_views")
+    }
+    vars(other).update(attributes)
     return other
 
 
 def start_rollback(cache: Cache) -> None:
     """Let a cache be rolled back until `stop_rollback`.
 
-    Layers that forget, such as sliding windows, keep what a rollback needs; plain ones grow in place.
+    Layers that drop old slots, such as sliding windows, keep what a rollback needs. Others grow in place.
     """
     for number, layer in enumerate(cache.layers):
-        if type(layer) is DynamicLayer:  # what a subclass does beside would be lost
-            cache.layers[number] = _converted(layer, GrowingLayer())
-    keeps_states = has_recurrent_states(cache)  # copied instead, see `rollback_lmtp.ReplayedSlots`
+        if type(layer) is DynamicLayer:  # not a subclass, whose additions would be lost
+            cache.layers[number] = _copy_attributes(layer, GrowingLayer())
+    copies_states = has_recurrent_states(cache)  # see `rollback_lmtp.ReplayedSlots`
     for layer in cache.layers:
-        is_copied = keeps_states and isinstance(layer, LinearAttentionCacheLayerMixin)
+        is_copied = copies_states and isinstance(layer, LinearAttentionCacheLayerMixin)
         if hasattr(layer, "activate_past_recording") and not is_copied:
             layer.activate_past_recording()
 
 
 def stop_rollback(cache: Cache) -> None:
-    """Undo `start_rollback`, because the cache goes back to the caller: copies of it may not share room."""
+    """Undo `start_rollback` before the caller gets the cache: copies of it must not share buffers."""
     for number, layer in enumerate(cache.layers):
         if type(layer) is GrowingLayer:
-            cache.layers[number] = _converted(layer, DynamicLayer())
+            cache.layers[number] = _copy_attributes(layer, DynamicLayer())
         elif hasattr(layer, "record_past"):
             layer.record_past = False

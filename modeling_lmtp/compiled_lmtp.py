@@ -1,51 +1,40 @@
-"""The backbone's pass, compiled, with the states that leap heads read among what it returns.
+"""A compiled backbone pass that also returns the states that leap heads read.
 
-Transformers compiles a model's forward for decoding over a static cache. Hooks that collect states, new in
-each call of `generate`, have no place in compiled code: it goes on to call the ones it was traced with.
+Transformers compiles a model's forward to decode over a static cache. `head_states` registers new hooks in
+each block, and compiled code would keep calling the hooks of the block that it was traced in. So each
+backbone has one collector for all compiled passes, and its states are an output of the compiled function.
 
 Shapes: `B` batch, `Q` nodes, `H` hidden size, `K` states per token.
 """
 
 import weakref
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import nn
 from transformers import CompileConfig, GenerationConfig, PreTrainedModel
 from transformers.utils import ModelOutput
 
-from .configuration_lmtp import LAST
-from .states_lmtp import join_states
+from .configuration_lmtp import HEAD_INPUTS
+from .states_lmtp import StateCollector
 from .transformers_lmtp import would_compile
 
-
-class _Sink:
-    """Where one backbone's unembedding leaves its input; one object for all passes."""
-
-    def __init__(self) -> None:
-        self.states: torch.Tensor | None = None
-
-    def collect(self, module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
-        self.states = args[0]
-
-
-_sinks: "weakref.WeakKeyDictionary[PreTrainedModel, _Sink]" = weakref.WeakKeyDictionary()
-# By configuration
+_collectors: "weakref.WeakKeyDictionary[PreTrainedModel, dict[str, StateCollector]]" = (
+    weakref.WeakKeyDictionary()
+)
+# By configuration, so that models share a compiled function as far as torch allows
 _compiled: dict[str, Callable[..., tuple[ModelOutput, torch.Tensor | None]]] = {}
 
 
 def _run(
-    backbone: PreTrainedModel, sink: _Sink, head_input: str, inputs: dict[str, Any]
+    backbone: PreTrainedModel, collector: StateCollector, inputs: dict[str, Any]
 ) -> tuple[ModelOutput, torch.Tensor | None]:
-    if head_input != LAST:
-        inputs = {**inputs, "output_hidden_states": True}
-    outputs = backbone(**inputs)
-    states, sink.states = sink.states, None
-    if head_input != LAST and states is not None:
-        states = join_states(backbone, outputs.hidden_states, states)
-    return outputs, states
+    # Dynamo does not guard on hooks, but on what is read here. Without this, code traced for one head_input
+    # would run for another model with the other one
+    assert collector.head_input in HEAD_INPUTS
+    outputs = backbone(**inputs, return_dict=True)
+    # Popped, because a list of another length in the next call would be compiled anew
+    return outputs, collector.states.pop() if collector.states else None
 
 
 def compiled_pass(
@@ -54,13 +43,14 @@ def compiled_pass(
     generation_config: GenerationConfig,
     model_kwargs: dict[str, Any],
 ) -> "CompiledPass | None":
-    """Return a compiled call of the backbone where Transformers would decode with one.
+    """Return a compiled pass if Transformers would decode this call with one, else None.
 
     Args:
         backbone: the model.
-        head_input: what heads read, see `LMTPConfig`.
-        generation_config: of this call; a prefill in chunks is told not to be compiled, hooks and all.
-        model_kwargs: as `generate` prepared them, the cache among them.
+        head_input: see `LMTPConfig`.
+        generation_config: of this call. Its `disable_compile` is set, because a chunked prefill would
+            otherwise be compiled with the hooks of `head_states` in it.
+        model_kwargs: as `generate` prepared them, with the cache.
     """
     if not would_compile(backbone, model_kwargs, generation_config):
         return None
@@ -69,46 +59,38 @@ def compiled_pass(
 
 
 class CompiledPass:
-    """A compiled call of the backbone.
+    """Runs the backbone compiled, like `states_lmtp.run_pass`.
 
     Args:
         backbone: the model.
-        head_input: what heads read, see `LMTPConfig`.
-        config: how to compile.
+        head_input: see `LMTPConfig`.
+        config: the arguments of `torch.compile`.
     """
 
     def __init__(self, backbone: PreTrainedModel, head_input: str, config: CompileConfig) -> None:
         self.backbone = backbone
-        self.head_input = head_input
         settings = config.to_dict()
         if repr(settings) not in _compiled:
             _compiled[repr(settings)] = torch.compile(_run, **settings)
         self._run = _compiled[repr(settings)]
-        self._sink = _sinks.setdefault(backbone, _Sink())
-        self._states: list[torch.Tensor] = []
+        collectors = _collectors.setdefault(backbone, {})
+        if head_input not in collectors:
+            collectors[head_input] = StateCollector(head_input)
+        self._collector = collectors[head_input]
 
-    @contextmanager
-    def head_states(self) -> Iterator[list[torch.Tensor]]:
-        """Collect what heads read in each call inside the block, `(B, Q, H)` or `(B, Q, K·H)`."""
-        handle = self.backbone.get_output_embeddings().register_forward_pre_hook(self._sink.collect)
-        try:
-            yield self._states
-        finally:
-            handle.remove()
-
-    def __call__(self, **inputs: Any) -> ModelOutput:
-        """Run the backbone.
+    def __call__(self, inputs: dict[str, Any]) -> tuple[ModelOutput, torch.Tensor]:
+        """Return the backbone's output and the heads' input, `(B, Q, H)` or `(B, Q, K·H)`.
 
         Raises:
-            RuntimeError: code compiled before, without the states, was run instead.
+            RuntimeError: code was run that had been compiled without the collector.
         """
-        outputs, states = self._run(self.backbone, self._sink, self.head_input, inputs)
+        with self._collector.attached(self.backbone):
+            outputs, states = self._run(self.backbone, self._collector, inputs)
         if states is None:
             raise RuntimeError(
                 f"The compiled {type(self.backbone).__name__} returned no states for the leap heads. "
                 "Pass disable_compile=True."
             )
-        self._states.append(states)
-        if inputs.get("output_hidden_states"):  # they are kept, and a CUDA graph writes over them
+        if outputs.get("hidden_states") is not None:  # a CUDA graph would overwrite them
             outputs.hidden_states = tuple(layer.clone() for layer in outputs.hidden_states)
-        return outputs
+        return outputs, states

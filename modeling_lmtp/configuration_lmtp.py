@@ -1,12 +1,13 @@
 """Configuration of a causal language model with leap heads."""
 
-# First, because it tells a Transformers that is too old from one that is not. This file imports no file
-# that imports others than these, which is as far as the loaders of old releases look.
+# First, because it raises a clear error if Transformers is too old. Loaders of old releases find only
+# files that this file, or a file that it imports, imports. So the files imported here import each other
+# only.
 from .transformers_lmtp import (  # isort: split
     CACHE_NAMES,
     attention_implementation,
-    drop_place,
     implementations,
+    remove_local_path,
     set_implementations,
 )
 
@@ -16,8 +17,7 @@ from typing import Any
 from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, PreTrainedConfig
 
-from .context_lmtp import PATH
-from .leaps_lmtp import check_offsets
+from .leaps_lmtp import PATH, check_offsets
 
 LAST, WEIGHTED = HEAD_INPUTS = "last", "weighted"  # the values of `head_input`
 
@@ -26,36 +26,37 @@ LAST, WEIGHTED = HEAD_INPUTS = "last", "weighted"  # the values of `head_input`
 class LMTPConfig(PreTrainedConfig):
     """Configuration of `LMTPForCausalLM`: a backbone and its leap heads (arXiv 2505.17505).
 
-    What only decoding needs (`use_lmtp`, `draft_tree`, `draft_length`) lives in `generation_config`.
+    Settings of decoding alone (`use_lmtp`, `draft_tree`, `draft_length`, …) are in `generation_config`.
 
     Args:
         backbone_config: configuration, or its dict, of any causal language model.
         leap_offsets: increasing integers ≥ 2; leap head `i` predicts `x_{s + leap_offsets[i]}` from
             the hidden state at `s`. The paper's default, leap 2 with 3 heads, is `(3, 5, 7)`.
             Empty: no leap heads, plain next-token prediction.
-        head_context: how many of the tokens that follow its state, and are known already, a head may
-            see (*grounded* heads); 0 is the paper's head. `"path"`: all tokens up to its target, those
-            drafted before it on the same path as well (*path-grounded*).
-        head_input: which states a head reads: `"last"`, the one that the unembedding reads, or
-            `"weighted"`, also a learned mean of those of all layers (arXiv 2502.09419).
+        head_context: how many known tokens after its state a head may see (*grounded* heads); 0 is the
+            paper's head. With `"path"`, a head sees all tokens up to its target, including those drafted
+            before it on the same path (*path-grounded* heads).
+        head_input: which states a head reads: `"last"`, the unembedding's input, or `"weighted"`, also a
+            learned mean of all layers' states (arXiv 2502.09419).
         num_head_layers: residual blocks per leap head.
-        share_lm_head: leap heads reuse the backbone's unembedding; `False` gives each head a matrix
-            of its own, as in the paper, starting as a copy of the backbone's.
-        lm_head_rank: rank of what each head adds to the shared unembedding, `B A` in `W + B A`,
-            starting at zero; 0 adds nothing.
-        draft_token_ids: the tokens that heads may propose, increasing; None is the whole vocabulary.
-        leap_loss_weight: β, the weight of the heads' losses beside the backbone's own (stage 2).
-        train_backbone: `False`, stage 1: the backbone is frozen and only the heads have a loss.
-        base_model_name_or_path: where the backbone came from.
+        share_lm_head: leap heads share the backbone's unembedding. `False` gives each head its own matrix,
+            as in the paper, which starts as a copy of the backbone's.
+        lm_head_rank: the rank of each head's update of the shared unembedding, `B A` in `W + B A`, which
+            starts at zero; 0 for no update.
+        draft_token_ids: the tokens that heads may propose, increasing; None for the whole vocabulary.
+        leap_loss_weight: β, the weight of the heads' losses relative to the backbone's (stage 2).
+        train_backbone: whether the backbone trains. `False` (stage 1) freezes it, and only the heads have a
+            loss.
+        base_model_name_or_path: the Hub id or folder of the backbone.
         base_model_revision: its commit, if known.
-        heads_only: this checkpoint holds the leap heads alone; loading it takes the backbone's weights
-            from where they came from.
+        heads_only: the checkpoint contains the leap heads only; loading it gets the backbone's weights from
+            `base_model_name_or_path`.
     """
 
     model_type = "lmtp"
     sub_configs = {"backbone_config": AutoConfig}  # noqa: RUF012 (read by Transformers as it is)
     _auto_class = "AutoConfig"
-    # What `Trainer.predict` does not take for predictions
+    # Outputs that `Trainer.predict` must not treat as predictions
     keys_to_ignore_at_inference = [*CACHE_NAMES, "leap_losses"]  # noqa: RUF012 (as Transformers has it)
 
     backbone_config: Any = None  # PreTrainedConfig; a dict is turned into one
@@ -73,7 +74,7 @@ class LMTPConfig(PreTrainedConfig):
     heads_only: bool = False
 
     def __post_init__(self, **kwargs: Any) -> None:
-        """Build the backbone's configuration from its dict and settle types."""
+        """Build the backbone's configuration from its dict, and normalise types."""
         if isinstance(self.backbone_config, dict):
             if "model_type" not in self.backbone_config:
                 raise ValueError(
@@ -87,8 +88,8 @@ class LMTPConfig(PreTrainedConfig):
         before = implementations(self.backbone_config)
         super().__post_init__(**kwargs)
         if self.backbone_config is not None and attention_implementation(self) is None:
-            # Transformers hands its own, unset, down to sub-configurations: keep what a loaded backbone
-            # runs with
+            # Transformers has passed the unset implementation down to the backbone's configuration, which
+            # may be that of a loaded model
             set_implementations(self.backbone_config, before)
 
     def validate_leap_offsets(self) -> None:
@@ -96,7 +97,7 @@ class LMTPConfig(PreTrainedConfig):
         check_offsets(self.leap_offsets)
 
     def validate_head_context(self) -> None:
-        """A head sees no negative number of tokens."""
+        """The number of visible tokens is not negative."""
         is_path = self.head_context == PATH
         if not is_path and (isinstance(self.head_context, str) or self.head_context < 0):
             raise ValueError(
@@ -105,7 +106,7 @@ class LMTPConfig(PreTrainedConfig):
             )
 
     def validate_head_input(self) -> None:
-        """A head reads the last state, or those of all layers."""
+        """A head reads the last state, or the states of all layers."""
         if self.head_input not in HEAD_INPUTS:
             raise ValueError(
                 f"head_input must be 'last' (the paper's head) or 'weighted', got {self.head_input!r}."
@@ -118,7 +119,7 @@ class LMTPConfig(PreTrainedConfig):
             return
         if not ids or ids[0] < 0 or any(b <= a for a, b in pairwise(ids)):
             raise ValueError(
-                "draft_token_ids must be increasing token ids, at least one, or None for all; got "
+                "draft_token_ids must be increasing token ids, at least one, or None for all tokens; got "
                 f"{len(ids)} ids that begin with {list(ids[:5])}."
             )
         if self.backbone_config is not None and ids[-1] >= self.get_text_config().vocab_size:
@@ -141,7 +142,7 @@ class LMTPConfig(PreTrainedConfig):
         if self.lm_head_rank and not self.share_lm_head:
             raise ValueError(
                 f"lm_head_rank={self.lm_head_rank} adapts the shared unembedding, but with "
-                "share_lm_head=False each head has one of its own. Set one or the other."
+                "share_lm_head=False each head has its own. Set one or the other."
             )
 
     def validate_leap_loss_weight(self) -> None:
@@ -158,19 +159,19 @@ class LMTPConfig(PreTrainedConfig):
             )
 
     def to_dict(self) -> dict[str, Any]:
-        """Return what is saved; not where the backbone lay, which says nothing to others."""
+        """Return what is saved, without the local path of the backbone."""
         values = super().to_dict()
         if isinstance(values.get("backbone_config"), dict):
-            drop_place(values["backbone_config"])
+            remove_local_path(values["backbone_config"])
         return values
 
     def get_text_config(self, *args: Any, **kwargs: Any) -> PreTrainedConfig:
-        """Return the backbone's text configuration: it answers for vocabulary, layers and cache."""
+        """Return the backbone's text configuration, which describes vocabulary, layers and cache."""
         if self.backbone_config is None:
             return self
         return self.backbone_config.get_text_config(*args, **kwargs)
 
     @property
     def num_leap_heads(self) -> int:
-        """The number of leap heads, the language-modeling head not counted."""
+        """The number of leap heads, without the language-modeling head."""
         return len(self.leap_offsets)

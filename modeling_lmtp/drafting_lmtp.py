@@ -1,6 +1,6 @@
-"""Drafters: where candidates come from, and the one seam where they plug in.
+"""Drafters: what a drafter is, and the drafters that need no leap heads.
 
-Shapes: `B` batch, `L` known tokens, `S` last states known, `H` hidden size, `N` candidates.
+Shapes: `B` batch, `L` known tokens, `S` known states, `H` hidden size, `N` candidates.
 """
 
 from abc import ABC, abstractmethod
@@ -9,8 +9,13 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
+from torch.nn.functional import pad
 
 from .tree_lmtp import MAX_NODES, DraftTree
+
+COPIED_PER_MATCH = (
+    3  # prompt lookup: the longer the match, the further the copy is likely to be right
+)
 
 
 @dataclass(frozen=True)
@@ -19,9 +24,9 @@ class Candidates:
 
     Args:
         trees: one tree per row; rows may differ in structure and size.
-        token_ids: `(B, N)`, `N` the size of the largest tree; what stands behind the nodes of a
-            smaller one is any valid token id and is never accepted.
-        rows: the same as lists, where they were made on the host.
+        token_ids: `(B, N)`, where `N` is the size of the largest tree. A smaller tree is padded with any
+            valid token ids, which are never accepted.
+        rows: the same ids as lists, if they were made on the host.
     """
 
     trees: tuple[DraftTree, ...]
@@ -30,22 +35,23 @@ class Candidates:
 
     @classmethod
     def none(cls, input_ids: torch.Tensor) -> "Candidates":
-        """No candidates for the rows of `input_ids` `(B, L)`."""
+        """Return no candidates for each row of `input_ids` `(B, L)`."""
         num_rows = input_ids.shape[0]
         return cls((DraftTree(),) * num_rows, input_ids[:, :0], [[] for _ in range(num_rows)])
 
     @classmethod
-    def of_rows(
+    def from_rows(
         cls,
         trees: Sequence[DraftTree],
         token_ids: Sequence[Sequence[int]],
         input_ids: torch.Tensor,
     ) -> "Candidates":
-        """Take lists of different lengths, one token per node of each row's tree.
+        """Make candidates from lists of different lengths.
 
         Args:
-            trees: one per row of `input_ids`, `(B, L)`.
-            token_ids: per row.
+            trees: one per row.
+            token_ids: per row, one token per node of its tree.
+            input_ids: `(B, L)`, for its dtype and device.
         """
         longest = max(len(row) for row in token_ids)
         padded = [[*row, *[0] * (longest - len(row))] for row in token_ids]
@@ -53,7 +59,7 @@ class Candidates:
         return cls(tuple(trees), ids.reshape(len(padded), longest), padded)
 
     def on_host(self) -> list[list[int]]:
-        """Return the tokens as lists; waits for the device only if they come from there."""
+        """Return the token ids as lists; waits for the device only if they were made there."""
         return self.token_ids.tolist() if self.rows is None else self.rows
 
     @property
@@ -63,7 +69,7 @@ class Candidates:
 
     @property
     def is_shared(self) -> bool:
-        """Whether all rows have one tree, of `N` nodes."""
+        """Whether all rows have the same tree, with `N` nodes."""
         first = self.trees[0]
         same = all(tree is first or tree == first for tree in self.trees[1:])
         return same and first.num_nodes == self.num_nodes
@@ -74,13 +80,13 @@ class Candidates:
         return all(tree.is_chain for tree in self.trees)
 
     def to(self, device: torch.device) -> "Candidates":
-        """Return the same with `token_ids` on that device."""
+        """Return the candidates with `token_ids` on a device."""
         if self.token_ids.device == device:
             return self
         return replace(self, token_ids=self.token_ids.to(device))
 
     def truncate(self, depths: Sequence[int]) -> "Candidates":
-        """Return the draft without the nodes of row `b` that are deeper than `depths[b]`."""
+        """Return the candidates without the nodes of row `b` that are deeper than `depths[b]`."""
         deepest = max(tree.depth for tree in self.trees)
         if all(depth >= deepest for depth in depths):
             return self
@@ -92,45 +98,204 @@ class Candidates:
         return Candidates(trees, self.token_ids[:, :num_nodes], rows)
 
 
-def tree_of_texts(texts: Iterable[tuple[int, ...]]) -> tuple[DraftTree, list[int]]:
-    """Build a tree from the tokens on the way to each node; return it and each node's token.
+def tree_from_paths(paths: Iterable[tuple[int, ...]]) -> tuple[DraftTree, list[int]]:
+    """Build a tree from paths of tokens; return it and each node's token.
 
     Args:
-        texts: one per node, each with its parent's among them; better ones before their siblings.
+        paths: for each node, the tokens from the root to it. The path of its parent is among them, and
+            better nodes come before their siblings.
     """
-    ordered = sorted(texts, key=len)
-    number = {(): 0, **{text: node for node, text in enumerate(ordered, start=1)}}
+    ordered = sorted(paths, key=len)
+    number = {(): 0, **{path: node for node, path in enumerate(ordered, start=1)}}
     num_children: Counter[tuple[int, ...]] = Counter()
     ranks = []
-    for text in ordered:
-        ranks.append(num_children[text[:-1]])
-        num_children[text[:-1]] += 1
-    tree = DraftTree(tuple(number[text[:-1]] for text in ordered), tuple(ranks))
-    return tree, [text[-1] for text in ordered]
+    for path in ordered:
+        ranks.append(num_children[path[:-1]])
+        num_children[path[:-1]] += 1
+    tree = DraftTree(tuple(number[path[:-1]] for path in ordered), tuple(ranks))
+    return tree, [path[-1] for path in ordered]
 
 
 class Drafter(ABC):
-    """Proposes candidates for the tokens after the last one emitted.
+    """Proposes candidates for the tokens that follow the last one emitted.
 
     Attributes:
-        num_states: how many of the last hidden states `draft` wants to see.
-        max_nodes: how many candidates a row is given at most; over a static cache, each pass has room
-            for as many.
+        num_states: how many of the last hidden states `draft` reads.
+        max_nodes: the largest number of candidates per row; with a static cache, each pass has room for
+            that many.
     """
 
     num_states: int = 1
     max_nodes: int = MAX_NODES - 1
 
+    def reset(self) -> None:  # noqa: B027 (most drafters keep nothing)
+        """Forget earlier texts; runs once per call of `generate`, before the first draft."""
+
     @abstractmethod
     def draft(
         self, input_ids: torch.Tensor, hidden_states: torch.Tensor, max_depth: int
     ) -> Candidates:
-        """Propose candidates; whatever they are, the text generated stays the same.
+        """Propose candidates. They affect the speed only: the text stays that of plain decoding.
 
         Args:
-            input_ids: `(B, L)`, all tokens known, flush right: the last one of each row is the root
-                of its tree, and shorter rows begin with tokens of no meaning.
-            hidden_states: `(B, S, H)`, states of the tokens before the root, the latest last;
-                `S` is at most `num_states`, fewer right after a short prompt.
-            max_depth: at least 0; no candidate may lie deeper, because no token may follow there.
+            input_ids: `(B, L)`, all known tokens, left-padded with arbitrary tokens. The last token of each
+                row is the root of its tree.
+            hidden_states: `(B, S, H)`, the states of the tokens before the root, the latest last. `S` is
+                `num_states`, or less right after a short prompt.
+            max_depth: the largest distance, 0 or more, at which a token may still follow; no candidate may
+                be deeper.
         """
+
+
+class PromptLookupDrafter(Drafter):
+    """Proposes the tokens that followed an earlier occurrence of the n-gram at the end of the text.
+
+    This is prompt lookup decoding, or n-gram speculation. It runs no model, and pays off where the output
+    quotes its input. It takes the longest n-gram that occurs before, and of several occurrences the latest.
+    It copies `COPIED_PER_MATCH` tokens per token of that n-gram.
+
+    Args:
+        num_tokens: the largest number of candidates.
+        max_ngram_size: the longest n-gram to look for, 6 by default.
+
+    Raises:
+        ValueError: a number is out of range.
+    """
+
+    def __init__(self, num_tokens: int, max_ngram_size: int | None = None) -> None:
+        if not 1 <= num_tokens < MAX_NODES:
+            raise ValueError(
+                f"prompt_lookup_num_tokens must be from 1 to {MAX_NODES - 1}, got {num_tokens}."
+            )
+        max_ngram_size = 6 if max_ngram_size is None else max_ngram_size
+        if max_ngram_size < 1:
+            raise ValueError(f"max_matching_ngram_size must be 1 or more, got {max_ngram_size}.")
+        self.num_tokens = self.max_nodes = num_tokens
+        self.max_ngram_size = max_ngram_size
+
+    def draft(
+        self, input_ids: torch.Tensor, hidden_states: torch.Tensor, max_depth: int
+    ) -> Candidates:
+        """Propose one chain per row, empty where nothing matches."""
+        length = min(self.num_tokens, max_depth)
+        if length == 0 or input_ids.shape[1] < 2:
+            return Candidates.none(input_ids)
+        sizes, tokens = self._continuations(input_ids, length)
+        both = torch.cat([sizes, tokens], dim=1).tolist()  # one transfer to the host
+        chains = [row[1 : 1 + COPIED_PER_MATCH * row[0]] for row in both]
+        trees = [DraftTree.chain(len(chain)) for chain in chains]
+        return Candidates.from_rows(trees, chains, input_ids)
+
+    def _continuations(
+        self, input_ids: torch.Tensor, length: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the size of the longest match, `(B, 1)`, and what followed it, `(B, length)`.
+
+        A copy that reaches the end of the text continues with itself, because the text may be periodic.
+        """
+        num_known = input_ids.shape[1]
+        agrees = torch.stack(
+            [
+                pad(
+                    input_ids[:, : num_known - 1 - back] == input_ids[:, -1 - back, None], (back, 0)
+                )
+                for back in range(min(self.max_ngram_size, num_known - 1))
+            ]
+        )  # [back, b, e]: does the token `back` before position e equal the one `back` before the end?
+        sizes = agrees.cumprod(dim=0).sum(dim=0)
+        ends = torch.arange(num_known - 1, device=input_ids.device)
+        end = (sizes * num_known + ends).argmax(dim=1, keepdim=True)
+        steps = torch.arange(length, device=input_ids.device) % (num_known - 1 - end)
+        return sizes.gather(1, end), input_ids.gather(1, end + 1 + steps)
+
+
+class MergedDrafter(Drafter):
+    """Merges the candidates of several drafters into one tree, verified in one pass.
+
+    Args:
+        drafters: earlier ones take precedence where the tree is full.
+        takes_trees: whether trees can be verified. If not, each row gets the chain of the first drafter
+            that proposes any.
+    """
+
+    def __init__(self, drafters: Sequence[Drafter], takes_trees: bool = True) -> None:
+        self.drafters = tuple(drafters)
+        self.takes_trees = takes_trees
+        self.num_states = max(drafter.num_states for drafter in drafters)
+        self.max_nodes = min(MAX_NODES - 1, sum(drafter.max_nodes for drafter in drafters))
+
+    def reset(self) -> None:
+        """Reset every drafter."""
+        for drafter in self.drafters:
+            drafter.reset()
+
+    def draft(
+        self, input_ids: torch.Tensor, hidden_states: torch.Tensor, max_depth: int
+    ) -> Candidates:
+        """Ask every drafter, and merge row by row."""
+        drafts = [drafter.draft(input_ids, hidden_states, max_depth) for drafter in self.drafters]
+        token_ids = [candidates.on_host() for candidates in drafts]
+        merge = merge_trees if self.takes_trees else _first_chain
+        merged = [
+            merge([(c.trees[row], ids[row]) for c, ids in zip(drafts, token_ids, strict=True)])
+            for row in range(input_ids.shape[0])
+        ]
+        return Candidates.from_rows(
+            [tree for tree, _ in merged], [ids for _, ids in merged], input_ids
+        )
+
+
+def _first_chain(proposals: Sequence[tuple[DraftTree, list[int]]]) -> tuple[DraftTree, list[int]]:
+    tree, token_ids = next((p for p in proposals if p[0].num_nodes), proposals[-1])
+    return tree, token_ids[: tree.num_nodes]
+
+
+def merge_trees(
+    proposals: Sequence[tuple[DraftTree, Sequence[int]]],
+) -> tuple[DraftTree, list[int]]:
+    """Merge trees of tokens: a path that several of them propose appears once.
+
+    Args:
+        proposals: trees, and one token per node; later ones are cut where `MAX_NODES` is reached.
+    """
+    merged: dict[tuple[int, ...], None] = {}  # an ordered set
+    for tree, token_ids in proposals:
+        paths: list[tuple[int, ...]] = [()]
+        for parent, token in zip(tree.parents, token_ids, strict=False):
+            path = (*paths[parent], token)
+            paths.append(path)
+            if len(merged) < MAX_NODES - 1 and (len(path) == 1 or path[:-1] in merged):
+                merged.setdefault(path)
+    return tree_from_paths(merged)
+
+
+class ForwardDrafter(Drafter):
+    """Forward decoding (F-MTP, the ablation of arXiv 2505.17505): a plain pass before every draft.
+
+    The pass over the token just emitted computes its state, from which the heads then draft. L-MTP saves
+    that pass by looking backward. To measure the difference:
+
+        model.generate(**inputs, use_lmtp=True, drafter=ForwardDrafter(model.new_drafter()))
+
+    Args:
+        drafter: drafts after the pass.
+    """
+
+    def __init__(self, drafter: Drafter) -> None:
+        self.drafter = drafter
+        self.num_states, self.max_nodes = drafter.num_states, drafter.max_nodes
+        self._has_forward_state = False
+
+    def reset(self) -> None:
+        """Start with a plain pass."""
+        self._has_forward_state = False
+        self.drafter.reset()
+
+    def draft(
+        self, input_ids: torch.Tensor, hidden_states: torch.Tensor, max_depth: int
+    ) -> Candidates:
+        """Propose nothing, and what the drafter proposes, in turn."""
+        self._has_forward_state = not self._has_forward_state
+        if self._has_forward_state:
+            return Candidates.none(input_ids)
+        return self.drafter.draft(input_ids, hidden_states, max_depth)

@@ -1,8 +1,8 @@
-"""`generate(use_lmtp=True)`: plain decoding's text, in fewer backbone passes.
+"""`generate(use_lmtp=True)`: the text of plain decoding, in fewer backbone passes.
 
-Plain or not, generation runs through the backbone's own `generate`, so that inputs, cache, logits
-processors and stopping criteria are prepared by Transformers for that very architecture. L-MTP is a
-decoding loop handed to it.
+Every call runs through the backbone's own `generate`, so Transformers prepares inputs, cache, logits
+processors and stopping criteria for that architecture. L-MTP passes it a decoding loop
+(`custom_generate`).
 """
 
 import inspect
@@ -19,31 +19,30 @@ from transformers import (
 )
 from transformers.utils import ModelOutput, logging
 
-from .choosing_lmtp import TokenChooser
-from .composition_lmtp import ForwardDrafter, MergedDrafter
-from .context_lmtp import PATH
-from .drafting_lmtp import Drafter
-from .leap_drafter_lmtp import DynamicLeapHeadDrafter, LeapHeadDrafter
-from .leaps_lmtp import drafts
+from .acceptance_lmtp import TokenSelector
+from .drafting_lmtp import Drafter, MergedDrafter
+from .leap_drafter_lmtp import DraftHeads
+from .leaps_lmtp import PATH, drafts
 from .outputs_lmtp import with_acceptance_lengths
-from .path_drafter_lmtp import DynamicPathDrafter, PathDrafter
-from .planning_lmtp import Call, PlainDecoding, check_call, plan
-from .refusals_lmtp import (
+from .planning_lmtp import (
+    Call,
+    PlainDecoding,
+    check_call,
+    plan,
     refuse_empty_prompt,
-    refuse_ignored,
     refuse_other_strategies,
     refuse_prompt_learning,
+    refuse_unused_arguments,
 )
 from .settings_lmtp import STRICT, LMTPSettings
-from .support_lmtp import Tier
-from .transformers_lmtp import attention_implementation, given_cache
-from .tree_lmtp import DraftTree
+from .support_lmtp import Tier, decoding_support
+from .transformers_lmtp import attention_implementation, passed_cache
 
 logger = logging.get_logger(__name__)
 
 
 class LMTPGenerationMixin(GenerationMixin):
-    """Generation of a model that has a `backbone` and `leap_heads`."""
+    """Generation for a model with a `backbone` and `leap_heads`."""
 
     @torch.no_grad()
     def generate(
@@ -58,36 +57,39 @@ class LMTPGenerationMixin(GenerationMixin):
     ) -> ModelOutput | torch.Tensor:
         """Generate as Transformers does; with `use_lmtp=True`, the same text in fewer passes.
 
-        What the model or the installed libraries do not support with `use_lmtp=True` is decoded plainly,
-        with one warning that says why; `use_lmtp="strict"` raises a ValueError instead.
+        If the model or the installed libraries do not support a call with `use_lmtp=True`, it is decoded
+        plainly, with one warning that says why; `use_lmtp="strict"` raises a ValueError instead.
 
         Args:
-            inputs, generation_config, logits_processor, stopping_criteria, args, kwargs: all that
+            inputs, generation_config, logits_processor, stopping_criteria, args, kwargs: everything that
                 the backbone's `generate` takes.
-            use_lmtp: draft with the leap heads. Like the other settings of `LMTPSettings`
-                (`draft_tree`, `draft_length`, `draft_nodes`, `prompt_lookup_num_tokens`, …), it may
-                stand in `generation_config` instead. Settings that draft nothing decode plainly.
-            drafter: proposes candidates in place of the leap heads and of prompt lookup; only chains,
-                where the model takes no trees.
+            use_lmtp: draft with the leap heads. This and the other settings of `LMTPSettings`
+                (`draft_tree`, `draft_length`, `draft_nodes`, `prompt_lookup_num_tokens`, …) may be stored
+                in `generation_config` instead. Settings that draft nothing decode plainly.
+            drafter: proposes the candidates in place of leap heads and prompt lookup. It may propose chains
+                only, if the model cannot verify trees. `ForwardDrafter(model.new_drafter())` is the paper's
+                ablation F-MTP, see `drafting_lmtp`.
 
         Returns:
-            What the backbone's `generate` returns; with `return_dict_in_generate=True`, an
-            `LMTPGenerateOutput`, which also has the acceptance lengths.
+            What the backbone's `generate` returns. With `use_lmtp=True` and `return_dict_in_generate=True`,
+            that is an `LMTPGenerateOutput`, which adds the acceptance lengths.
 
         Raises:
-            ValueError: with `use_lmtp=True`, for a call that contradicts itself, before any work; and
-                for settings or a drafter in a call that leaves them without effect.
+            ValueError: before any work, if the call contradicts itself, or passes settings or a drafter
+                that would have no effect.
         """
         names = [*inspect.signature(GenerationMixin.generate).parameters]
-        kwargs.update(zip(names[5:], args, strict=False))  # those after self and these four
+        kwargs.update(
+            zip(names[5:], args, strict=False)
+        )  # those after self and the four named here
         in_call = dict(kwargs)
         settings = LMTPSettings.take_from(kwargs, generation_config, self.generation_config)
-        refuse_ignored(in_call, drafter is not None, bool(settings.use_lmtp))
+        refuse_unused_arguments(in_call, drafter is not None, bool(settings.use_lmtp))
         refuse_prompt_learning(self)
         self.backbone.generation_config = self.generation_config
         positional = inputs, generation_config, logits_processor, stopping_criteria
         if not settings.use_lmtp:
-            if in_call.get("use_lmtp") is False:  # turns off what the configuration says beside it
+            if in_call.get("use_lmtp") is False:  # it also turns off stored settings
                 kwargs.setdefault("prompt_lookup_num_tokens", None)
             return self.backbone.generate(*positional, **kwargs)
 
@@ -95,13 +97,14 @@ class LMTPGenerationMixin(GenerationMixin):
         refuse_empty_prompt(inputs, kwargs)
         settings.check(self.horizon, self.num_draftable)
         if settings.prompt_lookup_num_tokens is not None:
-            kwargs["prompt_lookup_num_tokens"] = None  # no strategy of its own
+            kwargs["prompt_lookup_num_tokens"] = None  # here it is a part of the draft
         try:
             check_call(self, kwargs)
             return self._generate_with_drafts(settings, drafter, positional, dict(kwargs))
-        except PlainDecoding as found:
-            why = found
-        return self._generate_plainly(settings, why, positional, kwargs)
+        except PlainDecoding as decision:
+            reason = decision
+        # Outside the handler, so that an error of plain decoding is not shown as caused by the decision
+        return self._generate_plainly(settings, reason, positional, kwargs)
 
     def _generate_with_drafts(
         self,
@@ -110,13 +113,13 @@ class LMTPGenerationMixin(GenerationMixin):
         positional: tuple[Any, ...],
         kwargs: dict[str, Any],
     ) -> ModelOutput | torch.Tensor:
-        """Let Transformers prepare the call, and decode with drafts.
+        """Let Transformers prepare the call, then decode with drafts.
 
         Raises:
-            PlainDecoding: before any pass of the call, and before the streamer gets anything.
+            PlainDecoding: before the first pass, and before the streamer gets anything.
         """
         streamer = kwargs.pop("streamer", None)
-        cache, mask = given_cache(kwargs), kwargs.get("attention_mask")
+        cache, mask = passed_cache(kwargs), kwargs.get("attention_mask")
         *others, criteria = positional
         criteria = _with_stop_strings(criteria, kwargs, positional[1], self.generation_config)
 
@@ -131,11 +134,11 @@ class LMTPGenerationMixin(GenerationMixin):
             num_known = input_ids.shape[1] if mask is None else mask.shape[1]
             call = Call(
                 input_ids,
-                TokenChooser(logits_processor, stopping_criteria, generation_config),
+                TokenSelector(logits_processor, stopping_criteria, generation_config),
                 generation_config,
                 model_kwargs,
                 streamer,
-                num_slots_given=None if cache is None else num_known,
+                num_cached_tokens=None if cache is None else num_known,
             )
             decoder = plan(self, settings, drafter, call)
             if streamer is not None:
@@ -148,80 +151,83 @@ class LMTPGenerationMixin(GenerationMixin):
     def _generate_plainly(
         self,
         settings: LMTPSettings,
-        why: PlainDecoding,
+        reason: PlainDecoding,
         positional: tuple[Any, ...],
         kwargs: dict[str, Any],
     ) -> ModelOutput | torch.Tensor:
-        if settings.use_lmtp == STRICT and not why.by_choice:
-            raise ValueError(f"use_lmtp={STRICT!r} would decode plainly: {why}") from None
-        logger.warning_once(f"use_lmtp=True decodes plainly here: {why}")
+        if settings.use_lmtp == STRICT and not reason.by_choice:
+            raise ValueError(f"use_lmtp={STRICT!r} would decode plainly: {reason}") from None
+        logger.warning_once(f"use_lmtp=True decodes plainly here: {reason}")
         output = self.backbone.generate(*positional, **kwargs)
         if torch.is_tensor(output):
             return output
         prompts = positional[0] if positional[0] is not None else kwargs.get("input_ids")
-        has_none = prompts is None and kwargs.get("inputs_embeds") is not None
-        length = 0 if has_none else 1 if prompts is None else prompts.shape[1]
+        if prompts is not None:
+            length = prompts.shape[1]
+        else:  # Transformers starts from the BOS token, or from embeddings, which are not in the output
+            length = 0 if kwargs.get("inputs_embeds") is not None else 1
         return with_acceptance_lengths(output, length, self._end_ids(positional[1], kwargs))
 
     def _end_ids(
         self, generation_config: GenerationConfig | None, kwargs: dict[str, Any]
     ) -> Collection[int]:
-        """The tokens at which a row of a call ends."""
+        """Return the tokens that end a row."""
         if "eos_token_id" in kwargs:
             ends = kwargs["eos_token_id"]
         else:
             configs = (generation_config, self.generation_config)
-            given = (getattr(config, "eos_token_id", None) for config in configs)
-            ends = next((value for value in given if value is not None), None)
+            values = (getattr(config, "eos_token_id", None) for config in configs)
+            ends = next((value for value in values if value is not None), None)
         return () if ends is None else (ends,) if isinstance(ends, int) else tuple(ends)
 
     @property
     def horizon(self) -> int:
-        """The furthest distance that the heads draft."""
+        """The largest distance that the heads draft."""
         return len(drafts(self.config.leap_offsets))
 
     @property
     def num_draftable(self) -> int:
-        """How many tokens the heads choose among."""
+        """The number of tokens that the heads choose from."""
         ids = self.config.draft_token_ids
         return self.config.get_text_config().vocab_size if ids is None else len(ids)
 
-    def new_drafter(self, settings: LMTPSettings, tier: Tier) -> Drafter:
-        """Return the drafter of settings for one batch size, for a backbone that verifies `tier`."""
-        drafter: Drafter = self._leap_head_drafter(settings, tier)
-        lookup = settings.prompt_lookup()
-        if lookup is not None:
-            drafter = MergedDrafter([lookup, drafter], takes_trees=tier is Tier.TREE)
-        return ForwardDrafter(drafter) if settings.forward_decoding else drafter
+    def new_drafter(
+        self, settings: LMTPSettings | None = None, tier: Tier | None = None
+    ) -> Drafter:
+        """Return a drafter that uses the leap heads, and prompt lookup if the settings ask for it.
 
-    def _leap_head_drafter(self, settings: LMTPSettings, tier: Tier) -> LeapHeadDrafter:
-        tree = settings.tree(self.horizon)
-        num_nodes = settings.draft_nodes
-        if num_nodes is not None:  # a tree is no deeper than it has nodes
-            tree = DraftTree.chain(min(tree.depth, num_nodes))
+        Args:
+            settings: for one batch size; by default, a chain of all that the heads can draft.
+            tier: what the backbone can verify; by default, that is tried out.
+        """
+        settings = settings or LMTPSettings()
+        tier = tier or decoding_support(self.backbone).tier
+        shape = settings.shape(self.horizon)
         if tier is not Tier.TREE:
-            if not tree.is_chain or (num_nodes or 0) > 1:
+            chain = shape.to_chain(self.horizon)
+            if not shape.is_chain:
                 logger.warning_once(
                     f"{type(self.backbone).__name__} with "
                     f"{attention_implementation(self.backbone.config)!r} attention cannot verify a draft "
-                    f"tree exactly; a chain of {tree.depth} candidates is drafted instead."
+                    f"tree exactly; a chain of {chain.length} candidates is drafted instead."
                 )
-            tree, num_nodes = DraftTree.chain(tree.depth), None
+            shape = chain
+        drafter: Drafter = shape.new_drafter(self.draft_heads())
+        lookup = settings.prompt_lookup()
+        return drafter if lookup is None else MergedDrafter([lookup, drafter], tier is Tier.TREE)
+
+    def draft_heads(self) -> DraftHeads:
+        """Return the parts of this model that drafters use."""
         token_ids = self.config.draft_token_ids
-        heads = (
+        return DraftHeads(
             self.leap_heads,
             self.config.leap_offsets,
             self.context_widths,
+            self.config.head_context == PATH,
             self.get_input_embeddings(),
             self.draft_unembeddings(),
             None if token_ids is None else torch.tensor(token_ids, device=self.device),
-            tree,
         )
-        is_path = self.config.head_context == PATH
-        if num_nodes is not None:
-            dynamic = DynamicPathDrafter if is_path else DynamicLeapHeadDrafter
-            return dynamic(num_nodes, settings.draft_threshold or 0.0, *heads)
-        return PathDrafter(*heads) if is_path else LeapHeadDrafter(*heads)
 
 
 def _with_stop_strings(
@@ -229,10 +235,10 @@ def _with_stop_strings(
     kwargs: dict[str, Any],
     *generation_configs: GenerationConfig | None,
 ) -> StoppingCriteriaList | None:
-    """Turn `stop_strings` into a criterion: Transformers drops the tokenizer of a call with a loop."""
-    given = [kwargs.get("stop_strings")]
-    given += [config.stop_strings for config in generation_configs if config is not None]
-    stop_strings = next((strings for strings in given if strings is not None), None)
+    """Turn `stop_strings` into a criterion, as Transformers keeps the tokenizer from custom loops."""
+    places = [kwargs.get("stop_strings")]
+    places += [config.stop_strings for config in generation_configs if config is not None]
+    stop_strings = next((strings for strings in places if strings is not None), None)
     if stop_strings is None or kwargs.get("tokenizer") is None:
         return stopping_criteria
     kwargs["stop_strings"] = None

@@ -1,4 +1,4 @@
-"""Heads-only checkpoints: leap heads in a repository of their own, their backbone in another."""
+"""Heads-only checkpoints: the leap heads in one repository, their backbone in another."""
 
 from pathlib import Path
 from typing import Any
@@ -15,9 +15,9 @@ logger = logging.get_logger(__name__)
 
 HEADS = "leap_heads."
 HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "proxies", "token")
-HEADS_OPTIONS = ("revision", "subfolder", "variant")  # where in the repository of the heads
-# Consent to the code of one repository is none to that of another
-NOT_THE_BACKBONES = (
+HEADS_OPTIONS = ("revision", "subfolder", "variant")  # say where the heads are in their repository
+# Not for the backbone; trusting the code of one repository does not mean trusting that of another
+HEADS_ONLY_OPTIONS = (
     *HEADS_OPTIONS,
     "generation_config",
     "trust_remote_code",
@@ -27,11 +27,11 @@ SAME_SIZES = ("hidden_size", "vocab_size", "num_hidden_layers")
 
 
 class LeapHeadsAlone(LMTPPreTrainedModel):
-    """The leap heads of a model whose backbone is loaded already, as Transformers loads a model.
+    """The leap heads alone, so that Transformers can load them for a backbone that is already loaded.
 
     Args:
         config: the configuration of the whole model.
-        backbone: the model that the heads belong to; not a part of this one.
+        backbone: the heads' backbone, which does not become a part of this model.
     """
 
     def __init__(self, config: Any, backbone: PreTrainedModel) -> None:
@@ -43,10 +43,10 @@ class LeapHeadsAlone(LMTPPreTrainedModel):
 
 
 class HeadsOnlyMixin(LMTPPreTrainedModel):
-    """Loads and saves checkpoints with, or without, the backbone's weights."""
+    """Loads and saves checkpoints with or without the backbone's weights."""
 
     def _freeze_backbone(self) -> None:
-        """Keep optimizers away from the backbone in stage 1."""
+        """Freeze the backbone in stage 1, so that optimizers leave it alone."""
         if self.config.num_leap_heads and not self.config.train_backbone:
             self.backbone.requires_grad_(False)
 
@@ -58,26 +58,26 @@ class HeadsOnlyMixin(LMTPPreTrainedModel):
         backbone: PreTrainedModel | str | Path | None = None,
         **kwargs: Any,
     ) -> Any:
-        """Load a checkpoint as Transformers does; of a heads-only one, fetch the backbone as well.
+        """Load a checkpoint as Transformers does; for a heads-only one, load the backbone as well.
 
         Args:
             pretrained_model_name_or_path: a folder or Hub id.
-            args, kwargs: see `PreTrainedModel.from_pretrained`. For a heads-only checkpoint, those
-                that are not about finding the heads go to the backbone.
-            backbone: in place of the one that a heads-only checkpoint names: a loaded model, used as
-                it is, or an id or folder. (AutoModelForCausalLM copies a loaded one on the way here;
-                this class does not.)
+            args, kwargs: see `PreTrainedModel.from_pretrained`. For a heads-only checkpoint, those that
+                do not locate the heads are passed on to the backbone.
+            backbone: replaces the backbone that a heads-only checkpoint names: a loaded model, which is
+                used unmodified, or an id or folder. (AutoModelForCausalLM copies a loaded model before it
+                gets here; this class does not.)
 
         Raises:
-            ValueError: tensors are missing, extra or of the wrong shape, the backbone is not of the
-                sizes that the heads are for, or one is given that the checkpoint has no use for.
+            ValueError: tensors are missing, unexpected or of the wrong shape; the backbone's sizes do not
+                fit the heads; or `backbone` is passed for a checkpoint that has one.
         """
         source = pretrained_model_name_or_path
         if not _is_heads_only(cls, source, kwargs):
             if backbone is not None:
                 raise ValueError(
-                    f"backbone was given, but {str(source)!r} holds a backbone of its own. Leave the "
-                    "argument out, or pass a heads-only checkpoint."
+                    f"backbone was passed, but {str(source)!r} contains a backbone. Leave out the "
+                    "argument, or load a heads-only checkpoint."
                 )
             loaded = super().from_pretrained(source, *args, **kwargs)
             (loaded[0] if isinstance(loaded, tuple) else loaded)._freeze_backbone()
@@ -85,18 +85,18 @@ class HeadsOnlyMixin(LMTPPreTrainedModel):
         with_info = kwargs.pop("output_loading_info", False)
         config, options = _config_and_options(cls, source, kwargs)
         model = _load_backbone(config, backbone, options)
-        found = {name: kwargs[name] for name in (*HUB_OPTIONS, *HEADS_OPTIONS) if name in kwargs}
+        location = {name: kwargs[name] for name in (*HUB_OPTIONS, *HEADS_OPTIONS) if name in kwargs}
         heads, info = LeapHeadsAlone.from_pretrained(
             source,
             config=config,
             backbone=model,
             dtype=model.dtype,
             output_loading_info=True,
-            **found,
+            **location,
         )
-        whole = _joined(cls, heads, model)
-        whole.generation_config = _generation_config(source, model, kwargs, found)
-        return (whole, info) if with_info else whole
+        joined = _join(cls, heads, model)
+        joined.generation_config = _generation_config(source, model, kwargs, location)
+        return (joined, info) if with_info else joined
 
     def save_pretrained(
         self, save_directory: str | Path, *args: Any, heads_only: bool = False, **kwargs: Any
@@ -105,12 +105,12 @@ class HeadsOnlyMixin(LMTPPreTrainedModel):
 
         Args:
             save_directory, args, kwargs: see `PreTrainedModel.save_pretrained`.
-            heads_only: leave out the backbone's weights. Whoever loads the checkpoint gets them from
-                `config.base_model_name_or_path` at `config.base_model_revision`: the backbone must
-                still be what is there.
+            heads_only: leave out the backbone's weights. Loading the checkpoint gets them from
+                `config.base_model_name_or_path` at `config.base_model_revision`, so the backbone must be
+                unchanged from there.
 
         Raises:
-            ValueError: `heads_only`, and the configuration does not name the backbone.
+            ValueError: `heads_only=True`, and the configuration does not name the backbone.
         """
         if not heads_only:
             super().save_pretrained(save_directory, *args, **kwargs)
@@ -134,10 +134,12 @@ def _is_heads_only(cls: Any, source: str | Path | None, kwargs: dict[str, Any]) 
     if isinstance(kwargs.get("config"), PreTrainedConfig):
         return kwargs["config"].heads_only
     names = (*HUB_OPTIONS, *HEADS_OPTIONS)
-    where = {name: kwargs[name] for name in names if name in kwargs}
+    location = {name: kwargs[name] for name in names if name in kwargs}
     try:
-        config, _ = cls.config_class.get_config_dict(kwargs.get("config") or source, **where)
-    except OSError:  # an adapter, which Transformers loads with what it stands on, or its own error
+        config, _ = cls.config_class.get_config_dict(kwargs.get("config") or source, **location)
+    except (
+        OSError
+    ):  # an adapter, which Transformers loads with its base model, or an error that it reports
         return False
     return config.get("heads_only", False)
 
@@ -145,7 +147,7 @@ def _is_heads_only(cls: Any, source: str | Path | None, kwargs: dict[str, Any]) 
 def _config_and_options(
     cls: Any, source: str | Path | None, kwargs: dict[str, Any]
 ) -> tuple[Any, dict[str, Any]]:
-    """Return the configuration, and what of the arguments goes on to the backbone."""
+    """Return the configuration, and the arguments for loading the backbone."""
     config = kwargs.pop("config", None)
     dtype = kwargs.pop("dtype", "auto")
     options = kwargs
@@ -153,9 +155,9 @@ def _config_and_options(
         config, options = cls.config_class.from_pretrained(
             config or source, return_unused_kwargs=True, **kwargs
         )
-    options = {name: value for name, value in options.items() if name not in NOT_THE_BACKBONES}
+    options = {name: value for name, value in options.items() if name not in HEADS_ONLY_OPTIONS}
     options |= {name: kwargs[name] for name in HUB_OPTIONS if name in kwargs}
-    options["dtype"] = config.dtype if dtype in ("auto", None) else dtype  # as of any checkpoint
+    options["dtype"] = config.dtype if dtype in ("auto", None) else dtype  # as Transformers does
     if attention_implementation(config) is not None:
         options["attn_implementation"] = attention_implementation(config)
     return config, options
@@ -173,59 +175,59 @@ def _load_backbone(
     else:
         if not named:
             raise ValueError(
-                "The checkpoint holds leap heads only, and does not name their backbone. Pass "
+                "The checkpoint contains leap heads only, and does not name their backbone. Pass "
                 "backbone=, a model, id or folder."
             )
         logger.warning_once(
-            f"The checkpoint holds leap heads only; loading their backbone {named!r}, revision "
+            f"The checkpoint contains leap heads only; loading their backbone {named!r}, revision "
             f"{revision or 'main (the checkpoint pins none)'}."
         )
         loaded_from = revision or "main"
         model = AutoModelForCausalLM.from_pretrained(named, revision=loaded_from, **options)
     check_backbone_sizes(config, model)
-    found = commit_of(model.config, loaded_from)
-    if revision and found and found != revision:
+    commit = commit_of(model.config, loaded_from)
+    if revision and commit and commit != revision:
         logger.warning_once(
-            f"The leap heads are for revision {revision} of {named!r}, the backbone is revision "
-            f"{found} of {model.config.name_or_path!r}: their drafts may be accepted less often."
+            f"The leap heads are for revision {revision} of {named!r}, but the backbone is revision "
+            f"{commit} of {model.config.name_or_path!r}. Their drafts may be accepted less often."
         )
     return model
 
 
 def check_backbone_sizes(config: Any, backbone: PreTrainedModel) -> None:
-    """Raise a ValueError unless a backbone has the sizes that the heads of a configuration are for.
+    """Raise a ValueError unless a backbone has the sizes that a configuration's heads need.
 
     Args:
         config: an `LMTPConfig`.
-        backbone: the model that the heads shall stand on.
+        backbone: the model for the heads.
     """
-    wanted, found = config.get_text_config(), backbone.config.get_text_config()
+    expected, actual = config.get_text_config(), backbone.config.get_text_config()
     differing = [
-        f"{name} {getattr(found, name, None)} instead of {getattr(wanted, name, None)}"
+        f"{name} {getattr(actual, name, None)} instead of {getattr(expected, name, None)}"
         for name in SAME_SIZES
-        if getattr(found, name, None) != getattr(wanted, name, None)
+        if getattr(actual, name, None) != getattr(expected, name, None)
     ]
     if differing:
         raise ValueError(
-            f"The leap heads are for another backbone than {backbone.config.name_or_path!r}, which has "
+            f"The leap heads do not fit the backbone {backbone.config.name_or_path!r}, which has "
             f"{', '.join(differing)}. Pass backbone={config.base_model_name_or_path!r}, or leave the "
             "argument out."
         )
 
 
-def _joined(cls: Any, heads: LeapHeadsAlone, backbone: PreTrainedModel) -> Any:
+def _join(cls: Any, heads: LeapHeadsAlone, backbone: PreTrainedModel) -> Any:
     heads.config.heads_only = False
-    whole = cls(heads.config, backbone=backbone)
-    whole.leap_heads = heads.leap_heads.to(unembedding_device(backbone))
-    return whole.eval()
+    model = cls(heads.config, backbone=backbone)
+    model.leap_heads = heads.leap_heads.to(unembedding_device(backbone))
+    return model.eval()
 
 
 def _generation_config(
-    source: str | Path | None, backbone: Any, kwargs: dict[str, Any], found: dict[str, Any]
+    source: str | Path | None, backbone: Any, kwargs: dict[str, Any], location: dict[str, Any]
 ) -> GenerationConfig:
     if kwargs.get("generation_config") is not None:
         return kwargs["generation_config"]
     try:
-        return GenerationConfig.from_pretrained(source, **found)
-    except OSError:  # as of any checkpoint without one: the model's own
+        return GenerationConfig.from_pretrained(source, **location)
+    except OSError:  # the repository of the heads has none
         return backbone.generation_config

@@ -1,26 +1,58 @@
 """Drafting with leap heads, looking backward (arXiv 2505.17505).
 
-Shapes: `B` batch, `L` known tokens, `S` last states known, `H` hidden size, `N` candidates, `D` draft
-vocabulary size, `c` context width.
+Shapes: `B` batch, `L` known tokens, `S` known states, `H` hidden size, `N` candidates, `D` draft vocabulary
+size, `c` context width.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import groupby
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import nn
 
-from .context_lmtp import embed_context
 from .drafting_lmtp import Candidates, Drafter
 from .heads_lmtp import LeapHeads
-from .leaps_lmtp import draftable, drafts, num_draft_states
+from .leaps_lmtp import draftable, drafts, embed_context, num_draft_states
 from .tree_lmtp import MAX_CHILDREN, DraftTree, grow_tree
 from .unembeddings_lmtp import HeadUnembedding, unembed
 
 
+@dataclass(frozen=True)
+class DraftHeads:
+    """The parts of a model that its drafters use, see `LMTPForCausalLM.draft_heads`.
+
+    Args:
+        leap_heads: one head per offset, or PEFT's wrapper around them.
+        offsets: the heads' offsets.
+        context_widths: how many following tokens each head sees, see `leaps_lmtp`.
+        is_path_grounded: whether heads also see the tokens drafted before theirs on the same path.
+        embeddings: the backbone's input embeddings.
+        unembeddings: one per head, often sharing a matrix.
+        token_ids: `(D,)`, the token of each row of the logits; None for the whole vocabulary.
+    """
+
+    leap_heads: LeapHeads | nn.Module
+    offsets: Sequence[int]
+    context_widths: Sequence[int]
+    is_path_grounded: bool
+    embeddings: nn.Module
+    unembeddings: Sequence[HeadUnembedding]
+    token_ids: torch.Tensor | None
+
+    @property
+    def horizon(self) -> int:
+        """The largest distance that the heads can draft."""
+        return len(drafts(self.offsets))
+
+    def to_token_ids(self, indices: torch.Tensor) -> torch.Tensor:
+        """Map indices of the draft vocabulary to token ids, in any shape."""
+        return indices if self.token_ids is None else self.token_ids.to(indices.device)[indices]
+
+
 class _HeadInputs(NamedTuple):
-    """What one head reads to draft: states and following tokens, counted from the end."""
+    """Which states and tokens one head reads; indices count from the end."""
 
     head: int
     states: torch.Tensor  # (n,), one for each distance that the head serves
@@ -29,64 +61,46 @@ class _HeadInputs(NamedTuple):
 
 
 class LeapHeadDrafter(Drafter):
-    """Fills a static tree with what leap heads hold most likely.
+    """Fills a static tree with each head's most likely tokens.
 
-    Each draft distance is served by one head and one earlier state, see `leaps_lmtp.drafts`, so a
-    draft needs no backbone pass of its own.
+    One head and one earlier state serve each draft distance (see `leaps_lmtp.drafts`), so a draft needs no
+    backbone pass of its own.
 
     Args:
-        leap_heads: one head per offset, PEFT's wrapper around them or not.
-        offsets: their offsets.
-        context_widths: how many following tokens each head sees, see `context_lmtp`.
-        embeddings: the backbone's input embeddings.
-        unembeddings: one per head, often sharing a matrix.
-        draft_token_ids: `(D,)`, the token of each row of the logits; None for the whole vocabulary.
-        tree: the tree to fill; it may not be deeper than the heads can draft.
+        heads: the model's heads.
+        tree: the tree to fill; not deeper than `heads.horizon`.
     """
 
-    def __init__(
-        self,
-        leap_heads: LeapHeads | nn.Module,
-        offsets: Sequence[int],
-        context_widths: Sequence[int],
-        embeddings: nn.Module,
-        unembeddings: Sequence[HeadUnembedding],
-        draft_token_ids: torch.Tensor | None,
-        tree: DraftTree,
-    ) -> None:
-        self.leap_heads = leap_heads
-        self.context_widths = context_widths
-        self.embeddings = embeddings
-        self.unembeddings = unembeddings
-        self.draft_token_ids = draft_token_ids
+    def __init__(self, heads: DraftHeads, tree: DraftTree) -> None:
+        self.heads = heads
         self.tree = tree
-        self.schedule = drafts(offsets)[: tree.depth]
+        self.schedule = drafts(heads.offsets)[: tree.depth]
         self.num_states = max(1, num_draft_states(self.schedule))
         self.max_nodes = tree.num_nodes
-        self._plans: dict[int, list[_HeadInputs]] = {}
+        self._inputs: dict[int, list[_HeadInputs]] = {}
         self._trees: dict[int, tuple[DraftTree, torch.Tensor, torch.Tensor]] = {}
 
     def draft(
         self, input_ids: torch.Tensor, hidden_states: torch.Tensor, max_depth: int
     ) -> Candidates:
-        """Fill the tree, cut to the positions that have a state and may be emitted."""
+        """Fill the tree, truncated to the distances that have a state and may be emitted."""
         depth = self._depth(hidden_states, max_depth)
-        tree, distances, ranks = self._cut(depth, hidden_states.device)
+        tree, distances, ranks = self._truncated(depth, hidden_states.device)
         if tree.num_nodes == 0:
             return Candidates.none(input_ids)
         logits = self._logits(input_ids, hidden_states, depth)
         ranked = logits.topk(1 + max(tree.ranks), dim=-1).indices
-        token_ids = self._token_ids(ranked[:, distances, ranks])
+        token_ids = self.heads.to_token_ids(ranked[:, distances, ranks])
         return Candidates((tree,) * input_ids.shape[0], token_ids)
 
     def _depth(self, hidden_states: torch.Tensor, max_depth: int) -> int:
-        """How deep can be drafted: each distance needs a state, and a token there needs room."""
+        """Return the largest distance that has a state and may be emitted."""
         return min(len(draftable(self.schedule, hidden_states.shape[1])), max_depth)
 
-    def _cut(
+    def _truncated(
         self, depth: int, device: torch.device
     ) -> tuple[DraftTree, torch.Tensor, torch.Tensor]:
-        """The tree cut to a depth, and for each node its distance, from 0, and its rank, `(N,)`."""
+        """Return the truncated tree, and each node's 0-based distance and rank, `(N,)`."""
         if depth not in self._trees:
             tree = self.tree.truncate(depth)
             distances = torch.tensor(tree.depths[1:], dtype=torch.long, device=device) - 1
@@ -94,50 +108,46 @@ class LeapHeadDrafter(Drafter):
             self._trees[depth] = tree, distances, ranks
         return self._trees[depth]
 
-    def _token_ids(self, indices: torch.Tensor) -> torch.Tensor:
-        if self.draft_token_ids is None:
-            return indices
-        return self.draft_token_ids.to(indices.device)[indices]
+    def _logits(
+        self, input_ids: torch.Tensor, hidden_states: torch.Tensor, depth: int
+    ) -> torch.Tensor:
+        """Return the heads' logits for distances `1 … depth`, `(B, depth, D)`."""
+        if depth not in self._inputs:
+            self._inputs[depth] = self._inputs_up_to(depth, hidden_states.device)
+        heads, inputs = self.heads, self._inputs[depth]
+        features = []
+        for read in inputs:
+            context = None
+            if heads.context_widths[read.head]:
+                context = embed_context(heads.embeddings, input_ids[:, read.tokens], read.visible)
+            features.append(heads.leap_heads(read.head, hidden_states[:, read.states], context))
+        return unembed([heads.unembeddings[read.head] for read in inputs], features)
 
-    def _plan(self, depth: int, device: torch.device) -> list[_HeadInputs]:
-        """What the heads read that serve the distances `1 … depth`: each some that follow each other."""
+    def _inputs_up_to(self, depth: int, device: torch.device) -> list[_HeadInputs]:
+        # A head serves consecutive distances, so it runs once for all of them
         by_head = groupby(self.schedule[:depth], key=lambda draft: draft.head)
         return [
             _head_inputs(
-                head, [draft.look_back for draft in served], self.context_widths[head], device
+                head, [draft.look_back for draft in served], self.heads.context_widths[head], device
             )
             for head, served in by_head
         ]
 
-    def _logits(
-        self, input_ids: torch.Tensor, hidden_states: torch.Tensor, depth: int
-    ) -> torch.Tensor:
-        """Return what the heads hold of the distances `1 … depth`, `(B, depth, D)`."""
-        if depth not in self._plans:
-            self._plans[depth] = self._plan(depth, hidden_states.device)
-        plan = self._plans[depth]
-        features = []
-        for read in plan:
-            context = None
-            if self.context_widths[read.head]:
-                context = embed_context(self.embeddings, input_ids[:, read.tokens], read.visible)
-            features.append(self.leap_heads(read.head, hidden_states[:, read.states], context))
-        return unembed([self.unembeddings[read.head] for read in plan], features)
-
 
 class DynamicLeapHeadDrafter(LeapHeadDrafter):
-    """Grows a tree of its own for every state, of the paths that the heads hold most likely there.
+    """Grows a new tree for every state, of the paths that the heads consider most likely there.
 
-    A path is worth the product of its tokens' probabilities, as if the heads were independent.
+    A path's value is the product of its tokens' probabilities, as if the heads were independent.
 
     Args:
-        num_nodes: candidates per row and step, at most.
-        threshold: no path less probable is drafted.
-        heads: as for `LeapHeadDrafter`; its tree says how deep.
+        heads: the model's heads.
+        num_nodes: at most that many candidates per row and step.
+        threshold: draft no path that is less probable.
     """
 
-    def __init__(self, num_nodes: int, threshold: float, *heads: Any) -> None:
-        super().__init__(*heads)
+    def __init__(self, heads: DraftHeads, num_nodes: int, threshold: float = 0.0) -> None:
+        # A tree is no deeper than it has nodes
+        super().__init__(heads, DraftTree.chain(min(heads.horizon, num_nodes)))
         self.num_nodes = self.max_nodes = num_nodes
         self.threshold = threshold
 
@@ -154,24 +164,26 @@ class DynamicLeapHeadDrafter(LeapHeadDrafter):
             grow_tree(accuracies, self.num_nodes, self.threshold)
             for accuracies in best.values.tolist()
         ]
-        return from_ranks(trees, self._token_ids(best.indices).tolist(), input_ids)
+        return candidates_from_ranks(
+            trees, self.heads.to_token_ids(best.indices).tolist(), input_ids
+        )
 
 
-def from_ranks(
+def candidates_from_ranks(
     trees: Sequence[DraftTree], ranked: Sequence[Sequence[Sequence[int]]], input_ids: torch.Tensor
 ) -> Candidates:
     """Fill trees with tokens: `ranked[b][a - 1][r]` is row `b`'s rank-`r` token for distance `a`."""
     rows = [
-        [of_row[depth - 1][rank] for depth, rank in zip(tree.depths[1:], tree.ranks, strict=True)]
-        for tree, of_row in zip(trees, ranked, strict=True)
+        [tokens[depth - 1][rank] for depth, rank in zip(tree.depths[1:], tree.ranks, strict=True)]
+        for tree, tokens in zip(trees, ranked, strict=True)
     ]
-    return Candidates.of_rows(trees, rows, input_ids)
+    return Candidates.from_rows(trees, rows, input_ids)
 
 
 def _head_inputs(
     head: int, look_backs: Sequence[int], width: int, device: torch.device
 ) -> _HeadInputs:
-    """From the state `s = t - j` the known tokens are `x_{s+1} … x_{t+1}`, the last one the root."""
+    """From the state `s = t - j`, the known tokens are `x_{s+1} … x_{t+1}`; the last one is the root."""
     tokens = [[-1 - look_back + g for g in range(width)] for look_back in look_backs]
     shape = (len(look_backs), width)
     indices = torch.tensor(tokens, dtype=torch.long, device=device).reshape(shape)

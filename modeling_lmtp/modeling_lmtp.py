@@ -1,4 +1,4 @@
-"""A causal language model with leap heads: any backbone, untouched, and the heads beside it.
+"""A causal language model with leap heads: an unmodified backbone, and the heads beside it.
 
 Shapes: `B` batch, `L` length, `H` hidden size, `V` vocabulary size, `m` leap heads.
 """
@@ -14,34 +14,38 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
-from transformers.utils import logging
+from transformers.utils import ModelOutput, logging
 
 from .backbone_lmtp import check_backbone, unembedding_size
-from .checkpoints_lmtp import TAGS
 from .configuration_lmtp import LMTPConfig
-from .context_lmtp import context_widths, embed_context, following_tokens, num_visible
 from .generation_lmtp import LMTPGenerationMixin
 from .heads_lmtp import new_leap_heads
 from .heads_only_lmtp import HeadsOnlyMixin
-from .leaps_lmtp import resolve_offsets
+from .leaps_lmtp import (
+    context_widths,
+    embed_context,
+    following_tokens,
+    num_visible,
+    resolve_offsets,
+)
 from .losses_lmtp import IGNORE_INDEX, LeapObjective, check_labels, leap_losses
-from .states_lmtp import head_states
-from .transformers_lmtp import commit_of, keep_own_settings
-from .unembeddings_lmtp import HeadUnembedding
-from .vocabulary_lmtp import DraftUnembedding
+from .pretrained_lmtp import TAGS
+from .states_lmtp import head_states, run_pass
+from .transformers_lmtp import commit_of, keep_custom_settings
+from .unembeddings_lmtp import DraftUnembedding, HeadUnembedding
 
 logger = logging.get_logger(__name__)
 
 
 @dataclass
 class LMTPCausalLMOutput(CausalLMOutputWithPast):
-    """The backbone's causal-LM output (every field of it) and what the leap heads add.
+    """The backbone's causal-LM output with all its fields, and those of the leap heads.
 
     Args:
         leap_logits: with `output_leap_logits=True`, one `(B, L, V)` tensor per leap head, or
             `(B, L, D)` with a draft vocabulary of `D` tokens: `leap_logits[i][:, s]` predicts the
             token at `s + leap_offsets[i]` (a grounded head sees the token at `s + 1`).
-        leap_losses: with `labels`, `(m,)`, each head's mean cross-entropy, detached.
+        leap_losses: with `labels`, each head's mean cross-entropy, `(m,)`, detached.
     """
 
     leap_logits: tuple[torch.Tensor, ...] | None = None
@@ -53,10 +57,10 @@ class LMTPForCausalLM(HeadsOnlyMixin, LMTPGenerationMixin):
 
     Args:
         config: the configuration.
-        backbone: a model to use as it is; by default one is built from `config.backbone_config`.
+        backbone: a model to use unmodified; by default, one is built from `config.backbone_config`.
 
     Raises:
-        ValueError: there is no backbone, or it is not a causal language model.
+        ValueError: there is no backbone, or it is no causal language model.
     """
 
     _auto_class = "AutoModelForCausalLM"
@@ -98,20 +102,20 @@ class LMTPForCausalLM(HeadsOnlyMixin, LMTPGenerationMixin):
         train_backbone: bool = False,
         **backbone_kwargs: Any,
     ) -> "LMTPForCausalLM":
-        """Give a causal language model leap heads, which start as the identity.
+        """Add leap heads, which start as the identity, to a causal language model.
 
         Args:
-            backbone: a loaded model, used as it is, or an id or folder for AutoModelForCausalLM.
+            backbone: a loaded model, which is used unmodified, or an id or folder for AutoModelForCausalLM.
             num_leap_heads: `m`, 3 by default; 0 is plain next-token prediction.
             leap_stride: `k`, 2 by default; the offsets are `1 + k, 1 + 2k, …`; 1 is multi-token
                 prediction.
-            leap_offsets: the offsets themselves, instead of the two above.
+            leap_offsets: the offsets, instead of the two above.
             head_context, head_input, num_head_layers, share_lm_head, lm_head_rank, draft_token_ids,
                 leap_loss_weight, train_backbone: see `LMTPConfig`.
             backbone_kwargs: for `AutoModelForCausalLM.from_pretrained`, if `backbone` is an id.
 
         Raises:
-            ValueError: offsets given twice or invalid, or the backbone is not a causal model.
+            ValueError: the offsets are invalid or given in both ways, or the backbone is no causal model.
             StrictDataclassError: another value of the configuration is invalid.
         """
         offsets = resolve_offsets(num_leap_heads, leap_stride, leap_offsets)
@@ -145,7 +149,7 @@ class LMTPForCausalLM(HeadsOnlyMixin, LMTPGenerationMixin):
         )
         model = cls(config, backbone=backbone)
         model.generation_config = copy.deepcopy(backbone.generation_config)
-        keep_own_settings(model.generation_config)
+        keep_custom_settings(model.generation_config)
         return model.train(backbone.training)
 
     def forward(
@@ -162,27 +166,27 @@ class LMTPForCausalLM(HeadsOnlyMixin, LMTPGenerationMixin):
         return_dict: bool | None = None,
         **backbone_kwargs: Any,
     ) -> LMTPCausalLMOutput | tuple[Any, ...]:
-        """Run the backbone and, where asked for, the leap heads.
+        """Run the backbone and, if requested, the leap heads.
 
-        With `labels`, the loss is `Σ heads` while the backbone is frozen (`train_backbone=False`:
-        no logits are computed and no gradient reaches it), else `NTP + β · Σ heads`.
+        With `labels`, the loss is `NTP + β · Σ heads`; or `Σ heads` if the backbone is frozen
+        (`train_backbone=False`), which then computes no logits and gets no gradient.
 
         Args:
             input_ids: `(B, L)`, or `inputs_embeds`: `(B, L, H)`.
             attention_mask: `(B, L)`, 0 at padding.
-            position_ids: `(B, L)`; a packed sequence's start anew with each part.
-            labels: `(B, L)`, not shifted, -100 where a token is not a target. If all are, the loss is 0.
-            output_leap_logits: also return `(B, L, V)` logits of each leap head.
-            num_items_in_batch: what sums of token losses are divided by; by default, for each loss,
-                the number of its targets.
-            leap_objective: what the heads learn, in place of `leap_losses`.
-            known_states: `(B, L, H)`, what a frozen backbone's heads read of these tokens (see
-                `head_states`), where that is known: with `labels`, the backbone is not run then.
-            return_dict: `False` returns a tuple of what the output holds; `config.return_dict` by default.
-            backbone_kwargs: anything else that the backbone's `forward` takes.
+            position_ids: `(B, L)`; in a packed sequence they restart with each part.
+            labels: `(B, L)`, not shifted, -100 for tokens to ignore. If all are ignored, the loss is 0.
+            output_leap_logits: also return the logits `(B, L, V)` of each leap head.
+            num_items_in_batch: the divisor of the summed token losses; by default, the number of targets of
+                each loss.
+            leap_objective: the heads' loss, in place of `leap_losses`.
+            known_states: the heads' input for these tokens, `(B, L, H)`, if it has been computed before
+                (see `head_states`). With `labels` and a frozen backbone, the backbone does not run then.
+            return_dict: `False` returns a tuple; `config.return_dict` by default.
+            backbone_kwargs: other arguments of the backbone's `forward`.
 
         Raises:
-            ValueError: a label is no token, or heads that see tokens get `inputs_embeds` alone.
+            ValueError: a label is no token id, or grounded heads get no `input_ids`.
         """
         if labels is not None:
             check_labels(labels, unembedding_size(self.backbone)[0])
@@ -194,20 +198,13 @@ class LMTPForCausalLM(HeadsOnlyMixin, LMTPGenerationMixin):
             **backbone_kwargs,
         }
         inputs = {name: value for name, value in inputs.items() if value is not None}
-        if labels is None:
-            outputs, hidden_states = self._run_backbone(inputs)
-        elif self.config.train_backbone or not self.config.num_leap_heads:
-            outputs, hidden_states = self._run_backbone_with_loss(
-                inputs, labels, num_items_in_batch
-            )
-        elif known_states is not None:
-            outputs, hidden_states = {}, known_states
-        else:
-            outputs, hidden_states = self._run_frozen_backbone(inputs)
-
         result = LMTPCausalLMOutput()
-        for name, value in outputs.items():
-            result[name] = value
+        if labels is not None and known_states is not None and self._backbone_is_frozen:
+            hidden_states = known_states
+        else:
+            outputs, hidden_states = self._run_backbone(inputs, labels, num_items_in_batch)
+            for name, value in outputs.items():
+                result[name] = value
         if labels is not None and self.config.num_leap_heads:
             loss, result["leap_losses"] = leap_objective(
                 self, hidden_states, input_ids, labels, position_ids, num_items_in_batch
@@ -223,48 +220,54 @@ class LMTPForCausalLM(HeadsOnlyMixin, LMTPGenerationMixin):
         returns_dict = self.config.return_dict if return_dict is None else return_dict
         return result if returns_dict else result.to_tuple()
 
-    def _run_backbone(self, inputs: dict[str, Any]) -> tuple[dict[str, Any], torch.Tensor]:
-        with self.head_states() as states:
-            outputs = self.backbone(**inputs, return_dict=True)
-        return outputs, states[-1]
+    @property
+    def _backbone_is_frozen(self) -> bool:
+        """Whether only the heads have a loss, in stage 1."""
+        return not self.config.train_backbone and self.config.num_leap_heads > 0
 
-    def _run_backbone_with_loss(
+    def _run_backbone(
         self,
         inputs: dict[str, Any],
-        labels: torch.Tensor,
+        labels: torch.Tensor | None,
         num_items_in_batch: torch.Tensor | int | None,
     ) -> tuple[dict[str, Any], torch.Tensor]:
-        if num_items_in_batch is None:
-            num_items_in_batch = (labels[:, 1:] != IGNORE_INDEX).sum()
-        # The mean over no targets is 0 / 0 in Transformers' loss; over at least 1 it is 0
-        num_items_in_batch = torch.as_tensor(num_items_in_batch, device=labels.device).clamp(min=1)
-        return self._run_backbone(
-            {**inputs, "labels": labels, "num_items_in_batch": num_items_in_batch}
-        )
-
-    def _run_frozen_backbone(self, inputs: dict[str, Any]) -> tuple[dict[str, Any], torch.Tensor]:
+        """Return the backbone's output fields, with its loss if it trains, and the heads' input."""
+        if labels is None:
+            return self.run_pass(inputs)
+        if not self._backbone_is_frozen:
+            if num_items_in_batch is None:
+                num_items_in_batch = (labels[:, 1:] != IGNORE_INDEX).sum()
+            # At least 1, because Transformers' mean over no targets would be 0 / 0
+            divisor = torch.as_tensor(num_items_in_batch, device=labels.device).clamp(min=1)
+            return self.run_pass({**inputs, "labels": labels, "num_items_in_batch": divisor})
         if torch.is_grad_enabled() and any(p.requires_grad for p in self.backbone.parameters()):
             logger.warning_once(
-                "The backbone has parameters that ask for gradients, such as an adapter's, and "
-                "train_backbone=False: they get none. Set config.train_backbone=True to train them."
+                "The backbone has parameters that require gradients, such as an adapter's, but "
+                "train_backbone=False, so they get none. Set config.train_backbone=True to train them."
             )
-        with torch.no_grad(), self.head_states(num_logits=1) as states:
-            outputs = self.backbone(**{"use_cache": False, **inputs}, return_dict=True)
-        return {name: outputs[name] for name in outputs if name != "logits"}, states[-1]
+        with torch.no_grad():
+            outputs, states = self.run_pass({"use_cache": False, **inputs}, num_logits=1)
+        return {name: outputs[name] for name in outputs if name != "logits"}, states
 
     def head_states(
         self, num_logits: int | None = None
     ) -> AbstractContextManager[list[torch.Tensor]]:
-        """Collect what the heads read in each pass of the backbone inside the block, see `states_lmtp`."""
+        """Collect the heads' input in each pass of the backbone inside the block, see `states_lmtp`."""
         return head_states(self.backbone, self.config.head_input, num_logits)
+
+    def run_pass(
+        self, inputs: dict[str, Any], num_logits: int | None = None
+    ) -> tuple[ModelOutput, torch.Tensor]:
+        """Run the backbone once; return its output and the heads' input, see `states_lmtp`."""
+        return run_pass(self.backbone, self.config.head_input, inputs, num_logits)
 
     @property
     def context_widths(self) -> tuple[int, ...]:
-        """How many following tokens each head sees at most, `(m,)`."""
+        """The largest number of following tokens that each head sees, `(m,)`."""
         return context_widths(self.config.leap_offsets, self.config.head_context)
 
     def draft_unembeddings(self) -> list[HeadUnembedding]:
-        """Return, for each head, what maps `(…, H)` to logits of the draft vocabulary `(…, D)`."""
+        """Return each head's unembedding, from `(…, H)` to logits of the draft vocabulary `(…, D)`."""
         shared: Any = self.get_output_embeddings()
         if self.config.share_lm_head and self.config.draft_token_ids is not None:
             shared = DraftUnembedding(shared, self.config.draft_token_ids)
@@ -277,14 +280,14 @@ class LMTPForCausalLM(HeadsOnlyMixin, LMTPGenerationMixin):
         input_ids: torch.Tensor | None = None,
         look_back: int = 0,
     ) -> torch.Tensor:
-        """Return one head's logits from every state, as a draft with that look-back would see them.
+        """Return one head's logits from every state, as they would be in a draft with that look-back.
 
         Args:
-            head: the head's index.
+            head: its index.
             hidden_states: `(B, L, H)`, the backbone's last hidden states.
-            input_ids: `(B, L)`; None will do without grounded heads.
-            look_back: a grounded head sees `look_back + 1` following tokens, or fewer; a path-grounded
-                one all up to its target.
+            input_ids: `(B, L)`; only grounded heads need them.
+            look_back: a grounded head sees up to `look_back + 1` following tokens; a path-grounded head
+                sees all up to its target.
 
         Returns:
             `(B, L, V)`, or `(B, L, D)` with a draft vocabulary; `[:, s]` predicts the token at
@@ -294,7 +297,7 @@ class LMTPForCausalLM(HeadsOnlyMixin, LMTPGenerationMixin):
         if width:
             if input_ids is None:
                 raise ValueError("Grounded heads (head_context > 0) need input_ids.")
-            # Fewer states than tokens, with `logits_to_keep`: the last ones
+            # With `logits_to_keep`, there are states of the last tokens only
             tokens, exists = following_tokens(input_ids[:, -hidden_states.shape[1] :], width)
             offset = self.config.leap_offsets[head]
             seen = num_visible(offset, look_back, self.config.head_context)
@@ -311,7 +314,7 @@ class LMTPForCausalLM(HeadsOnlyMixin, LMTPGenerationMixin):
         self.backbone.set_input_embeddings(value)
 
     def get_output_embeddings(self) -> nn.Module:
-        """Return the backbone's unembedding, which the leap heads may share."""
+        """Return the backbone's unembedding, which leap heads may share."""
         return self.backbone.get_output_embeddings()
 
     def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
@@ -321,12 +324,12 @@ class LMTPForCausalLM(HeadsOnlyMixin, LMTPGenerationMixin):
     def resize_token_embeddings(
         self, new_num_tokens: int | None = None, *args: Any, **kwargs: Any
     ) -> nn.Embedding:
-        """Resize the backbone's vocabulary, and what heads have of their own of it.
+        """Resize the vocabulary of the backbone and of the heads' own unembeddings.
 
-        Rows that a head did not have start as the backbone's. A draft vocabulary stays as it is.
+        New rows of a head are copies of the backbone's. A draft vocabulary does not change.
 
         Raises:
-            ValueError: the new vocabulary would not hold the draft vocabulary.
+            ValueError: the new vocabulary would not contain the draft vocabulary.
         """
         draft_ids = self.config.draft_token_ids
         if new_num_tokens is not None and draft_ids is not None and draft_ids[-1] >= new_num_tokens:

@@ -1,7 +1,7 @@
-"""What a call returns beside its tokens, laid out as plain decoding lays it out.
+"""What a call returns: the emitted tokens, and the other fields in the layout of plain decoding.
 
-Shapes: `B` rows of the call, `A` rows in a pass, `L` prompt length, `Q = 1 + N` nodes, `K` slots
-that a layer attends to, `H` hidden size, `t` a step of plain decoding.
+Shapes: `B` rows of the call, `A` rows in a pass, `L` prompt length, `Q = 1 + N` nodes, `K` slots that a
+layer attends to, `H` hidden size, `t` a step of plain decoding.
 """
 
 from collections.abc import Callable, Collection, Sequence
@@ -11,28 +11,27 @@ from typing import Any
 import torch
 from torch.nn.functional import pad
 from transformers import Cache, PreTrainedModel
-from transformers.generation import GenerateDecoderOnlyOutput
+from transformers.generation import BaseStreamer, GenerateDecoderOnlyOutput
 from transformers.utils import ModelOutput
 
+from .acceptance_lmtp import AcceptedPath
 from .cache_lmtp import join_rows, move_left, num_slots_of, stop_rollback, take_row, window_of
 from .rollback_lmtp import CacheSlots
-from .texts_lmtp import Texts
 from .transformers_lmtp import extend, next_inputs, with_cache
-from .walking_lmtp import Walk
 
 Layers = tuple[torch.Tensor, ...]
 
 
 @dataclass
 class LMTPGenerateOutput(GenerateDecoderOnlyOutput):
-    """What `generate(use_lmtp=True, return_dict_in_generate=True)` returns.
+    """The output of `generate(use_lmtp=True, return_dict_in_generate=True)`.
 
-    All of plain decoding's fields have plain decoding's shapes. In rows that have ended, scores,
-    logits and states are 0 (plain decoding computes some for the padding).
+    All fields of plain decoding have plain decoding's shapes. In finished rows, scores, logits and states
+    are 0, where plain decoding computes some for the padding.
 
     Args:
-        acceptance_lengths: for each row, the tokens emitted by each backbone pass after the prefill,
-            the bonus token included; their mean is the tokens per step τ, 1 for plain decoding.
+        acceptance_lengths: for each row, the number of tokens that each backbone pass after the prefill
+            emitted, the bonus token included; their mean is the tokens per step τ, 1 for plain decoding.
     """
 
     acceptance_lengths: list[list[int]] | None = None
@@ -41,18 +40,70 @@ class LMTPGenerateOutput(GenerateDecoderOnlyOutput):
 def with_acceptance_lengths(
     output: ModelOutput, prompt_length: int, end_ids: Collection[int]
 ) -> LMTPGenerateOutput:
-    """Add to plain decoding's output that every pass gave one token.
+    """Add the acceptance lengths to plain decoding's output: every pass emitted one token.
 
     Args:
         output: of plain decoding.
-        prompt_length: how many tokens each sequence begins with.
-        end_ids: the tokens at which a row ends.
+        prompt_length: how many tokens of each sequence are the prompt.
+        end_ids: the tokens that end a row.
     """
     lengths = []
     for tokens in output.sequences[:, prompt_length:].tolist():
-        ends = (place for place, token in enumerate(tokens) if token in end_ids)
+        ends = (index for index, token in enumerate(tokens) if token in end_ids)
         lengths.append([1] * next(ends, len(tokens) - 1))
     return LMTPGenerateOutput(**output, acceptance_lengths=lengths)
+
+
+class EmittedTokens:
+    """The tokens that each row of a call has emitted.
+
+    Args:
+        prompts: `(B, L)`.
+        pad_token_id: pads rows that finish before others.
+        streamer: receives each token once, in order.
+
+    Attributes:
+        rows: the tokens after the prompt, per row.
+        acceptance_lengths: the number of tokens that each pass emitted, per row, without the prefill.
+    """
+
+    def __init__(
+        self, prompts: torch.Tensor, pad_token_id: int, streamer: BaseStreamer | None = None
+    ) -> None:
+        self.prompts = prompts
+        self.pad_token_id = pad_token_id
+        self.streamer = streamer
+        self.rows: list[list[int]] = [[] for _ in prompts]
+        self.acceptance_lengths: list[list[int]] = [[] for _ in prompts]
+        self._num_streamed = 0
+
+    def length(self, row: int) -> int:
+        """Return the length of a row, prompt included."""
+        return self.prompts.shape[1] + len(self.rows[row])
+
+    def emit(self, rows: Sequence[int], paths: Sequence[AcceptedPath]) -> None:
+        """Append the tokens that these rows accepted, and stream them."""
+        for row, path in zip(rows, paths, strict=True):
+            if self.rows[row]:
+                self.acceptance_lengths[row].append(len(path.tokens))
+            self.rows[row] += path.tokens
+        if self.streamer is not None:
+            for tokens in self.steps(self._num_streamed):
+                self.streamer.put(torch.tensor(tokens))
+            self._num_streamed = max(map(len, self.rows))
+
+    def steps(self, start: int = 0) -> list[list[int]]:
+        """Return the tokens step by step from `start`, one per row, with padding in shorter rows."""
+        rows = [tokens[start:] for tokens in self.rows]
+        longest = max(map(len, rows))
+        padded = [tokens + [self.pad_token_id] * (longest - len(tokens)) for tokens in rows]
+        return [list(step) for step in zip(*padded, strict=True)]
+
+    def sequences(self) -> torch.Tensor:
+        """Return prompts and emitted tokens, `(B, L + …)`."""
+        # int64, as in plain decoding, whatever the dtype of the prompts
+        emitted = torch.tensor(self.steps(), dtype=torch.long).T
+        return torch.cat([self.prompts, emitted.to(self.prompts.device)], dim=-1)
 
 
 class StateRecords:
@@ -62,7 +113,7 @@ class StateRecords:
         num_rows: `B`.
 
     Attributes:
-        prompt: what the pass over the prompts returned.
+        prompt: what the prefill returned.
         by_row: for each row and step, one tensor per layer.
     """
 
@@ -74,109 +125,109 @@ class StateRecords:
         self,
         layers: Layers,
         rows: Sequence[int],
-        walks: Sequence[Walk],
-        cut: Callable[[torch.Tensor, int, int, Walk, int], torch.Tensor],
+        paths: Sequence[AcceptedPath],
+        select: Callable[[torch.Tensor, int, int, AcceptedPath, int], torch.Tensor],
     ) -> None:
-        """Take up what a pass returned at the nodes walked; `cut` picks one node from a layer's."""
-        for place, (row, walked) in enumerate(zip(rows, walks, strict=True)):
-            for depth in range(len(walked.path)):
+        """Record the states of the accepted nodes; `select` picks one node from a layer's tensor."""
+        for place, (row, path) in enumerate(zip(rows, paths, strict=True)):
+            for depth in range(len(path.nodes)):
                 self.by_row[row].append(
                     tuple(
-                        cut(states, number, place, walked, depth)
-                        for number, states in enumerate(layers)
+                        select(states, layer, place, path, depth)
+                        for layer, states in enumerate(layers)
                     )
                 )
 
     def steps(self) -> tuple[Layers, ...]:
-        """Return for each step one tensor per layer, over all rows; 0 in those that have ended."""
+        """Return one tensor per layer for each step, over all rows; 0 in finished rows."""
         longest = max(self.by_row, key=len)
         assert self.prompt is not None
         steps = [self.prompt]
         for t, example in enumerate(longest):
-            of_rows = [
-                own[t] if t < len(own) else tuple(torch.zeros_like(states) for states in example)
-                for own in self.by_row
-            ]
-            steps.append(tuple(torch.cat(states) for states in zip(*of_rows, strict=True)))
+            zeros = tuple(torch.zeros_like(states) for states in example)
+            rows = [steps_[t] if t < len(steps_) else zeros for steps_ in self.by_row]
+            steps.append(tuple(torch.cat(states) for states in zip(*rows, strict=True)))
         return tuple(steps)
 
 
 class PassRecorder:
-    """Keeps hidden states and attentions of the tokens emitted, if the call asks for them.
+    """Records the hidden states and attentions of the emitted tokens, if the call asks for them.
 
     Args:
-        texts: what has been emitted.
+        emitted: the tokens so far.
         cache: tells each layer's window.
-        hidden_states, attentions: keep them.
+        hidden_states, attentions: whether to record them.
     """
 
-    def __init__(self, texts: Texts, cache: Cache, hidden_states: bool, attentions: bool) -> None:
-        self.texts = texts
+    def __init__(
+        self, emitted: EmittedTokens, cache: Cache, hidden_states: bool, attentions: bool
+    ) -> None:
+        self.emitted = emitted
         self.cache = cache
-        num_rows = len(texts.emitted)
+        num_rows = len(emitted.rows)
         self._hidden_states = StateRecords(num_rows) if hidden_states else None
         self._attentions = StateRecords(num_rows) if attentions else None
 
     def add_prompt(self, outputs: ModelOutput) -> None:
-        """Take up the pass over the prompts."""
+        """Record the prefill."""
         if self._hidden_states is not None:
             self._hidden_states.prompt = outputs.hidden_states
         if self._attentions is not None:
             self._attentions.prompt = outputs.attentions
 
-    def add(self, outputs: ModelOutput, rows: Sequence[int], walks: Sequence[Walk]) -> None:
-        """Take up a pass over drafts, before its walks' tokens are emitted."""
+    def add(self, outputs: ModelOutput, rows: Sequence[int], paths: Sequence[AcceptedPath]) -> None:
+        """Record a verification pass, before its accepted tokens are emitted."""
         if self._hidden_states is not None:
-            self._hidden_states.add(outputs.hidden_states, rows, walks, _state_at)
+            self._hidden_states.add(outputs.hidden_states, rows, paths, _state_at)
         if self._attentions is not None:
-            lengths = {place: self.texts.length(row) for place, row in enumerate(rows)}
+            lengths = {place: self.emitted.length(row) for place, row in enumerate(rows)}
 
             def attention_at(
-                attention: torch.Tensor, layer: int, place: int, walked: Walk, depth: int
+                attention: torch.Tensor, layer: int, place: int, path: AcceptedPath, depth: int
             ) -> torch.Tensor:
                 length = lengths[place] + depth
                 window = window_of(self.cache, layer) or length
-                return _attention_at(attention, place, walked, depth, min(length, window))
+                return _attention_at(attention, place, path, depth, min(length, window))
 
-            self._attentions.add(outputs.attentions, rows, walks, attention_at)
+            self._attentions.add(outputs.attentions, rows, paths, attention_at)
 
     @property
     def hidden_states(self) -> tuple[Layers, ...] | None:
-        """Step by step, a tensor per layer: `(B, L, H)` of the prompts, then each `(B, 1, H)`."""
+        """Per step, a tensor per layer: `(B, L, H)` for the prompts, then `(B, 1, H)`."""
         return None if self._hidden_states is None else self._hidden_states.steps()
 
     @property
     def attentions(self) -> tuple[Layers, ...] | None:
-        """Step by step, a tensor per layer: `(B, heads, L, L)`, then each `(B, heads, 1, L + t)`."""
+        """Per step, a tensor per layer: `(B, heads, L, L)`, then `(B, heads, 1, L + t)`."""
         return None if self._attentions is None else self._attentions.steps()
 
 
 def _state_at(
-    states: torch.Tensor, _layer: int, place: int, walked: Walk, depth: int
+    states: torch.Tensor, _layer: int, place: int, path: AcceptedPath, depth: int
 ) -> torch.Tensor:
-    return states[place : place + 1, walked.path[depth], None]
+    return states[place : place + 1, path.nodes[depth], None]
 
 
 def _attention_at(
-    attention: torch.Tensor, place: int, walked: Walk, depth: int, length: int
+    attention: torch.Tensor, place: int, path: AcceptedPath, depth: int, length: int
 ) -> torch.Tensor:
-    """Pick a node's attention from `(A, heads, Q, K)`, over its own path only: `(1, heads, 1, length)`."""
-    own = attention[place : place + 1, :, walked.path[depth], None]
+    """Select a node's attention `(1, heads, 1, length)` to its own path from `(A, heads, Q, K)`."""
+    at_node = attention[place : place + 1, :, path.nodes[depth], None]
     prefix = attention.shape[-1] - attention.shape[-2]
-    path = [prefix + node for node in walked.path[: depth + 1]]
-    own = torch.cat([own[..., :prefix], own[..., path]], dim=-1)
-    missing = length - own.shape[-1]
-    return pad(own, (missing, 0)) if missing > 0 else own[..., -missing:]
+    slots = [prefix + node for node in path.nodes[: depth + 1]]
+    on_path = torch.cat([at_node[..., :prefix], at_node[..., slots]], dim=-1)
+    missing = length - on_path.shape[-1]
+    return pad(on_path, (missing, 0)) if missing > 0 else on_path[..., -missing:]
 
 
-class ReturnedCache:
-    """Puts a batch's cache together again, as plain decoding leaves it: rows end at different times.
+class CacheRestorer:
+    """Restores a batch's cache to what plain decoding leaves, though rows finish at different times.
 
     Args:
         backbone: the model.
-        slots: keeps the call's cache, which in the end holds all rows.
-        model_kwargs: what `generate` keeps, for the prompts.
-        texts: what has been emitted.
+        slots: of the call's cache, which holds all rows again in the end.
+        model_kwargs: what `generate` keeps between steps, for the prompts.
+        emitted: the tokens of the call.
     """
 
     def __init__(
@@ -184,46 +235,48 @@ class ReturnedCache:
         backbone: PreTrainedModel,
         slots: CacheSlots,
         model_kwargs: dict[str, Any],
-        texts: Texts,
+        emitted: EmittedTokens,
     ) -> None:
         self.backbone = backbone
         self.slots = slots
         self.model_kwargs = dict(model_kwargs)
-        self.texts = texts
-        self.rows: dict[int, tuple[Cache, int]] = {}  # and how many slots each has used
+        self.emitted = emitted
+        self.rows: dict[int, tuple[Cache, int]] = {}  # with the number of slots that each has used
 
-    def take(self, places: Sequence[int], rows: Sequence[int]) -> None:
-        """Take rows that have ended out of the cache, as long as it holds them.
+    def save_rows(self, places: Sequence[int], rows: Sequence[int]) -> None:
+        """Copy finished rows out of the cache, before it drops them.
 
         Args:
-            places: where the rows stand among those still in the cache.
-            rows: their numbers among those of the call.
+            places: where the rows are in the cache.
+            rows: their indices in the call's batch.
         """
         for place, row in zip(places, rows, strict=True):
-            taken, num_slots = take_row(self.slots.cache, place), self.slots.num_slots
-            if not self.slots.in_step:  # rows in step are never moved, but may lack tokens
-                # The last token is not in it yet; the slots on the left become as the prompt had them
-                num_slots = self.slots.num_prompt_slots + len(self.texts.emitted[row]) - 1
-                move_left(taken, num_slots_of(taken) - num_slots)
-            self.rows[row] = taken, num_slots
+            cache, num_slots = take_row(self.slots.cache, place), self.slots.num_slots
+            if not self.slots.in_lockstep:  # rows in lockstep are never moved, but may lack tokens
+                # The last token is not cached yet. The row moves back to where the prompt put it
+                num_slots = self.slots.num_prompt_slots + len(self.emitted.rows[row]) - 1
+                move_left(cache, num_slots_of(cache) - num_slots)
+            self.rows[row] = cache, num_slots
 
-    def put_together(self) -> None:
-        """Run what rows that ended early lack, their last token and padding, and join all rows."""
-        sequences = self.texts.sequences()
-        full = self.slots.num_prompt_slots + len(self.texts.padded()) - 1
-        for row, (taken, num_slots) in self.rows.items():
-            stop_rollback(taken)
+    def restore(self) -> None:
+        """Run the tokens that shorter rows lack, their last one and padding, and join all rows."""
+        sequences, num_new = self.emitted.sequences(), len(self.emitted.steps())
+        full = self.slots.num_prompt_slots + num_new - 1
+        for row, (cache, num_slots) in self.rows.items():
+            stop_rollback(cache)
             if full > num_slots:
-                self._run(taken, row, sequences[row : row + 1, :-1], full - num_slots)
+                self._run(cache, row, sequences[row : row + 1, :-1], full - num_slots, num_new)
         join_rows(self.slots.cache, [self.rows[row][0] for row in range(len(sequences))])
 
-    def _run(self, cache: Cache, row: int, tokens: torch.Tensor, missing: int) -> None:
+    def _run(
+        self, cache: Cache, row: int, tokens: torch.Tensor, num_missing: int, num_new: int
+    ) -> None:
         model_kwargs = with_cache(self.model_kwargs, cache)
         for name, value in model_kwargs.items():
             if name == "position_ids" and value is not None:
                 model_kwargs[name] = value[..., min(row, value.shape[-2] - 1), None, :]
             elif torch.is_tensor(value) and value.ndim > 1:
                 model_kwargs[name] = value[row : row + 1]
-        model_kwargs = extend(model_kwargs, len(self.texts.padded()) - 1)
-        inputs = next_inputs(self.backbone, tokens, missing, model_kwargs)
+        model_kwargs = extend(model_kwargs, num_new - 1)
+        inputs = next_inputs(self.backbone, tokens, num_missing, model_kwargs)
         self.backbone(**inputs, return_dict=True)

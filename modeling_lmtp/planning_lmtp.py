@@ -1,45 +1,133 @@
-"""The plan of a call: whether it is decoded with drafts, and if so by what.
+"""The plan of a call: whether it is refused, decoded plainly or decoded with drafts, and by what.
 
-Everything that can stand in the way is found out here, before the call's first pass, so that a call that is
-decoded plainly instead starts as if it had never been planned.
+A call that contradicts itself is an error. What the model or the installed libraries cannot do is decoded
+plainly, with a warning: the flag changes the speed and nothing else. All of that is decided before the
+call's first pass, so that a call that is decoded plainly starts as if it had never been planned.
 
 Shapes: `B` rows, `L` prompt length.
 """
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
+from torch import distributed as dist
 from transformers import GenerationConfig, StaticCache
-from transformers.generation import BaseStreamer
+from transformers.generation import BaseStreamer, GenerationMode
 from transformers.utils import logging
 
-from .cache_lmtp import why_not_rolled_back
-from .choosing_lmtp import TokenChooser
+from .acceptance_lmtp import Acceptor, TokenSelector, TypicalRule, new_acceptor
+from .cache_lmtp import reason_no_rollback
 from .compiled_lmtp import compiled_pass
 from .decoding_lmtp import Decoder
 from .drafting_lmtp import Drafter
-from .refusals_lmtp import refuse_other_modes, why_plain
-from .settings_lmtp import LMTPSettings
-from .static_lmtp import enlarge, why_no_room, why_not_static
-from .static_verification_lmtp import StaticVerifier
-from .support_lmtp import Support, Tier, decoding_support, num_positions, why_not_that_long
-from .texts_lmtp import Texts
-from .transformers_lmtp import cache_of, remedy_for, why_unavailable
+from .outputs_lmtp import EmittedTokens
+from .settings_lmtp import DRAFT_SOURCES, PROMPT_LOOKUP, LMTPSettings
+from .static_lmtp import StaticVerifier, enlarge, reason_no_room, reason_not_static
+from .support_lmtp import Support, Tier, decoding_support, num_positions, reason_too_long
+from .transformers_lmtp import cache_of, is_sharded, reason_unavailable, remedy_for
 from .verification_lmtp import Verifier
-from .walking_lmtp import GreedyWalker, RowByRowWalker, StepwiseWalker, TypicalRule, Walker
 
 logger = logging.get_logger(__name__)
 
+OTHER_STRATEGIES = ("assistant_model", "custom_generate", "use_mtp", "token_healing")
+
+
+# --- What is refused
+
+
+def refuse_unused_arguments(kwargs: Mapping[str, Any], has_drafter: bool, use_lmtp: bool) -> None:
+    """Raise a ValueError for arguments of a call that would have no effect.
+
+    A configuration may hold more settings than a call uses, and `use_lmtp=False` in the call turns off all
+    other settings.
+
+    Args:
+        kwargs: of the call.
+        has_drafter: whether the call passes a drafter.
+        use_lmtp: the setting of call and configurations together.
+    """
+    names = [field.name for field in fields(LMTPSettings)]
+    passed = [n for n in names if kwargs.get(n) is not None and kwargs[n] is not False]
+    if use_lmtp and has_drafter:
+        ignored = [name for name in passed if name in DRAFT_SOURCES]
+        if ignored:
+            raise ValueError(
+                f"drafter supplies every candidate, so {ignored} would be ignored. Pass one or the other, "
+                "or combine drafters with MergedDrafter."
+            )
+    if not use_lmtp and kwargs.get("use_lmtp") is None:
+        passed = ["drafter"] * has_drafter + [name for name in passed if name not in PROMPT_LOOKUP]
+        if passed:
+            raise ValueError(
+                f"{passed} have no effect without use_lmtp=True. Pass it as well, or use_lmtp=False to "
+                "decode plainly nevertheless."
+            )
+
+
+def refuse_prompt_learning(model: Any) -> None:
+    """Raise a ValueError for a prompt that PEFT has learned.
+
+    PEFT inserts it where the wrapped model prepares its inputs, but here the backbone prepares them.
+    """
+    prepare = vars(model).get("prepare_inputs_for_generation")
+    if prepare is not None and getattr(prepare, "__self__", None) is not model:
+        raise ValueError(
+            "A learned prompt (prompt, prefix or p-tuning) on a model with leap heads does not reach "
+            "its backbone, which generates. Use LoRA or another adapter of layers."
+        )
+
+
+def refuse_other_strategies(
+    kwargs: dict[str, Any], *generation_configs: GenerationConfig | None
+) -> None:
+    """Raise a ValueError for another decoding strategy, in the call or in a configuration."""
+    caches = [kwargs.get("cache_implementation")]
+    caches += [config.cache_implementation for config in generation_configs if config is not None]
+    if "paged" in caches:
+        raise ValueError(
+            "use_lmtp=True does not support cache_implementation='paged', which is continuous "
+            "batching. Leave it out, or pass 'dynamic'."
+        )
+    strategies = [name for name in OTHER_STRATEGIES if kwargs.get(name)]
+    if strategies:
+        raise ValueError(
+            "use_lmtp=True is a decoding strategy of its own and cannot be combined with "
+            f"{strategies}. Drop one or the other."
+        )
+
+
+def refuse_empty_prompt(inputs: torch.Tensor | None, kwargs: Mapping[str, Any]) -> None:
+    """Raise a ValueError for a prompt without tokens."""
+    input_ids = inputs if inputs is not None else kwargs.get("input_ids")
+    if kwargs.get("inputs_embeds") is None and input_ids is not None and input_ids.shape[-1] == 0:
+        raise ValueError(
+            "The prompt is empty: input_ids has the shape "
+            f"{tuple(input_ids.shape)}. Pass at least one token, such as the BOS token."
+        )
+
+
+def refuse_other_modes(generation_config: GenerationConfig) -> None:
+    """Raise a ValueError unless a prepared configuration asks for greedy search or sampling."""
+    mode = generation_config.get_generation_mode()
+    if mode not in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE):
+        raise ValueError(
+            f"use_lmtp=True supports greedy search and sampling, not {mode.value!r}. Set num_beams=1 "
+            "and leave out other strategies, or call generate() without use_lmtp."
+        )
+
+
+# --- What is decoded plainly
+
 
 class PlainDecoding(Exception):  # noqa: N818 (a decision, not an error)
-    """A call is to be decoded plainly.
+    """A call must be decoded plainly.
 
     Args:
         reason: why, for the user.
-        by_choice: whether that is what the settings ask for.
+        by_choice: whether the settings ask for it.
     """
 
     def __init__(self, reason: str, by_choice: bool = False) -> None:
@@ -47,34 +135,8 @@ class PlainDecoding(Exception):  # noqa: N818 (a decision, not an error)
         self.by_choice = by_choice
 
 
-@dataclass
-class Call:
-    """A call of `generate`, as Transformers has prepared it.
-
-    Args:
-        input_ids: the prompts, `(B, L)`; of a text that goes on, perhaps only what the cache lacks.
-        chooser: takes tokens as this call asks for.
-        generation_config: the call's own.
-        model_kwargs: what `generate` keeps between steps, the cache among them.
-        streamer: receives each token once, in order.
-        num_slots_given: for a cache that the caller passes, how many tokens it will hold after the prefill.
-    """
-
-    input_ids: torch.Tensor
-    chooser: TokenChooser
-    generation_config: GenerationConfig
-    model_kwargs: dict[str, Any]
-    streamer: BaseStreamer | None = None
-    num_slots_given: int | None = None
-
-    @property
-    def returns_dict(self) -> bool:
-        """Whether the caller gets an output with fields, and not the tokens alone."""
-        return bool(self.generation_config.return_dict_in_generate)
-
-
 def check_call(model: Any, kwargs: Mapping[str, Any]) -> None:
-    """Find out what can be known before Transformers prepares a call.
+    """Check what can be known before Transformers prepares a call.
 
     Args:
         model: has a `backbone`.
@@ -83,22 +145,65 @@ def check_call(model: Any, kwargs: Mapping[str, Any]) -> None:
     Raises:
         PlainDecoding: the call, the model or this Transformers cannot be decoded with drafts.
     """
-    reason = why_plain(model, kwargs) or why_unavailable(model.backbone)
+    reason = _reason_for_plain_decoding(model, kwargs) or reason_unavailable(model.backbone)
     if reason:
         raise PlainDecoding(reason)
 
 
+def _reason_for_plain_decoding(model: Any, kwargs: Mapping[str, Any]) -> str | None:
+    if kwargs.get("inputs_embeds") is not None:
+        return "drafts need input_ids, and the call passes inputs_embeds"
+    synced_gpus = kwargs.get("synced_gpus")
+    if synced_gpus is None and dist.is_available() and dist.is_initialized():
+        synced_gpus = dist.get_world_size() > 1 and is_sharded(model.backbone)
+    if synced_gpus:
+        # Processes accept different lengths, so they would run different numbers of passes
+        return (
+            "its processes run in step (synced_gpus=True), as for weights sharded by ZeRO-3 or FSDP"
+        )
+    return None
+
+
+# --- The plan
+
+
+@dataclass
+class Call:
+    """A call of `generate`, as Transformers has prepared it.
+
+    Args:
+        input_ids: the prompts, `(B, L)`; when a text is continued, perhaps only what its cache lacks.
+        selector: selects tokens as this call asks for.
+        generation_config: of this call.
+        model_kwargs: what `generate` keeps between steps, with the cache.
+        streamer: receives each token once, in order.
+        num_cached_tokens: if the caller passes a cache, how many tokens it will hold after the prefill.
+    """
+
+    input_ids: torch.Tensor
+    selector: TokenSelector
+    generation_config: GenerationConfig
+    model_kwargs: dict[str, Any]
+    streamer: BaseStreamer | None = None
+    num_cached_tokens: int | None = None
+
+    @property
+    def returns_dict(self) -> bool:
+        """Whether the caller gets an output with fields instead of the tokens alone."""
+        return bool(self.generation_config.return_dict_in_generate)
+
+
 def plan(model: Any, settings: LMTPSettings, drafter: Drafter | None, call: Call) -> Decoder:
-    """Choose drafter, verifier and walker of a call.
+    """Choose the drafter, verifier and acceptor of a call.
 
     Args:
         model: has a `backbone` and leap heads.
         settings: of the call.
-        drafter: of the call, in place of the leap heads.
-        call: as it has been prepared.
+        drafter: the caller's, in place of the leap heads.
+        call: as prepared by Transformers.
 
     Raises:
-        PlainDecoding: it cannot be decoded with drafts, or need not be.
+        PlainDecoding: the call cannot be decoded with drafts, or its settings draft nothing.
         ValueError: the call contradicts itself.
     """
     backbone, generation_config = model.backbone, call.generation_config
@@ -112,38 +217,39 @@ def plan(model: Any, settings: LMTPSettings, drafter: Drafter | None, call: Call
             "drafting cannot win)",
             by_choice=True,
         )
-    walker = _walker(settings, support, call)
+    acceptor = _acceptor(settings, support, call)
     drafter = drafter or model.new_drafter(settings, support.tier)
-    is_static = isinstance(cache_of(call.model_kwargs), StaticCache)
+    if isinstance(cache_of(call.model_kwargs), StaticCache):
+        verifier: Verifier = _static_verifier(model, drafter.max_nodes, call)
+    else:
+        verifier = Verifier(backbone, support.tier is Tier.TREE, model.run_pass)
     return Decoder(
-        _static_verifier(model, drafter.max_nodes, call)
-        if is_static
-        else Verifier(backbone, takes_trees=support.tier is Tier.TREE),
+        verifier,
         model.head_states,
         drafter,
-        walker,
-        Texts(call.input_ids, call.chooser.pad_token_id, call.streamer),
+        acceptor,
+        EmittedTokens(call.input_ids, call.selector.pad_token_id, call.streamer),
         generation_config,
-        # A token past the last position could not be verified
+        # A candidate past the last position could not be verified
         min(generation_config.max_length, 1 + (num_positions(backbone.config) or math.inf)),
-        returns_cache=call.returns_dict or call.num_slots_given is not None,
-        may_move=support.ragged,
+        returns_cache=call.returns_dict or call.num_cached_tokens is not None,
+        can_drop_padding=support.ragged,
     )
 
 
 def _support(backbone: Any, call: Call) -> Support:
-    """Find out what the backbone can verify over the call's cache.
+    """Return what the backbone can verify over the call's cache.
 
     Raises:
-        PlainDecoding: nothing.
+        PlainDecoding: it can verify nothing.
     """
     cache = cache_of(call.model_kwargs)
     is_static = isinstance(cache, StaticCache)
-    reason = why_not_rolled_back(cache) or why_not_that_long(
+    reason = reason_no_rollback(cache) or reason_too_long(
         backbone.config, call.generation_config.max_length
     )
     if not reason and is_static:
-        reason = why_not_static(cache, call.generation_config)
+        reason = reason_not_static(cache, call.generation_config)
     if reason:
         raise PlainDecoding(reason)
     support = decoding_support(backbone, static=is_static)
@@ -156,47 +262,41 @@ def _support(backbone: Any, call: Call) -> Support:
 
 
 def _static_verifier(model: Any, max_nodes: int, call: Call) -> Verifier:
-    """Make room for a draft in the cache, and compile the pass where Transformers would.
+    """Make room for drafts in the cache, and compile the pass if Transformers would.
 
     Raises:
-        PlainDecoding: a cache that the caller passes has no room for one.
+        PlainDecoding: the caller's cache has no room for drafts.
     """
     cache = cache_of(call.model_kwargs)
-    if call.num_slots_given is None:
+    if call.num_cached_tokens is None:
         enlarge(cache, model.backbone, max_nodes)
     else:
         num_new = call.generation_config.max_length - call.input_ids.shape[1]
-        reason = why_no_room(cache, call.num_slots_given + num_new, max_nodes)
+        reason = reason_no_room(cache, call.num_cached_tokens + num_new, max_nodes)
         if reason:
             raise PlainDecoding(reason)
     compiled = compiled_pass(
         model.backbone, model.config.head_input, call.generation_config, call.model_kwargs
     )
-    return StaticVerifier(model.backbone, max_nodes, compiled)
+    return StaticVerifier(model.backbone, max_nodes, compiled or model.run_pass)
 
 
-def _walker(settings: LMTPSettings, support: Support, call: Call) -> Walker:
-    """Rows walk apart where nothing needs them in step: that is as far as each of them goes."""
-    input_ids, chooser = call.input_ids, call.chooser
-    keep_scores = bool(call.returns_dict and call.generation_config.output_scores)
-    keep_logits = bool(call.returns_dict and call.generation_config.output_logits)
-    num_rows, length = input_ids.shape
-    apart = num_rows == 1 or (support.ragged and call.streamer is None)
+def _acceptor(settings: LMTPSettings, support: Support, call: Call) -> Acceptor:
+    rule = None
     if settings.acceptance_rule == "typical":
+        rule = TypicalRule(settings.posterior_threshold, settings.posterior_alpha)
+    acceptor = new_acceptor(
+        call.input_ids,
+        call.selector,
+        # A streamer gets the tokens of all rows together, step by step
+        rows_are_independent=support.ragged and call.streamer is None,
+        keep_scores=bool(call.returns_dict and call.generation_config.output_scores),
+        keep_logits=bool(call.returns_dict and call.generation_config.output_logits),
+        rule=rule,
+    )
+    if rule is not None:
         logger.warning_once(
-            "acceptance_rule='typical' is lossy: the text is not plain decoding's, and samples are "
+            "acceptance_rule='typical' is lossy: the text differs from plain decoding's, and samples are "
             "not distributed as plain samples."
         )
-        if not (apart and (num_rows == 1 or chooser.is_row_wise)):
-            raise ValueError(
-                "acceptance_rule='typical' judges every row by itself, which this model, or one of "
-                "the logits processors and stopping criteria, does not allow. Pass one prompt at a "
-                "time, or acceptance_rule='exact'."
-            )
-        rule = TypicalRule(settings.posterior_threshold, settings.posterior_alpha)
-        return RowByRowWalker(input_ids, chooser, keep_scores, keep_logits, rule)
-    if apart and chooser.is_plain_greedy and not (keep_scores or keep_logits):
-        return GreedyWalker([length] * num_rows, chooser)
-    if apart and num_rows > 1 and chooser.is_row_wise:
-        return RowByRowWalker(input_ids, chooser, keep_scores, keep_logits)
-    return StepwiseWalker(input_ids, chooser, keep_scores, keep_logits)
+    return acceptor

@@ -1,4 +1,4 @@
-"""What Transformers needs to know of models with leap heads: how weights start, load and are saved."""
+"""How models with leap heads initialise, load and save their weights."""
 
 from pathlib import Path
 from typing import Any
@@ -8,11 +8,20 @@ from safetensors import SafetensorError
 from torch import nn
 from transformers import CONFIG_MAPPING, PreTrainedConfig, PreTrainedModel
 
-from .checkpoints_lmtp import AUTO_MAP, check_loaded
 from .configuration_lmtp import LMTPConfig
-from .states_lmtp import LayerMix
+from .heads_lmtp import LayerMix
 from .transformers_lmtp import start_at_zero
-from .zero_lmtp import ZeroLinear
+from .unembeddings_lmtp import ZeroLinear
+
+# Which shipped class serves which Auto class, for `trust_remote_code=True`
+AUTO_MAP = {
+    "AutoConfig": "configuration_lmtp.LMTPConfig",
+    "AutoModel": "modeling_lmtp.LMTPForCausalLM",
+    "AutoModelForCausalLM": "modeling_lmtp.LMTPForCausalLM",
+}
+
+# For the Hub's search
+TAGS = ("l-mtp", "multi-token-prediction", "speculative-decoding")
 
 
 class LMTPPreTrainedModel(PreTrainedModel):
@@ -21,7 +30,7 @@ class LMTPPreTrainedModel(PreTrainedModel):
     config_class = LMTPConfig
     base_model_prefix = "backbone"
     supports_gradient_checkpointing = True
-    # Answered by the backbone itself when it is built; the wrapper has no attention of its own
+    # The backbone checks these itself when it is built; the wrapper has no attention
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_flex_attn = True
@@ -42,14 +51,14 @@ class LMTPPreTrainedModel(PreTrainedModel):
     def from_pretrained(
         cls, pretrained_model_name_or_path: str | Path | None, *args: Any, **kwargs: Any
     ) -> Any:
-        """Load a checkpoint as Transformers does, and refuse one that is incomplete.
+        """Load a checkpoint as Transformers does, but refuse one that is incomplete.
 
         Raises:
             ValueError: tensors of the checkpoint are missing, extra or of the wrong shape, or a file
                 is corrupt; the message names them.
         """
         with_info = kwargs.pop("output_loading_info", False)
-        kwargs["ignore_mismatched_sizes"] = True  # reported below, with all else that is wrong
+        kwargs["ignore_mismatched_sizes"] = True  # `check_loaded` reports them with everything else
         try:
             model, info = super().from_pretrained(
                 pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs
@@ -66,15 +75,15 @@ class LMTPPreTrainedModel(PreTrainedModel):
         """Save weights, configuration, generation settings and the code that loads them.
 
         Raises:
-            ValueError: Transformers does not know the backbone's configuration, so that nothing could load
-                the checkpoint; or the folder holds another model, perhaps the backbone itself.
+            ValueError: Transformers does not know the backbone's architecture, so the checkpoint could
+                not be loaded; or the folder holds another model, perhaps the backbone.
         """
         _check_folder(save_directory, self.config.model_type)
         kind = self.config.backbone_config.model_type
         if kind not in CONFIG_MAPPING:
             raise ValueError(
-                f"The backbone is of the kind {kind!r}, which Transformers does not know: its code came "
-                "with its repository. A checkpoint could not be loaded again. Register its classes "
+                f"Transformers does not know the backbone's architecture {kind!r}: its code came with its "
+                "repository, so the checkpoint could not be loaded. Register its classes "
                 "(AutoConfig.register, AutoModelForCausalLM.register) before saving and loading."
             )
         self.config.auto_map = dict(AUTO_MAP)
@@ -84,14 +93,44 @@ class LMTPPreTrainedModel(PreTrainedModel):
 def _check_folder(save_directory: str | Path, model_type: str) -> None:
     """Raise a ValueError if saving would overwrite another model."""
     folder = str(save_directory)
-    # So that a name cannot be taken for one on the Hub
+    # A bare name would be looked up on the Hub
     folder = folder if folder.startswith(("/", "./", "../", "~")) else f"./{folder}"
     try:
-        found, _ = PreTrainedConfig.get_config_dict(folder, local_files_only=True)
+        config, _ = PreTrainedConfig.get_config_dict(folder, local_files_only=True)
     except OSError:  # no folder, or none with a configuration
         return
-    if found.get("model_type", model_type) != model_type:
+    if config.get("model_type", model_type) != model_type:
         raise ValueError(
-            f"{str(save_directory)!r} holds a model of the kind {found['model_type']!r}, and saving there "
+            f"{str(save_directory)!r} holds a model of the kind {config['model_type']!r}, and saving there "
             "would destroy it. Choose another folder."
+        )
+
+
+def check_loaded(loading_info: dict[str, Any], source: str | Path | None) -> None:
+    """Refuse a checkpoint with missing or unexpected tensors.
+
+    Transformers initialises missing tensors and only warns. Drafts of leap heads loaded like that would
+    simply never be accepted.
+
+    Args:
+        loading_info: what `from_pretrained(..., output_loading_info=True)` returned.
+        source: the checkpoint, for the message.
+
+    Raises:
+        ValueError: names the tensors and what is wrong with them.
+    """
+    problems = {
+        "missing": sorted(loading_info["missing_keys"]),
+        "not part of the configured model": sorted(loading_info["unexpected_keys"]),
+        "of another shape than configured": sorted(
+            str(key) for key in loading_info["mismatched_keys"]
+        ),
+    }
+    messages = [f"{', '.join(keys)}: {what}" for what, keys in problems.items() if keys]
+    if messages:
+        raise ValueError(
+            f"The checkpoint {str(source)!r} does not match its configuration: "
+            + "; ".join(messages)
+            + ". Save it again from a complete model, or correct backbone_config, leap_offsets, "
+            "num_head_layers and share_lm_head in its config.json."
         )

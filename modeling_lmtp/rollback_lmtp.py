@@ -1,6 +1,6 @@
-"""Rolling a cache back: after each pass it keeps the accepted paths and nothing else.
+"""Rolling a cache back: after each pass it keeps the accepted paths only.
 
-Most layers are cropped. Recurrent states, which have no slots, are copied and put back.
+Most layers are cropped. Recurrent states have no slots to crop, so they are copied and restored.
 
 Shapes: `N` candidates of a row.
 """
@@ -20,27 +20,27 @@ from .cache_lmtp import (
     select_rows,
 )
 
-# Known tokens that a pass may run again; then one pass without candidates gives a new copy
+# Known tokens that a pass may replay. Beyond that, one pass without candidates makes a new copy of the
+# states
 MAX_REPLAY = 16
 
 
 class CacheSlots:
-    """A batch's slots in a cache that grows: every row ends in the last one.
+    """The slots of a batch in a cache that grows: every row ends in the last one.
 
     Args:
         cache: holds the prompts, and later the rows that are still generating.
-        num_prompt_slots: how many slots the prompts have used, those of earlier turns and padding
-            included.
+        num_prompt_slots: how many slots the prompts have used, with those of earlier turns and padding.
 
     Attributes:
         num_slots: how many slots are used now.
-        num_replayed: how many known tokens before the roots the cache lacks; the next pass runs them again.
-        in_step: whether all rows must accept equally many tokens.
-        must_settle: whether the next pass must run without candidates.
+        num_replayed: how many known tokens before the roots the cache lacks; the next pass replays them.
+        in_lockstep: whether all rows must accept the same number of tokens.
+        needs_plain_pass: whether the next pass must run without candidates.
     """
 
-    in_step = False
-    must_settle = False
+    in_lockstep = False
+    needs_plain_pass = False
     num_replayed = 0
 
     def __init__(self, cache: Cache, num_prompt_slots: int) -> None:
@@ -53,68 +53,69 @@ class CacheSlots:
         return num_slots_of(self.cache)
 
     def keep_paths(self, paths: Sequence[Sequence[int]], num_slots: int) -> None:
-        """Keep, of the last pass's `num_slots` slots, those of each row's path; drop the rest."""
+        """Keep each row's accepted nodes among the last pass's `num_slots` slots; drop the others."""
         keep_paths(self.cache, paths, num_slots)
 
-    def take_back(self, num_slots: int) -> None:
+    def undo_pass(self, num_slots: int) -> None:
         """Drop all of the last pass's `num_slots` slots."""
         self.cache.crop(-num_slots)
 
     def keep_rows(self, rows: Sequence[int]) -> None:
-        """Keep these rows only, by their place among the present ones."""
+        """Keep only these of the present rows."""
         select_rows(self.cache, rows)
 
-    def move_left(self, num_slots: int) -> None:
-        """Drop so many first slots, which are padding in every row."""
+    def drop_padding(self, num_slots: int) -> None:
+        """Drop the first slots, which are padding in every row."""
         move_left(self.cache, num_slots)
 
 
 class ReplayedSlots(CacheSlots):
-    """Slots beside recurrent states, of linear attention and state-space layers, which have no slots.
+    """Slots beside the recurrent states of linear-attention and state-space layers.
 
-    Such a state cannot be cropped. It is copied while it is known to be right, put back when a candidate
-    was rejected, and the tokens since then are run again at the head of the next pass: known tokens cost
-    little there, because a pass over a few tokens costs about as much as one over a single token.
+    A recurrent state cannot be cropped. It is copied while it is known to be right, restored when a
+    candidate was rejected, and the tokens since then are replayed at the start of the next pass.
+    Replaying is cheap, because a pass over a few tokens costs about as much as one over a single token.
 
     Args:
-        cache, num_prompt_slots: see `CacheSlots`; right as it is.
+        cache, num_prompt_slots: see `CacheSlots`; the states must be right.
     """
 
-    in_step = True
+    in_lockstep = True
 
     def __init__(self, cache: Cache, num_prompt_slots: int) -> None:
         super().__init__(cache, num_prompt_slots)
-        self._num_slots = num_prompt_slots - 1  # the first walk takes up the prompts' last token
+        # The first accepted path is that of the prompt's last token, which counts it
+        self._num_slots = num_prompt_slots - 1
         self._copies = self._copy_states()
 
     @property
     def num_slots(self) -> int:
-        """How many tokens the cache knows; where no layer has slots, it cannot say so itself."""
+        """How many tokens the cache holds. It cannot say itself if none of its layers has slots."""
         return self._num_slots
 
     @property
-    def must_settle(self) -> bool:  # type: ignore[override]
-        """Whether the next pass must run without candidates, because it runs much again."""
+    def needs_plain_pass(self) -> bool:  # type: ignore[override]
+        """Whether the next pass replays so much that it must end with right states."""
         return self.num_replayed + 1 >= MAX_REPLAY
 
     def keep_paths(self, paths: Sequence[Sequence[int]], num_slots: int) -> None:
-        """Keep the states if all candidates were right; else put the last copy back."""
+        """Keep the states if all candidates were accepted, else restore the last copy."""
         if min(map(len, paths)) == num_slots:
             self._num_slots += self.num_replayed + num_slots
             self.num_replayed = 0
             self._copies = self._copy_states()
             return
-        self.take_back(num_slots)
+        self.undo_pass(num_slots)
         self.num_replayed += max(map(len, paths))
 
-    def take_back(self, num_slots: int) -> None:
-        """Put the copy back, and drop the slots that attention layers got since."""
+    def undo_pass(self, num_slots: int) -> None:
+        """Restore the copy, and crop the attention layers to the same token."""
         for (states, index), copied in zip(recurrent_states(self.cache), self._copies, strict=True):
             states[index].copy_(copied)
         crop_attention(self.cache, self.num_replayed + num_slots)
 
     def keep_rows(self, rows: Sequence[int]) -> None:
-        """Keep these rows only, in the copy as well."""
+        """Keep only these of the present rows, in the copy as well."""
         super().keep_rows(rows)
         self._copies = [copied[list(rows)] for copied in self._copies]
 
@@ -123,11 +124,11 @@ class ReplayedSlots(CacheSlots):
 
 
 def slots_of(cache: Cache, num_tokens: int) -> CacheSlots:
-    """Return what keeps the cache of a batch whose prompts have been run.
+    """Return the slots of a batch whose prompts have been run.
 
     Args:
         cache: holds the prompts.
-        num_tokens: of the prompts; counts where the cache itself has no slots.
+        num_tokens: of the prompts, for a cache without slots.
     """
     kind = ReplayedSlots if has_recurrent_states(cache) else CacheSlots
     return kind(cache, num_slots_of(cache, num_tokens))

@@ -1,21 +1,214 @@
-"""What `generate` and `generation_config` say about L-MTP."""
+"""The settings of L-MTP decoding, from a call of `generate` and from `generation_config`.
 
+Each shape of draft is a class here, which knows the name of its setting, checks its values and makes its
+drafter.
+"""
+
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any
+from functools import cached_property
+from typing import Any, ClassVar
 
 from transformers import GenerationConfig
 
-from .lookup_lmtp import PromptLookupDrafter
+from .drafting_lmtp import PromptLookupDrafter
+from .leap_drafter_lmtp import DraftHeads, DynamicLeapHeadDrafter, LeapHeadDrafter
+from .path_drafter_lmtp import DynamicPathDrafter, PathDrafter
 from .tree_lmtp import MAX_NODES, DraftTree
 
-DRAFT_SHAPES = ("draft_tree", "draft_length", "draft_nodes", "draft_by_batch_size")
-# Transformers' own names, for what is here part of the draft instead of another strategy
+STRICT = "strict"  # a value of `use_lmtp`: raise instead of decoding plainly
+# Transformers' own names. With L-MTP, prompt lookup is a part of the draft and no strategy of its own
 PROMPT_LOOKUP = ("prompt_lookup_num_tokens", "max_matching_ngram_size")
-BESIDE_A_SHAPE = ("draft_threshold", *PROMPT_LOOKUP)
-STRICT = "strict"  # a value of `use_lmtp`: an error where it would be plain decoding instead
-# What says where candidates come from, as a drafter of one's own does
-DRAFT_SOURCES = (*DRAFT_SHAPES, *BESIDE_A_SHAPE, "forward_decoding")
+
+
+def check_integer(name: str, value: Any, maximum: int | None = None) -> None:
+    """Raise a ValueError unless a setting is an integer, and from 0 to `maximum` if that is given."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise ValueError(f"{name} must be an integer, got {value!r}.")
+    if maximum is not None and not 0 <= value <= maximum:
+        raise ValueError(f"{name} must be from 0 to {maximum}, got {value}.")
+
+
+def check_number(name: str, value: Any) -> None:
+    """Raise a ValueError unless a setting is a number."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise ValueError(f"{name} must be a number, got {value!r}.")
+
+
+class DraftShape(ABC):
+    """How many candidates a draft has, and how they hang together.
+
+    Attributes:
+        setting: the name that users know.
+        options: the names of further settings that only this shape reads.
+        num_nodes: the largest number of candidates of a row.
+        is_chain: whether there is at most one candidate per distance.
+    """
+
+    setting: ClassVar[str]
+    options: ClassVar[tuple[str, ...]] = ()
+    num_nodes: int
+    is_chain: bool
+
+    @abstractmethod
+    def check(self, horizon: int, vocab_size: int | None = None) -> None:
+        """Raise a ValueError if heads cannot draft this shape.
+
+        Args:
+            horizon: the largest distance that the heads can draft.
+            vocab_size: the number of tokens that they choose from; None skips that check.
+        """
+
+    @abstractmethod
+    def to_chain(self, horizon: int) -> "Chain":
+        """Return the chain to draft for a backbone that verifies chains only."""
+
+    @abstractmethod
+    def new_drafter(self, heads: DraftHeads) -> LeapHeadDrafter:
+        """Return a drafter of this shape."""
+
+
+@dataclass(frozen=True)
+class StaticTree(DraftShape):
+    """A tree with the same structure for every state.
+
+    Args:
+        paths: see `DraftTree.from_paths`.
+    """
+
+    setting = "draft_tree"
+    paths: Sequence[Sequence[int]]
+
+    @cached_property
+    def tree(self) -> DraftTree:
+        """The tree.
+
+        Raises:
+            ValueError: it is malformed.
+        """
+        return DraftTree.from_paths(self.paths)
+
+    @property
+    def num_nodes(self) -> int:  # type: ignore[override]
+        """The number of candidates."""
+        return self.tree.num_nodes
+
+    @property
+    def is_chain(self) -> bool:  # type: ignore[override]
+        """Whether the tree has no branches."""
+        return self.tree.is_chain
+
+    def check(self, horizon: int, vocab_size: int | None = None) -> None:
+        """Raise a ValueError if the tree is deeper than the heads draft, or has ranks that they lack."""
+        _check_depth(self.tree.depth, horizon)
+        highest = max(self.tree.ranks, default=0)
+        if vocab_size is not None and highest >= vocab_size:
+            raise ValueError(
+                f"draft_tree has rank {highest}, but these leap heads choose among {vocab_size} tokens, "
+                f"so ranks go from 0 to {vocab_size - 1}. Drop the paths with higher ranks."
+            )
+
+    def to_chain(self, horizon: int) -> "Chain":
+        """Return a chain as deep as the tree."""
+        return Chain(self.tree.depth)
+
+    def new_drafter(self, heads: DraftHeads) -> LeapHeadDrafter:
+        """Return a drafter that fills the tree."""
+        return (PathDrafter if heads.is_path_grounded else LeapHeadDrafter)(heads, self.tree)
+
+
+@dataclass(frozen=True)
+class Chain(DraftShape):
+    """The most likely token for each distance; without any setting, for all that the heads draft.
+
+    Args:
+        length: the number of candidates.
+    """
+
+    setting = "draft_length"
+    is_chain = True
+    length: int
+
+    def __post_init__(self) -> None:
+        """Check the values."""
+        check_integer(self.setting, self.length, MAX_NODES - 1)
+
+    @property
+    def num_nodes(self) -> int:  # type: ignore[override]
+        """The number of candidates."""
+        return self.length
+
+    def check(self, horizon: int, vocab_size: int | None = None) -> None:
+        """Raise a ValueError if the chain is longer than the heads draft."""
+        _check_depth(self.length, horizon)
+
+    def to_chain(self, horizon: int) -> "Chain":
+        """Return the chain itself."""
+        return self
+
+    def new_drafter(self, heads: DraftHeads) -> LeapHeadDrafter:
+        """Return a drafter of the chain."""
+        tree = DraftTree.chain(self.length)
+        return (PathDrafter if heads.is_path_grounded else LeapHeadDrafter)(heads, tree)
+
+
+@dataclass(frozen=True)
+class DynamicTree(DraftShape):
+    """A tree that is grown anew for every state, from the heads' probabilities.
+
+    Args:
+        num_nodes: at most that many candidates.
+        threshold: draft no path that is less probable.
+    """
+
+    setting = "draft_nodes"
+    options = ("draft_threshold",)
+    num_nodes: int
+    threshold: float = 0.0
+
+    def __post_init__(self) -> None:
+        """Check the values."""
+        check_integer(self.setting, self.num_nodes, MAX_NODES - 1)
+        check_number("draft_threshold", self.threshold)
+        if not 0 <= self.threshold < 1:
+            raise ValueError(
+                f"draft_threshold must be at least 0 and below 1, got {self.threshold!r}."
+            )
+
+    @property
+    def is_chain(self) -> bool:  # type: ignore[override]
+        """Whether it has no room for branches."""
+        return self.num_nodes <= 1
+
+    def check(self, horizon: int, vocab_size: int | None = None) -> None:
+        """Accept any heads: the tree grows as far as they draft."""
+
+    def to_chain(self, horizon: int) -> "Chain":
+        """Return a chain of as many candidates, as far as the heads draft."""
+        return Chain(min(horizon, self.num_nodes))
+
+    def new_drafter(self, heads: DraftHeads) -> LeapHeadDrafter:
+        """Return a drafter that grows a tree per row and step."""
+        drafter = DynamicPathDrafter if heads.is_path_grounded else DynamicLeapHeadDrafter
+        return drafter(heads, self.num_nodes, self.threshold)
+
+
+def _check_depth(depth: int, horizon: int) -> None:
+    if depth > horizon:
+        raise ValueError(
+            f"The draft is {depth} tokens deep, but these leap heads can draft {horizon} (their largest "
+            "offset minus 1). Shorten draft_tree or draft_length."
+        )
+
+
+SHAPES: tuple[type[DraftShape], ...] = (StaticTree, Chain, DynamicTree)
+SHAPE_SETTINGS = tuple(shape.setting for shape in SHAPES)
+SHAPE_OPTIONS = tuple(option for shape in SHAPES for option in shape.options)
+# Only one of these may be set in one place
+DRAFT_SHAPES = (*SHAPE_SETTINGS, "draft_by_batch_size")
+# What a caller's own drafter replaces
+DRAFT_SOURCES = (*DRAFT_SHAPES, *SHAPE_OPTIONS, *PROMPT_LOOKUP)
 
 
 @dataclass
@@ -23,20 +216,19 @@ class LMTPSettings:
     """How to decode.
 
     Args:
-        use_lmtp: draft with the leap heads; `"strict"`, an error where the model or the installed libraries
-            would make it plain decoding.
-        draft_tree: a static draft tree as the paths of its nodes, see `DraftTree.from_paths`.
-        draft_length: instead, a top-1 chain of that many candidates.
-        draft_nodes: instead, up to that many candidates in a tree grown for every state by itself.
-        draft_threshold: in such a tree, draft no path that the heads hold less probable.
-        draft_by_batch_size: instead, what is drafted (settings of the draft, by name) for each batch
-            size, as `lmtp tune` finds them; a size between two of them gets the larger one's.
-        forward_decoding: run the backbone once more before each draft, the paper's ablation F-MTP.
-        prompt_lookup_num_tokens: draft as well up to so many tokens that followed the longest n-gram in
-            which the text ends.
-        max_matching_ngram_size: the longest one looked for.
-        acceptance_rule: `"exact"`, or `"typical"`, which changes the text: any candidate is taken
-            that the model holds typical (arXiv 2401.10774).
+        use_lmtp: draft with the leap heads; `"strict"` raises an error where the model or the installed
+            libraries would make it plain decoding.
+        draft_tree: draft a static tree, given as the paths of its nodes, see `DraftTree.from_paths`.
+        draft_length: instead, draft a top-1 chain of that many candidates.
+        draft_nodes: instead, draft up to that many candidates in a tree that is grown for every state.
+        draft_threshold: in such a tree, draft no path that is less probable.
+        draft_by_batch_size: instead, the draft settings for each batch size, as `lmtp tune` finds them; a
+            size that is not listed gets those of the next larger one.
+        prompt_lookup_num_tokens: also draft up to that many tokens that followed an earlier occurrence of
+            the n-gram at the end of the text.
+        max_matching_ngram_size: the longest n-gram to look for.
+        acceptance_rule: `"exact"`, or `"typical"`, which changes the text: it accepts any candidate that
+            the model considers typical (arXiv 2401.10774).
         posterior_threshold, posterior_alpha: ε and δ of the typical rule.
     """
 
@@ -46,7 +238,6 @@ class LMTPSettings:
     draft_nodes: int | None = None
     draft_threshold: float | None = None
     draft_by_batch_size: Mapping[str, Mapping[str, Any]] | None = None
-    forward_decoding: bool = False
     prompt_lookup_num_tokens: int | None = None
     max_matching_ngram_size: int | None = None
     acceptance_rule: str = "exact"
@@ -57,162 +248,133 @@ class LMTPSettings:
     def take_from(
         cls, kwargs: dict[str, Any], *generation_configs: GenerationConfig | None
     ) -> "LMTPSettings":
-        """Take the settings out of `kwargs`, and what they leave open from the configurations.
+        """Remove the settings from `kwargs`, and read those that are not there from the configurations.
 
-        A tree, a length or a number of nodes in one place hides any of them in the places after it, and
-        its threshold.
-        The settings that Transformers knows as well stay in `kwargs` unless L-MTP is used.
+        A shape of draft in one place hides all shapes, and their options, in later places. The settings
+        that Transformers also knows stay in `kwargs` unless L-MTP is used.
 
         Raises:
-            ValueError: two of them in one place.
+            ValueError: one place sets two shapes, or `forward_decoding`, a setting of version 0.1.
         """
-        names = [f.name for f in fields(cls)]
+        names = [field.name for field in fields(cls)]
+        configs = [config for config in generation_configs if config is not None]
         places = [{name: kwargs[name] for name in names if name in kwargs}]
-        places += [
-            {name: getattr(config, name, None) for name in names}
-            for config in generation_configs
-            if config is not None
-        ]
+        places += [{name: getattr(config, name, None) for name in names} for config in configs]
         chosen: dict[str, Any] = {}
         for place in places:
-            given = {name: value for name, value in place.items() if value is not None}
-            shapes = {name: given.pop(name) for name in DRAFT_SHAPES if name in given}
+            values = {name: value for name, value in place.items() if value is not None}
+            shapes = {name: values.pop(name) for name in DRAFT_SHAPES if name in values}
             if len(shapes) > 1:
                 raise ValueError(f"Pass only one of {DRAFT_SHAPES}, got {shapes}.")
             if chosen.keys() & set(DRAFT_SHAPES):
-                given.pop("draft_threshold", None)  # says how the hidden one grows
+                for name in SHAPE_OPTIONS:
+                    values.pop(name, None)
             else:
                 chosen.update(shapes)
-            chosen = {**given, **chosen}
+            chosen = {**values, **chosen}
         settings = cls(**chosen)
         for name in names:
             if settings.use_lmtp or name not in PROMPT_LOOKUP:
                 kwargs.pop(name, None)
+        stored = [getattr(config, "forward_decoding", None) for config in configs]
+        if kwargs.pop("forward_decoding", None) or (settings.use_lmtp and any(stored)):
+            raise ValueError(
+                "forward_decoding=True is no longer a setting. Pass drafter=ForwardDrafter("
+                "model.new_drafter()), with ForwardDrafter from modeling_lmtp.drafting_lmtp, and remove "
+                "forward_decoding from the call or the generation_config."
+            )
         return settings
 
     def check(self, horizon: int, vocab_size: int | None = None) -> None:
-        """Raise a ValueError for what is of the wrong kind or out of range.
+        """Raise a ValueError for a value of the wrong type or out of range.
 
         Args:
-            horizon: the furthest distance that the heads draft.
-            vocab_size: how many tokens they choose among; None if it does not matter.
+            horizon: the largest distance that the heads can draft.
+            vocab_size: the number of tokens that they choose from; None skips that check.
         """
-        self._check_kinds()
-        self.prompt_lookup()
-        for name in ("draft_length", "draft_nodes"):
-            value = getattr(self, name)
-            if value is not None and not 0 <= value < MAX_NODES:
-                raise ValueError(f"{name} must be from 0 to {MAX_NODES - 1}, got {value}.")
+        if self.use_lmtp not in (True, False, STRICT):
+            raise ValueError(f"use_lmtp must be True, False or {STRICT!r}, got {self.use_lmtp!r}.")
         if self.acceptance_rule not in ("exact", "typical"):
             raise ValueError(
                 f"acceptance_rule must be 'exact' or 'typical', got {self.acceptance_rule!r}."
             )
         for name in ("posterior_threshold", "posterior_alpha"):
             value = getattr(self, name)
+            check_number(name, value)
             if not 0 < value <= 1:
                 raise ValueError(f"{name} must be above 0 and at most 1, got {value!r}.")
-        if self.draft_threshold is not None and not 0 <= self.draft_threshold < 1:
-            raise ValueError(
-                f"draft_threshold must be at least 0 and below 1, got {self.draft_threshold!r}."
-            )
-        if self.draft_by_batch_size is None:
-            if self.draft_threshold is not None and self.draft_nodes is None:
-                raise ValueError(
-                    "draft_threshold says where a tree that is grown for every state ends: set "
-                    "draft_nodes as well."
-                )
-            highest = max(self.tree(horizon).ranks, default=0)
-            if vocab_size is not None and highest >= vocab_size:
-                raise ValueError(
-                    f"draft_tree has the rank {highest}, but these leap heads choose among "
-                    f"{vocab_size} tokens: ranks go from 0 to {vocab_size - 1}. Drop the paths with "
-                    "higher ones."
-                )
+        for name in PROMPT_LOOKUP:
+            if getattr(self, name) is not None:
+                check_integer(name, getattr(self, name))
+        self.prompt_lookup()
+        if self.draft_by_batch_size is not None:
+            for size in self._drafts_by_size(self.draft_by_batch_size):
+                self.for_batch(size).check(horizon, vocab_size)
             return
-        for size in self._batch_sizes(self.draft_by_batch_size):
-            self.for_batch(size).check(horizon, vocab_size)
+        if self.draft_threshold is not None and self.draft_nodes is None:
+            raise ValueError("draft_threshold has no effect without draft_nodes: set both.")
+        self.shape(horizon).check(horizon, vocab_size)
 
-    def _check_kinds(self) -> None:
-        """Raise a ValueError for what is no number where one is needed."""
-        if self.use_lmtp not in (True, False, STRICT):
-            raise ValueError(f"use_lmtp must be True, False or {STRICT!r}, got {self.use_lmtp!r}.")
-        integers = ("draft_length", "draft_nodes", *PROMPT_LOOKUP)
-        for name in (*integers, "draft_threshold", "posterior_threshold", "posterior_alpha"):
-            value = getattr(self, name)
-            kind = int if name in integers else (int, float)
-            if value is not None and (isinstance(value, bool) or not isinstance(value, kind)):
-                wanted = "an integer" if name in integers else "a number"
-                raise ValueError(f"{name} must be {wanted}, got {value!r}.")
-
-    def _batch_sizes(
+    def _drafts_by_size(
         self, by_size: Mapping[str, Mapping[str, Any]]
     ) -> dict[int, Mapping[str, Any]]:
-        """What is drafted by size, the sizes increasing; JSON has made strings of them."""
+        """Return the draft settings by increasing batch size; JSON turns sizes into strings."""
         sizes = [str(size) for size in by_size] if isinstance(by_size, Mapping) else []
         if not sizes or not all(size.isdecimal() and int(size) > 0 for size in sizes):
             raise ValueError(
-                "draft_by_batch_size must say for some batch sizes what is drafted, such as "
+                "draft_by_batch_size must map batch sizes to draft settings, such as "
                 f"{{'1': {{'draft_nodes': 8}}, '8': {{'draft_length': 0}}}}, got {by_size!r}."
             )
         for size, draft in by_size.items():
             if not _is_draft(draft):
                 raise ValueError(
-                    f"draft_by_batch_size[{size!r}] must be a dict that may name one of "
-                    f"{DRAFT_SHAPES[:-1]}, and any of {BESIDE_A_SHAPE} (a threshold beside draft_nodes "
-                    f"only); got {draft!r}."
+                    f"draft_by_batch_size[{size!r}] must be a dict with at most one of {SHAPE_SETTINGS}, "
+                    f"and any of {PROMPT_LOOKUP} (draft_threshold beside draft_nodes only); got {draft!r}."
                 )
         by_number = {int(size): draft for size, draft in by_size.items()}
         return {size: by_number[size] for size in sorted(by_number)}
 
     def for_batch(self, batch_size: int) -> "LMTPSettings":
-        """Return the settings for that many rows; what is set for all sizes goes before."""
+        """Return the settings for that many rows; settings for all batch sizes take precedence."""
         if self.draft_by_batch_size is None:
             return self
-        by_size = self._batch_sizes(self.draft_by_batch_size)
-        chosen = next((size for size in by_size if size >= batch_size), max(by_size))
-        draft = {n: v for n, v in by_size[chosen].items() if getattr(self, n) is None}
+        by_size = self._drafts_by_size(self.draft_by_batch_size)
+        size = next((size for size in by_size if size >= batch_size), max(by_size))
+        draft = {n: value for n, value in by_size[size].items() if getattr(self, n) is None}
         if "draft_nodes" not in draft:
-            draft["draft_threshold"] = (
-                None  # what is set for all sizes is for those that grow trees
-            )
+            draft["draft_threshold"] = None  # only the sizes with a dynamic tree read it
         return replace(self, draft_by_batch_size=None, **draft)
 
-    def drafts_nothing(self, horizon: int) -> bool:
-        """Whether there is nothing to verify, ever, so that decoding is plain."""
-        if self.prompt_lookup_num_tokens is not None or self.draft_nodes:
-            return False
-        return self.draft_nodes == 0 or self.tree(horizon).num_nodes == 0
-
-    def tree(self, horizon: int) -> DraftTree:
-        """Return the draft tree for heads that draft up to distance `horizon`.
+    def shape(self, horizon: int) -> DraftShape:
+        """Return the shape of draft, by default a chain of `horizon` candidates.
 
         Raises:
-            ValueError: the tree is malformed, or deeper than the heads can draft.
+            ValueError: a value is of the wrong type or out of range.
         """
-        if self.draft_length is not None:
-            tree = DraftTree.chain(self.draft_length)
-        elif self.draft_tree is not None:
-            tree = DraftTree.from_paths(self.draft_tree)
-        else:
-            tree = DraftTree.chain(horizon)
-        if tree.depth > horizon:
-            raise ValueError(
-                f"The draft is {tree.depth} tokens deep, but these leap heads can draft {horizon} "
-                "(their largest offset minus 1). Shorten draft_tree or draft_length."
-            )
-        return tree
+        if self.draft_nodes is not None:
+            threshold = 0.0 if self.draft_threshold is None else self.draft_threshold
+            return DynamicTree(self.draft_nodes, threshold)
+        if self.draft_tree is not None:
+            return StaticTree(self.draft_tree)
+        return Chain(
+            min(horizon, MAX_NODES - 1) if self.draft_length is None else self.draft_length
+        )
+
+    def drafts_nothing(self, horizon: int) -> bool:
+        """Return whether no step would have candidates, so that decoding is plain."""
+        return self.prompt_lookup_num_tokens is None and self.shape(horizon).num_nodes == 0
 
     def prompt_lookup(self) -> PromptLookupDrafter | None:
-        """Return the drafter that looks n-grams up, if it is wanted."""
+        """Return the drafter for prompt lookup, or None if it is off."""
         if self.prompt_lookup_num_tokens is None:
             return None
         return PromptLookupDrafter(self.prompt_lookup_num_tokens, self.max_matching_ngram_size)
 
 
 def _is_draft(draft: Any) -> bool:
-    """Whether this may stand for one batch size in `draft_by_batch_size`."""
+    """Return whether these may be the settings for one batch size."""
     if not isinstance(draft, Mapping):
         return False
-    shapes = draft.keys() & set(DRAFT_SHAPES[:-1])
-    beside = BESIDE_A_SHAPE if "draft_nodes" in shapes else PROMPT_LOOKUP
-    return len(shapes) <= 1 and draft.keys() <= {*shapes, *beside}
+    shapes = [shape for shape in SHAPES if shape.setting in draft]
+    allowed = {*PROMPT_LOOKUP}.union(*({shape.setting, *shape.options} for shape in shapes))
+    return len(shapes) <= 1 and draft.keys() <= allowed

@@ -1,32 +1,33 @@
-"""What leap heads read of each token: the state that the unembedding reads, or the states of all layers.
+"""The hidden states that leap heads read, collected while the backbone runs.
 
-The later a layer of a frozen backbone, the more its states are about the next token alone. With
-`head_input="weighted"` each head also reads a learned mean of all of them (*weighted hidden states*,
-WHS, arXiv 2502.09419).
+A forward pre-hook on the unembedding keeps its input, the last hidden states `h_s`. Neither the base
+model's output nor the last entry of `hidden_states` is a substitute: some architectures normalise, project
+or scale in between. With `head_input="weighted"`, heads also read the hidden states of all layers (arXiv
+2502.09419), and a second pair of hooks, on the backbone, adds them.
 
-Shapes: `B` batch, `L` length, `H` hidden size, `K` states per token: the embedding, and each layer's
-output, the last one as the unembedding reads it; `…` any leading dimensions.
+Shapes: `B` batch, `L` length, `H` hidden size, `K` states per token: the embedding and each layer's output,
+the last one as the unembedding reads it.
 """
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from threading import get_ident
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.utils import ModelOutput
 
-from .backbone_lmtp import unembedding_inputs, unembedding_size
+from .backbone_lmtp import unembedding_device, unembedding_size
 from .configuration_lmtp import LAST, WEIGHTED
-from .zero_lmtp import ZeroLinear
 
 
 def states_per_token(backbone: PreTrainedModel, head_input: str) -> int:
-    """Return `K`, 1 for `head_input="last"`.
+    """Return `K`, which is 1 for `head_input="last"`.
 
     Raises:
-        ValueError: the layers' states are not as wide as what the unembedding reads.
+        ValueError: the layers' states and the unembedding's input differ in width.
     """
     if head_input == LAST:
         return 1
@@ -34,8 +35,8 @@ def states_per_token(backbone: PreTrainedModel, head_input: str) -> int:
     _, hidden_size = unembedding_size(backbone)
     if config.hidden_size != hidden_size:
         raise ValueError(
-            f"head_input={WEIGHTED!r} mixes the states of all layers, but those of "
-            f"{type(backbone).__name__} have {config.hidden_size} numbers and its unembedding reads "
+            f"head_input={WEIGHTED!r} mixes the hidden states of all layers, but those of "
+            f"{type(backbone).__name__} have size {config.hidden_size} and its unembedding reads size "
             f"{hidden_size}. Use head_input={LAST!r}."
         )
     return config.num_hidden_layers + 1
@@ -43,112 +44,143 @@ def states_per_token(backbone: PreTrainedModel, head_input: str) -> int:
 
 @contextmanager
 def head_states(
-    backbone: PreTrainedModel, head_input: str, num_logits: int | None = None
+    backbone: PreTrainedModel, head_input: str = LAST, num_logits: int | None = None
 ) -> Iterator[list[torch.Tensor]]:
-    """Collect what heads read in each forward pass inside the block, `(B, L, H)` or `(B, L, K·H)`.
+    """Collect the heads' input in each forward pass of this thread inside the block.
 
-    The pass returns what it returns outside the block.
+    The pass itself returns what it returns outside the block.
 
     Args:
         backbone: the model.
         head_input: see `LMTPConfig`.
-        num_logits: see `unembedding_inputs`.
+        num_logits: compute the logits of that many leading tokens only, for callers that need the states
+            alone.
+
+    Yields:
+        A list to which each pass appends `(B, L, H)`, or `(B, L, K·H)` for `head_input="weighted"`.
 
     Raises:
-        ValueError: in the pass, if the backbone does not give a state per layer and token.
+        ValueError: during the pass, if the backbone does not return one state per layer and token.
+        RuntimeError: on leaving the block, if no pass called the unembedding.
     """
-    with unembedding_inputs(backbone, num_logits) as states:
-        if head_input == LAST:
-            yield states
-            return
-        with _all_layers(backbone, states):
-            yield states
+    collector = StateCollector(head_input, num_logits, get_ident())
+    with collector.attached(backbone):
+        yield collector.states
+    if not collector.has_collected:
+        raise RuntimeError(
+            f"{type(backbone).__name__} computes its logits without calling the module that its "
+            "get_output_embeddings() returns, so leap heads have no states to read."
+        )
 
 
-@contextmanager
-def _all_layers(backbone: PreTrainedModel, states: list[torch.Tensor]) -> Iterator[None]:
-    """Put the other layers' states before those that `unembedding_inputs` has collected."""
-    asked: list[Any] = []  # whether the caller wants them
-    own_thread = get_ident()  # others may be running the same model
+class StateCollector:
+    """The hooks that collect the heads' input.
 
-    def is_other() -> bool:
-        return not torch.compiler.is_compiling() and get_ident() != own_thread
+    An object may be attached any number of times. Compiled code needs that: it keeps calling the hooks that
+    it was traced with, so these must belong to one collector per backbone (see `compiled_lmtp`).
 
-    def ask(
-        module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        if is_other():
+    Args:
+        head_input: see `LMTPConfig`.
+        num_logits: see `head_states`.
+        thread: collect in this thread only, because others may run the same model; None for all.
+
+    Attributes:
+        states: one tensor per pass, in order.
+        has_collected: whether any pass has been collected.
+    """
+
+    def __init__(
+        self, head_input: str, num_logits: int | None = None, thread: int | None = None
+    ) -> None:
+        self.head_input = head_input
+        self.num_logits = num_logits
+        self.thread = thread
+        self.device = torch.device("meta")  # set when attached, because models move
+        self.states: list[torch.Tensor] = []
+        self.has_collected = False
+        self._returns_layers: list[bool] = []  # for each pass in progress, whether its caller asked
+
+    @contextmanager
+    def attached(self, backbone: PreTrainedModel) -> Iterator[None]:
+        """Collect in the passes of a model inside the block."""
+        self.device = unembedding_device(backbone)  # where the heads are
+        with ExitStack() as hooks:
+            register = backbone.get_output_embeddings().register_forward_pre_hook
+            hooks.callback(register(self._keep_input).remove)
+            if self.head_input != LAST:
+                before = backbone.register_forward_pre_hook(self._request_layers, with_kwargs=True)
+                hooks.callback(before.remove)
+                hooks.callback(backbone.register_forward_hook(self._join_layers).remove)
+            yield
+
+    def _is_other_thread(self) -> bool:
+        # The thread that compiles is not the one that will run the code
+        if torch.compiler.is_compiling():
+            return False
+        return self.thread is not None and get_ident() != self.thread
+
+    def _keep_input(
+        self, module: nn.Module, args: tuple[torch.Tensor, ...]
+    ) -> tuple[torch.Tensor, ...] | None:
+        if self._is_other_thread():
             return None
-        wanted = kwargs.get("output_hidden_states")
-        asked.append(module.config.output_hidden_states if wanted is None else wanted)
+        self.has_collected = True
+        self.states.append(args[0] if self.device.type == "meta" else args[0].to(self.device))
+        if self.num_logits is None:
+            return None
+        return (args[0][..., : self.num_logits, :], *args[1:])
+
+    def _request_layers(
+        self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        if self._is_other_thread():
+            return None
+        requested = kwargs.get("output_hidden_states")
+        if requested is None:
+            requested = module.config.output_hidden_states
+        self._returns_layers.append(bool(requested))
         return args, {**kwargs, "output_hidden_states": True}
 
-    def collect(module: Any, args: tuple[Any, ...], outputs: Any) -> Any:
-        if is_other():
+    def _join_layers(self, module: Any, args: tuple[Any, ...], outputs: Any) -> Any:
+        """Put the other layers' states before the last one, and drop those that nobody asked for."""
+        if self._is_other_thread():
             return None
-        states[-1] = join_states(module, outputs.hidden_states, states[-1])
-        if asked.pop():
+        self.states[-1] = _join_states(module, outputs.hidden_states, self.states[-1])
+        if self._returns_layers.pop():
             return outputs
-        kept = {name: value for name, value in outputs.items() if name != "hidden_states"}
-        return type(outputs)(**kept)
-
-    handles = [
-        backbone.register_forward_pre_hook(ask, with_kwargs=True),
-        backbone.register_forward_hook(collect),
-    ]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
+        remaining = {name: value for name, value in outputs.items() if name != "hidden_states"}
+        return type(outputs)(**remaining)
 
 
-def join_states(
+def _join_states(
     backbone: PreTrainedModel, layers: tuple[torch.Tensor, ...], last: torch.Tensor
 ) -> torch.Tensor:
-    """Join the layers' states of the tokens whose `last` state, `(B, L, H)`, the unembedding reads."""
+    """Concatenate `(B, L, H)` of all layers, for the tokens that the unembedding reads.
+
+    Args:
+        backbone: the model.
+        layers: its `hidden_states`, perhaps of more tokens than `last` (`logits_to_keep`).
+        last: the unembedding's input, in place of the last layer's state.
+    """
     length = last.shape[-2]
     others = [layer[..., -length:, :].to(last.device) for layer in layers[:-1]]
     expected = states_per_token(backbone, WEIGHTED)
     if len(others) + 1 != expected or any(layer.shape != last.shape for layer in others):
         raise ValueError(
-            f"head_input={WEIGHTED!r} needs {expected} hidden states of the shape "
-            f"{tuple(last.shape)}, but {type(backbone).__name__} gives "
-            f"{[tuple(layer.shape) for layer in layers]}. Use head_input={LAST!r}."
+            f"head_input={WEIGHTED!r} needs {expected} hidden states of shape {tuple(last.shape)}, but "
+            f"{type(backbone).__name__} returns {[tuple(layer.shape) for layer in layers]}. Use "
+            f"head_input={LAST!r}."
         )
     return torch.cat([*others, last], dim=-1)
 
 
-class LayerMix(nn.Module):
-    """`O Σ_l softmax(w)_l h_l / rms(h_l)`, what a head's first block adds to its `W h + b`.
-
-    differs: in arXiv 2502.09419 the sum takes the place of `h`. Here the head starts as the identity,
-    whatever the weights, because `O = 0`; and the unembedding goes on reading what it was trained to
-    read. (One small trial, SmolLM2-135M, offset 2, 47K states: held-out cross-entropy 2.49 from `h`
-    alone, 2.33 with this, 2.48 with the sum scaled by a gate and added to `h`, 2.90 in its place.)
-
-    Args:
-        hidden_size: `H`.
-        num_states: `K`.
-    """
-
-    def __init__(self, hidden_size: int, num_states: int) -> None:
-        super().__init__()
-        self.weights = nn.Parameter(torch.zeros(num_states))
-        self.linear = ZeroLinear(hidden_size, hidden_size, bias=False)
-
-    def forward(self, states: torch.Tensor, at: Any = slice(None)) -> torch.Tensor:
-        """Map `(…, K·H)`, or the sums at some indices of the leading dimensions, to `(…, H)`."""
-        num_states, hidden_size = len(self.weights), self.linear.in_features
-        if states.shape[-1] != num_states * hidden_size:
-            raise ValueError(
-                f"head_input={WEIGHTED!r} reads {num_states} states of {hidden_size} numbers per token, "
-                f"got {states.shape[-1]} numbers. Collect them with model.head_states()."
-            )
-        layers = states.unflatten(-1, (num_states, hidden_size))
-        dtype = torch.promote_types(states.dtype, torch.float32)
-        norms = torch.linalg.vector_norm(layers, dim=-1, dtype=dtype)
-        scales = hidden_size**0.5 / norms.clamp(min=1e-6)
-        shares = (self.weights.to(dtype).softmax(dim=0) * scales).to(states.dtype)
-        mixed = torch.einsum("...kh,...k->...h", layers, shares)
-        return self.linear(mixed[at])
+def run_pass(
+    backbone: PreTrainedModel,
+    head_input: str,
+    inputs: dict[str, Any],
+    num_logits: int | None = None,
+) -> tuple[ModelOutput, torch.Tensor]:
+    """Run the backbone once; return its output and the heads' input, see `head_states`."""
+    with head_states(backbone, head_input, num_logits) as states:
+        outputs = backbone(**inputs, return_dict=True)
+    return outputs, states[-1]

@@ -1,7 +1,9 @@
-"""What a backbone can verify at once, found out by trying it: a tree, a chain, or nothing.
+"""What a backbone can verify in one pass, found out by trying: a tree, a chain, or nothing.
 
-No architecture is known by name. The structure of the cache tells what is worth trying, and a tiny
-numeric check (a few dozen tokens, no randomness) whether it comes out right.
+No architecture is recognised by name. The structure of the cache says what is worth trying, and a small
+numeric probe (a few dozen tokens, no randomness) whether the result is exact.
+
+Shapes: `B` rows, `P` prompt length, `V` vocabulary size.
 """
 
 import weakref
@@ -10,52 +12,58 @@ from enum import Enum
 from typing import Any
 
 import torch
-from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
+from torch import nn
+from transformers import Cache, GenerationConfig, PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
+from .acceptance_lmtp import AcceptedPath
 from .cache_lmtp import (
+    has_recurrent_states,
     new_cache,
-    why_not_cropped,
-    why_not_gathered,
-    why_unknown_layers,
+    reason_not_croppable,
+    reason_not_gatherable,
+    reason_not_movable,
+    reason_not_restored,
+    reason_unknown_layers,
     windows_of,
 )
 from .drafting_lmtp import Candidates
 from .rows_lmtp import Rows
-from .static_verification_lmtp import StaticVerifier
+from .static_lmtp import StaticVerifier
 from .transformers_lmtp import (
     RELEASE,
     attention_implementation,
+    is_stateful,
     prefill,
+    reason_unavailable,
     takes_cache,
     takes_positions,
-    why_unavailable,
     with_cache,
 )
 from .tree_lmtp import DraftTree
 from .verification_lmtp import Verifier
-from .walking_lmtp import Walk
 
 logger = logging.get_logger(__name__)
 
 MAX_PROBE_LENGTH = 1024
-# Of the largest logit. Rejected candidates must leave no trace at all: the passes compared have the
-# same shapes, so that only experts batched differently may round differently. A plain pass has other
-# shapes, and rounds differently everywhere.
+# Relative to the largest logit. Rejected candidates must leave no trace: the passes compared have the same
+# shapes, so they round alike, except for experts that are batched differently. A plain pass has other
+# shapes, so it rounds differently everywhere.
 TRACE_TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-10}
 PLAIN_TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-8}
 LOW_PRECISION_TRACE_TOLERANCE = 1e-2
 LOW_PRECISION_PLAIN_TOLERANCE = 2e-1
-# How configurations call a window; `max_window_layers` and `sliding_window_pattern` are none
-WINDOW_SETTINGS = ("window", "window_size", "attention_chunk_size")
-# How configurations call the number of positions
+# Names of windows in configurations; `max_window_layers` and `sliding_window_pattern` are no windows
+WINDOWS = ("window", "window_size")
+CHUNKS = ("attention_chunk_size",)
+# Names of the number of positions in configurations
 POSITION_SETTINGS = ("max_position_embeddings", "max_seq_len", "n_positions")
-LENGTH_DEPENDENT = ("dynamic", "longrope")  # kinds of rotary embeddings
+LENGTH_DEPENDENT = ("dynamic", "longrope")  # types of rotary embeddings
 TREE = DraftTree.from_paths([(0,), (1,), (1, 0)])
 
 
 class Tier(str, Enum):
-    """The most that one verification may hold, and still be exact."""
+    """The most general draft that one pass verifies exactly."""
 
     TREE = "tree"
     CHAIN = "chain"
@@ -67,9 +75,9 @@ class Support:
     """What a backbone can do.
 
     Args:
-        tier: what one verification may hold.
-        reason: why it is not more.
-        ragged: whether rows of a batch may accept different lengths; otherwise they go in step.
+        tier: what one pass verifies.
+        reason: why it is no higher tier.
+        ragged: whether rows of a batch may accept different lengths; otherwise they run in lockstep.
     """
 
     tier: Tier
@@ -77,44 +85,43 @@ class Support:
     ragged: bool = False
 
 
-_known: "weakref.WeakKeyDictionary[PreTrainedModel, dict[Any, Support]]" = (
+_cached: "weakref.WeakKeyDictionary[PreTrainedModel, dict[Any, Support]]" = (
     weakref.WeakKeyDictionary()
 )
 
 
 def decoding_support(backbone: PreTrainedModel, static: bool = False) -> Support:
-    """Return what `backbone` can verify; tried once per model, attention, dtype, device and mode.
-
-    A refusal is not remembered.
+    """Return what `backbone` can verify, probed once per model, attention, dtype, device and mode.
 
     Args:
         backbone: the model.
-        static: over a static cache, where it is a tree or nothing.
+        static: over a static cache, where the answer is a tree or nothing.
     """
-    known = _known.setdefault(backbone, {})
+    cached = _cached.setdefault(backbone, {})
     attention = attention_implementation(backbone.config)
     precision = backbone.dtype, _precision(backbone)
     key = (attention, precision, backbone.device, backbone.training, static)
-    if key in known:
-        return known[key]
-    found = _try_static(backbone) if static else _try_tiers(backbone)
-    if found.tier is not Tier.PLAIN:  # what stood in the way may be gone by the next call
-        known[key] = found
-    return found
+    if key in cached:
+        return cached[key]
+    support = _probe_static(backbone) if static else _probe_tiers(backbone)
+    if support.tier is not Tier.PLAIN:  # the cause of a failure may be gone by the next call
+        cached[key] = support
+    return support
 
 
 def num_positions(config: PreTrainedConfig) -> int | None:
-    """Return how many positions a model says that it has; None if it does not say."""
+    """Return the number of positions in a model's configuration, or None if it names none."""
     config = config.get_text_config(decoder=True)
-    found = [getattr(config, name, None) for name in POSITION_SETTINGS]
-    return min((value for value in found if type(value) is int and value > 0), default=None)
+    values = [getattr(config, name, None) for name in POSITION_SETTINGS]
+    return min((value for value in values if type(value) is int and value > 0), default=None)
 
 
-def why_not_that_long(config: PreTrainedConfig, max_length: int) -> str:
-    """Say why texts of that length cannot be drafted for; nothing if they can.
+def reason_too_long(config: PreTrainedConfig, max_length: int) -> str | None:
+    """Return why texts of that length cannot be drafted for, or None if they can.
 
-    Rotary embeddings that are rescaled by the length of the text count drafted tokens as well, so that
-    what is verified beyond the length that they begin with is not what plain decoding computes.
+    Rotary embeddings that are rescaled with the length of the text count drafted tokens too. Beyond the
+    length at which the scaling starts, a verification pass would not compute what plain decoding
+    computes.
     """
     config = config.get_text_config(decoder=True)
     parameters = getattr(config, "rope_parameters", None) or {}
@@ -128,7 +135,7 @@ def why_not_that_long(config: PreTrainedConfig, max_length: int) -> str:
                     f"its {kind['rope_type']!r} rotary embeddings depend on the length of the text beyond "
                     f"{limit} tokens, and this call allows {max_length}"
                 )
-    return ""
+    return None
 
 
 def decoding_tier(backbone: PreTrainedModel) -> Tier:
@@ -137,20 +144,21 @@ def decoding_tier(backbone: PreTrainedModel) -> Tier:
 
 
 @torch.no_grad()
-def _try_tiers(backbone: PreTrainedModel) -> Support:
-    unavailable = why_unavailable(backbone)
-    if not unavailable and not takes_cache(backbone):
-        unavailable = "its forward takes no key-value cache"
-    if unavailable:
-        return Support(Tier.PLAIN, unavailable)
-    no_tree = _why_no_trees(backbone) or _why_not(backbone, [TREE], [(0, 2, 3)])
-    if not no_tree:
+def _probe_tiers(backbone: PreTrainedModel) -> Support:
+    reason = reason_unavailable(backbone)
+    if reason is None and not takes_cache(backbone):
+        reason = "its forward takes no key-value cache"
+    if reason is not None:
+        return Support(Tier.PLAIN, reason)
+    fixed = _reason_fixed_slots(backbone)
+    no_tree = fixed or _reason_no_trees(backbone) or _probe(backbone, [TREE], [(0, 2, 3)])
+    if no_tree is None:
         ragged = _takes_ragged(backbone, TREE, [(0, 2, 3), (0, 1)])
-        return Support(Tier.TREE, "trees come out exact", ragged)
+        return Support(Tier.TREE, "trees are exact", ragged)
     chain = DraftTree.chain(3)
-    no_chain = _why_not(backbone, [chain], [(0, 1)])
-    if not no_chain:
-        ragged = _takes_ragged(backbone, chain, [(0, 1, 2), (0,)])
+    no_chain = _probe(backbone, [chain], [(0, 1)])
+    if no_chain is None:
+        ragged = fixed is None and _takes_ragged(backbone, chain, [(0, 1, 2), (0,)])
         return Support(Tier.CHAIN, f"no trees: {no_tree}", ragged)
     if backbone.training:
         no_chain += "; it is in training mode, call eval() first"
@@ -158,109 +166,175 @@ def _try_tiers(backbone: PreTrainedModel) -> Support:
 
 
 @torch.no_grad()
-def _try_static(backbone: PreTrainedModel) -> Support:
+def _probe_static(backbone: PreTrainedModel) -> Support:
     support = decoding_support(backbone)
     if support.tier is not Tier.TREE:
         return Support(Tier.PLAIN, support.reason)
     paths: list[tuple[int, ...]] = [(0, 2, 3), (0, 1)] if support.ragged else [(0, 2, 3)]
-    reason = _why_not(backbone, [TREE] * len(paths), paths, static=True)
-    return Support(Tier.PLAIN, reason) if reason else support
+    reason = _probe(backbone, [TREE] * len(paths), paths, static=True)
+    return support if reason is None else Support(Tier.PLAIN, reason)
 
 
 def _takes_ragged(backbone: PreTrainedModel, tree: DraftTree, paths: list[tuple[int, ...]]) -> bool:
-    """Whether rows that accept different paths come out right, within a window and beyond it."""
+    """Return whether rows may accept different lengths, both within a sliding window and beyond it."""
     trees = [tree] * len(paths)
-    return not (_why_not(backbone, trees, paths) or _why_not(backbone, trees, paths, within=True))
+    return not (_probe(backbone, trees, paths) or _probe(backbone, trees, paths, short=True))
 
 
-def _why_not(
+def _probe(
     backbone: PreTrainedModel,
     trees: list[DraftTree],
     paths: list[tuple[int, ...]],
-    within: bool = False,
+    short: bool = False,
     static: bool = False,
-) -> str:
-    """Say why the model does not take such drafts exactly, one per row; nothing if it does."""
+) -> str | None:
+    """Return why the model does not verify these trees exactly, one per row, or None if it does."""
     try:
-        return _why_inexact(backbone, trees, paths, within, static)
-    except torch.OutOfMemoryError:  # says nothing of the model
+        return _reason_inexact(backbone, trees, paths, short, static)
+    except torch.OutOfMemoryError:  # the device's fault, not the model's
         raise
-    except Exception as error:  # whatever it is that this model or its cache cannot do
+    except Exception as error:  # a model or cache may fail in any way
         logger.info(f"{type(backbone).__name__} cannot verify {trees}: {error!r}")
         reason = (str(error).strip().splitlines() or [repr(error)])[0][:200]
-        # A name or a signature that is not what it was
+        # A renamed attribute or a changed signature is the release's fault
         is_change = isinstance(error, AttributeError | TypeError)
         return f"{reason}, in {RELEASE}" if is_change else reason
 
 
-def _why_no_trees(backbone: PreTrainedModel) -> str:
-    """Trees need masks, positions given token by token, and cache slots that can be gathered.
+def _reason_fixed_slots(backbone: PreTrainedModel) -> str | None:
+    """Return why slots of the cache must stay where plain decoding has them, or None if they may move.
 
-    A window that the configuration names and the cache does not know may be measured in slots,
-    which only float32 is precise enough to find out.
+    In a tree, and in rows that are moved, slots are not the tokens' positions.
     """
+    cache = new_cache(backbone.config)
+    # Chunks of a text may start at slots. The probe shows it if they are short enough for it
+    chunks = [size for size in _windows(backbone, CHUNKS) if size >= MAX_PROBE_LENGTH]
+    if chunks:
+        return f"its attention is cut into chunks of {chunks[0]} tokens, too many to try"
+    try:
+        if _reads_num_slots(backbone, cache):
+            return "its layers take positions from the slots of the cache"
+    except torch.OutOfMemoryError:
+        raise
+    except Exception:  # the probe of a chain says what is wrong
+        return None
+    return reason_not_movable(cache)
+
+
+def _reads_num_slots(backbone: PreTrainedModel, cache: Cache) -> bool:
+    """Return whether a block asks the cache how many slots it has used, and not only the model.
+
+    Such a block computes with slots, where others compute with `position_ids`; a scale that grows every
+    few thousand tokens would show in no short probe.
+    """
+    blocks = [
+        block
+        for module in backbone.modules()
+        if isinstance(module, nn.ModuleList)
+        for block in module
+    ]
+    depth, asked = 0, False
+    get_seq_length = cache.get_seq_length
+
+    def enter(*_: Any) -> None:
+        nonlocal depth
+        depth += 1
+
+    def leave(*_: Any) -> None:
+        nonlocal depth
+        depth -= 1
+
+    def record(*args: Any, **kwargs: Any) -> Any:
+        nonlocal asked
+        asked = asked or depth > 0
+        return get_seq_length(*args, **kwargs)
+
+    cache.get_seq_length = record
+    handles = [block.register_forward_pre_hook(enter) for block in blocks]
+    handles += [block.register_forward_hook(leave, always_call=True) for block in blocks]
+    try:
+        tokens = torch.arange(4, device=backbone.device)[None]
+        tokens = tokens % backbone.get_output_embeddings().weight.shape[0]
+        backbone(**with_cache({"input_ids": tokens, "use_cache": True}, cache))
+    finally:
+        del cache.get_seq_length
+        for handle in handles:
+            handle.remove()
+    return asked
+
+
+def _reason_no_trees(backbone: PreTrainedModel) -> str | None:
+    """Return why no tree is worth trying, or None if one is."""
     attention = attention_implementation(backbone.config)
     if attention not in ("eager", "sdpa"):
-        return f"{attention!r} attention takes no mask of ours"
+        return f"{attention!r} attention takes no tree mask"
     if not takes_positions(backbone):
         return "its forward takes no position_ids"
     cache = new_cache(backbone.config)
-    reason = why_not_gathered(cache)
-    if reason:
+    reason = reason_not_gatherable(cache)
+    if reason is not None:
         return reason
+    # A window that the configuration names and the cache lacks may be measured in slots instead of
+    # positions. Only float32 is precise enough for the probe to tell
     in_cache = windows_of(cache)
     if _precision(backbone) not in PLAIN_TOLERANCE and not set(_windows(backbone)) <= in_cache:
-        return f"in {_precision(backbone)} it cannot be told how it measures its attention windows"
-    return ""
+        return f"in {_precision(backbone)}, no probe can tell how it measures its attention windows"
+    return None
 
 
 def _precision(backbone: PreTrainedModel) -> torch.dtype:
-    """What the backbone computes in, autocast considered."""
+    """Return the dtype in which the backbone computes, which autocast may change."""
     kind = backbone.device.type
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else backbone.dtype
 
 
-def _windows(backbone: PreTrainedModel) -> list[int]:
-    """The attention windows that the configuration names, in tokens."""
+def _windows(backbone: PreTrainedModel, names: tuple[str, ...] = (*WINDOWS, *CHUNKS)) -> list[int]:
+    """Return the attention windows in the configuration, in tokens."""
     settings = backbone.config.get_text_config(decoder=True).to_dict()
     return [
         value
         for name, value in settings.items()
-        if name.endswith(WINDOW_SETTINGS) and type(value) is int and value > 0
+        if name.endswith(names) and type(value) is int and value > 0
     ]
 
 
-def _why_inexact(
+def _reason_inexact(
     backbone: PreTrainedModel,
     trees: list[DraftTree],
     paths: list[tuple[int, ...]],
-    within: bool = False,
-    static: bool = False,
-) -> str:
-    """Compare verified paths, and what follows them, with rejected candidates changed and with none.
+    short: bool,
+    static: bool,
+) -> str | None:
+    """Return why the logits on the paths, and after them, are wrong, or None if they are right.
 
-    The prompt is long enough to leave any window, or short, `within` every one.
+    They are compared with those for other rejected candidates, and with those of a plain pass. The prompt
+    exceeds every window of the model, unless it is to be `short`.
     """
     vocab_size = backbone.get_output_embeddings().weight.shape[0]
     windows = [window for window in _windows(backbone) if window < MAX_PROBE_LENGTH]
-    length = 8 if within else max(windows, default=0) + 8
+    length = 8 if short else max(windows, default=0) + 8
     numbers = torch.arange(length + max(len(path) for path in paths) + 1, device=backbone.device)
     tokens = torch.stack([(numbers * 7 + 5 * row) % vocab_size for row in range(len(trees))])
 
-    logits = _verified_logits(backbone, trees, paths, tokens, static, rejected=1)
-    others = _verified_logits(backbone, trees, paths, tokens, static, rejected=2 % vocab_size)
+    logits, cache = _verified_logits(backbone, trees, paths, tokens, static, rejected=1)
+    # The same, with other rejected candidates
+    others, _ = _verified_logits(backbone, trees, paths, tokens, static, rejected=2 % vocab_size)
     precision = _precision(backbone)
     trace_tolerance = TRACE_TOLERANCE.get(precision, LOW_PRECISION_TRACE_TOLERANCE)
     plain_tolerance = PLAIN_TOLERANCE.get(precision, LOW_PRECISION_PLAIN_TOLERANCE)
     for row, path in enumerate(paths):
         known = tokens[row : row + 1, : length + len(path) + 1]
-        plain = backbone(input_ids=known, use_cache=False).logits[0, length:]
+        plain_cache = new_cache(backbone.config)
+        inputs = with_cache({"input_ids": known, "use_cache": True}, plain_cache)
+        plain = backbone(**inputs).logits[0, length:]
         scale = plain.abs().max()
         if (logits[row] - others[row]).abs().max() > trace_tolerance * scale:
             return "rejected candidates leave a trace"
         if (logits[row] - plain).abs().max() > plain_tolerance * scale:
             return "several tokens at once give other logits than one after the other"
-    return ""
+        if len(paths) == 1 and not static:
+            return reason_not_restored(cache, plain_cache, plain_tolerance)
+    return None
 
 
 def _verified_logits(
@@ -270,14 +344,17 @@ def _verified_logits(
     tokens: torch.Tensor,
     static: bool,
     rejected: int,
-) -> list[torch.Tensor]:
-    """Verify trees with the tokens of the paths and `rejected` elsewhere, keep the paths, go on.
+) -> tuple[list[torch.Tensor], Cache]:
+    """Verify trees with the paths' tokens and `rejected` elsewhere, accept the paths, run one more pass.
 
     Args:
-        tokens: `(B, P + longest path + 1)`, prompt, path and the token after it.
+        backbone, trees, paths, static: see `_probe`.
+        tokens: `(B, P + longest path + 1)`, the prompt, the path and the token after it.
+        rejected: the token of all other candidates.
 
     Returns:
-        Per row the logits of the path's nodes and of the token after it, `(len(path) + 1, V)`.
+        Per row, the logits of the path's nodes and of the token after it, `(len(path) + 1, V)`; and the
+        cache.
     """
     longest = max(len(path) for path in paths)
     prompts = tokens[:, : -longest - 1]
@@ -292,26 +369,29 @@ def _verified_logits(
     if takes_positions(backbone):
         model_kwargs["position_ids"] = torch.arange(length, device=tokens.device)[None]
     prefill(backbone, prompts, GenerationConfig(), model_kwargs)
-    reason = why_unknown_layers(cache) or ("" if static else why_not_cropped(cache))
-    if reason:
+    reason = reason_unknown_layers(cache) or (None if static else reason_not_croppable(cache))
+    if reason is None and is_stateful(backbone) and not has_recurrent_states(cache):
+        reason = "it keeps states that no cache layer rolls back"
+    if reason is not None:
         raise NotImplementedError(reason)
 
     no_states = torch.zeros((len(trees), 1, 1), device=tokens.device)
     verifier = StaticVerifier(backbone, num_nodes) if static else Verifier(backbone)
     rows = Rows(prompts, no_states, 1, model_kwargs, verifier.slots(model_kwargs, *prompts.shape))
-    rows.commit([Walk(tokens=[int(root)]) for root in tokens[:, length]], 1)
-    on_paths = verifier.verify(rows.input_ids, candidates, rows.model_kwargs).logits
+    rows.commit([AcceptedPath(tokens=[int(root)]) for root in tokens[:, length]], 1)
+    on_paths = verifier.verify(rows.input_ids, candidates, rows.model_kwargs).outputs.logits
     rows.new_states = no_states.expand(-1, 1 + candidates.num_nodes, 1)
     rows.commit(
         [
-            Walk(list(path), tokens[row, length + 1 : length + 1 + len(path)].tolist())
+            AcceptedPath(list(path), tokens[row, length + 1 : length + 1 + len(path)].tolist())
             for row, path in enumerate(paths)
         ],
         1 + candidates.num_nodes,
     )
     none = Candidates.none(rows.input_ids)
     num_replayed = rows.slots.num_replayed
-    after = verifier.verify(rows.input_ids, none, rows.model_kwargs, num_replayed).logits
-    return [
+    after = verifier.verify(rows.input_ids, none, rows.model_kwargs, num_replayed).outputs.logits
+    logits = [
         torch.cat([on_paths[row, list(path)], after[row, :1]]) for row, path in enumerate(paths)
     ]
+    return logits, cache

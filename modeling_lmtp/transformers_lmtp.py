@@ -1,9 +1,9 @@
-"""The one file that knows names of Transformers which are not part of its public interface.
+"""The only file that uses names of Transformers outside its public interface.
 
-Everything else in this package asks here. Names are looked for when this file is imported, not derived
-from a version number: a release that has renamed one of them still loads every checkpoint, and
-`why_unavailable` says what is missing, so that `generate(use_lmtp=True)` can decode plainly instead.
-The attributes of cache layers are the exception: they stay in `cache_lmtp` and `static_lmtp`.
+Names are looked up when this file is imported, not derived from a version number. A release that has
+renamed one of them still loads every checkpoint. `reason_unavailable` then says what is missing, and
+`generate(use_lmtp=True)` decodes plainly. The attributes of cache layers are the exception: they are in
+`cache_lmtp` and `static_lmtp`.
 
 Shapes: `B` rows, `L` known tokens, `Q` tokens of one pass.
 """
@@ -35,7 +35,7 @@ def _numbers(version: str) -> list[int]:
 
 
 def check_release(version: str = VERSION) -> None:
-    """Raise an ImportError that names the supported range, for a Transformers that is too old.
+    """Raise an ImportError that names the supported range if Transformers is too old.
 
     Args:
         version: of Transformers.
@@ -52,10 +52,10 @@ RELEASE = f"Transformers {VERSION}"
 
 
 def remedy_for(reason: str) -> str:
-    """Return what to do about a reason for decoding plainly, as a sentence; nothing if nothing helps.
+    """Return a sentence on what to do about a reason for decoding plainly; empty if nothing helps.
 
     Args:
-        reason: names `RELEASE` if this release is the cause.
+        reason: contains `RELEASE` if this release is the cause.
     """
     return REMEDY if RELEASE in reason or _numbers(VERSION) > _numbers(NEWEST) else ""
 
@@ -65,30 +65,30 @@ _missing: list[str] = []
 
 
 def _look_up(module: str, name: str) -> Any:
-    """Return an object of one of Transformers' modules; None where there is none of that name."""
+    """Return an object of one of Transformers' modules, or None if it has no such name."""
     try:
         return getattr(import_module(f"transformers.{module}"), name, None)
     except ImportError:
         return None
 
 
-def _find(module: str, name: str) -> Any:
-    """Return an object that decoding needs; what this release lacks is noted in `_missing`."""
-    found = _look_up(module, name)
-    if found is None:
+def _require(module: str, name: str) -> Any:
+    """Return an object that decoding needs, or None; a name that is lacking is added to `_missing`."""
+    value = _look_up(module, name)
+    if value is None:
         _missing.append(f"transformers.{module}.{name}")
-    return found
+    return value
 
 
 def _class(module: str, name: str) -> Any:
-    """Return a class of Transformers, or one without instances where there is none of that name."""
-    return _find(module, name) or type(name, (), {})
+    """Return a class of Transformers, or a placeholder without instances if it has no such name."""
+    return _require(module, name) or type(name, (), {})
 
 
 def public_classes(*names: str) -> tuple[type, ...]:
-    """Return classes that Transformers exports; those that this release has not are left out."""
-    found = (getattr(import_module("transformers"), name, None) for name in names)
-    return tuple(kind for kind in found if kind is not None)
+    """Return classes that Transformers exports, without those that this release lacks."""
+    classes = (getattr(import_module("transformers"), name, None) for name in names)
+    return tuple(kind for kind in classes if kind is not None)
 
 
 # The kinds of cache layer that `cache_lmtp` and `static_lmtp` know
@@ -103,11 +103,11 @@ _missing += [
     if not hasattr(Cache, name)
 ]
 
-_create_masks = _find("masking_utils", "create_masks_for_generate")
+_create_masks = _require("masking_utils", "create_masks_for_generate")
 
 
 def _parameters(function: Callable[..., Any]) -> Collection[str]:
-    """The names of a function's parameters, beneath decorators that rename old ones."""
+    """Return the names of a function's parameters, seen through decorators that rename old ones."""
     return inspect.signature(function).parameters
 
 
@@ -124,22 +124,22 @@ if "next_sequence_length" not in _prepared:
 
 
 def cache_of(model_kwargs: Mapping[str, Any]) -> Any:
-    """Return the cache in what `generate` keeps between steps, or returns; None if there is none."""
+    """Return the cache among the model_kwargs, or in the output, of `generate`, or None."""
     return model_kwargs.get(str(_CACHE))
 
 
 def with_cache(model_kwargs: dict[str, Any], cache: Cache) -> dict[str, Any]:
-    """Return what `generate` keeps between steps, with another cache."""
+    """Return model_kwargs of `generate` with another cache."""
     return {**model_kwargs, str(_CACHE): cache}
 
 
-def given_cache(kwargs: dict[str, Any]) -> Cache | None:
-    """Return the cache that a caller of `generate` passes, by whichever name."""
+def passed_cache(kwargs: dict[str, Any]) -> Cache | None:
+    """Return the cache that a caller of `generate` passes, under any of its names, or None."""
     return next((kwargs[n] for n in USERS_CACHE_NAMES if kwargs.get(n) is not None), None)
 
 
 def output_with_cache(output_class: type[ModelOutput], cache: Cache, **fields: Any) -> Any:
-    """Make an output of `generate` whose field for the cache has this release's name."""
+    """Return an output of `generate`, with the cache in the field that this release names."""
     return output_class(**fields, **{str(_CACHE): cache})
 
 
@@ -147,15 +147,15 @@ def output_with_cache(output_class: type[ModelOutput], cache: Cache, **fields: A
 
 
 def forward_parameters(backbone: PreTrainedModel) -> Collection[str]:
-    """Return the names of what a backbone's forward takes."""
-    # torch.compile(model) wraps a module in one that takes anything
+    """Return the names of the parameters of a backbone's forward."""
+    # torch.compile(model) wraps the model in a module whose forward takes anything
     return _parameters(getattr(backbone, "_orig_mod", backbone).forward)
 
 
 def _cache_name(backbone: PreTrainedModel) -> str | None:
-    """What the backbone's forward calls the cache; a repository's own code may be older, or newer."""
-    found = forward_parameters(backbone)
-    return next((name for name in (_CACHE, *CACHE_NAMES) if name in found), None)
+    """Return the name of the cache in the backbone's forward; remote code may be of another release."""
+    names = forward_parameters(backbone)
+    return next((name for name in (_CACHE, *CACHE_NAMES) if name in names), None)
 
 
 def takes_cache(backbone: PreTrainedModel) -> bool:
@@ -169,23 +169,19 @@ def takes_positions(backbone: PreTrainedModel) -> bool:
 
 
 def forward_with_cache(backbone: PreTrainedModel, cache: Cache, **inputs: Any) -> Any:
-    """Run a backbone directly on tokens that follow those in a cache.
+    """Run a backbone on tokens that follow those in a cache.
 
     Args:
-        backbone: takes a cache, or is a wrapper that hands it on.
-        cache: grows by the tokens.
-        inputs: whatever else its forward takes.
+        backbone: takes a cache, or is a wrapper that passes it on.
+        cache: the tokens are appended to it.
+        inputs: the other arguments of its forward.
     """
     name = _cache_name(backbone) or _CACHE
     return backbone(**inputs, **{str(name): cache}, use_cache=True)
 
 
-def why_unavailable(backbone: PreTrainedModel) -> str:
-    """Say what L-MTP decoding needs of Transformers and this release, or this backbone, lacks.
-
-    Returns:
-        The reason; nothing if everything is there.
-    """
+def reason_unavailable(backbone: PreTrainedModel) -> str | None:
+    """Return what this release, or this backbone, lacks that L-MTP decoding needs, or None."""
     if _missing:
         return f"{RELEASE} has no {', '.join(_missing)}"
     if "custom_generate" not in _parameters(backbone.generate):
@@ -199,7 +195,7 @@ def why_unavailable(backbone: PreTrainedModel) -> str:
             inspect.signature(getattr(backbone, name)).bind(*args, **kwargs)
         except (AttributeError, TypeError) as error:
             return f"{type(backbone).__name__}.{name} is not what it was before {RELEASE} ({error})"
-    return ""
+    return None
 
 
 # --- Passes
@@ -211,17 +207,18 @@ def prefill(
     generation_config: GenerationConfig,
     model_kwargs: dict[str, Any],
 ) -> ModelOutput:
-    """Run the prompts `(B, L)`, or what a cache lacks of them, as plain decoding does."""
+    """Run the prompts `(B, L)`, or the tokens that the cache lacks, as plain decoding does."""
     return backbone._prefill(input_ids, generation_config, model_kwargs)
 
 
 def extend(model_kwargs: dict[str, Any], num_new_tokens: int) -> dict[str, Any]:
-    """Return what `generate` keeps between steps, for as many more tokens.
+    """Return model_kwargs of `generate` for more tokens.
+
+    Positions continue from the last one, new tokens are attended to, and have the last one's type.
 
     Args:
-        model_kwargs: for `L` tokens; not changed. New tokens follow the last position, are seen, and
-            have the last one's type.
-        num_new_tokens: how many.
+        model_kwargs: for `L` tokens; not modified.
+        num_new_tokens: how many to add.
     """
     extended = dict(model_kwargs)
     for name, value in model_kwargs.items():
@@ -246,13 +243,13 @@ def next_inputs(
     num_tokens: int,
     model_kwargs: dict[str, Any],
 ) -> dict[str, Any]:
-    """Return the backbone's inputs for the last tokens of a text, all logits included.
+    """Return the backbone's inputs for the last tokens of a text, with logits for all of them.
 
     Args:
-        backbone: prepares them in its own way.
+        backbone: prepares them.
         input_ids: `(B, L)`, all known tokens.
         num_tokens: `Q`, how many of them the pass is for.
-        model_kwargs: what `generate` keeps between steps, for all of them; the cache among them.
+        model_kwargs: what `generate` keeps between steps, for all `L` tokens, with the cache.
     """
     inputs = backbone.prepare_inputs_for_generation(
         input_ids, next_sequence_length=num_tokens, **model_kwargs
@@ -263,7 +260,7 @@ def next_inputs(
 
 
 def decode_context(backbone: PreTrainedModel) -> AbstractContextManager[None]:
-    """Return what Transformers decodes in: it may choose faster kernels for few tokens."""
+    """Return the context in which Transformers decodes: it may select faster kernels for few tokens."""
     optimize = getattr(backbone, "_optimize_model_for_decode", None)
     return nullcontext() if optimize is None else optimize()
 
@@ -271,7 +268,7 @@ def decode_context(backbone: PreTrainedModel) -> AbstractContextManager[None]:
 def would_compile(
     backbone: PreTrainedModel, model_kwargs: dict[str, Any], generation_config: GenerationConfig
 ) -> bool:
-    """Return whether Transformers would decode with a compiled pass; False where it cannot be asked."""
+    """Return whether Transformers would decode with a compiled pass; False if it cannot be asked."""
     criteria = getattr(backbone, "_valid_auto_compile_criteria", None)
     return criteria is not None and bool(criteria(model_kwargs, generation_config))
 
@@ -280,7 +277,7 @@ def would_compile(
 
 
 def attention_implementation(config: Any) -> str | None:
-    """Return the attention that a model with this configuration runs, such as `"sdpa"`."""
+    """Return the attention implementation in a configuration, such as `"sdpa"`."""
     return getattr(config, "_attn_implementation", None)
 
 
@@ -288,18 +285,18 @@ _IMPLEMENTATIONS = ("_attn_implementation", "_experts_implementation")
 
 
 def implementations(config: Any) -> dict[str, Any]:
-    """Return which attention and experts a configuration says that its model runs."""
+    """Return the implementations of attention and experts in a configuration."""
     return {name: getattr(config, name, None) for name in _IMPLEMENTATIONS}
 
 
 def set_implementations(config: Any, values: dict[str, Any]) -> None:
-    """Set what `implementations` has returned."""
+    """Set the implementations that `implementations` has returned."""
     for name, value in values.items():
         setattr(config, name, value)
 
 
 def mask_kinds(backbone: PreTrainedModel, cache: Cache, num_rows: int) -> list[str]:
-    """Return the kinds of layer by which a backbone wants a dict of masks; none if it wants one mask."""
+    """Return the keys of a backbone's dict of masks by kind of layer; empty if it takes a single mask."""
     create = getattr(backbone, "create_masks_for_generate", _create_masks)
     masks = create(
         config=backbone.config,
@@ -313,68 +310,73 @@ def mask_kinds(backbone: PreTrainedModel, cache: Cache, num_rows: int) -> list[s
 
 # --- Generation settings, loading, devices, provenance
 
-# What AutoModel adds to the arguments of `from_pretrained`
+# Arguments that AutoModel adds to those of `from_pretrained`
 AUTO_OPTIONS = ("adapter_kwargs", "_from_auto")
 
 
-def drop_place(config_dict: dict[str, Any]) -> None:
-    """Drop from a configuration's dict where on this machine it was loaded from."""
+def remove_local_path(config_dict: dict[str, Any]) -> None:
+    """Remove from a configuration's dict the path that it was loaded from."""
     config_dict.pop("_name_or_path", None)
 
 
 def pad_token_id(generation_config: GenerationConfig) -> int:
-    """Return the token that follows rows which have ended, as `generate` chooses it; 0 if none is set."""
+    """Return the token that pads finished rows, as `generate` chooses it; 0 if none is set."""
     token, end = generation_config.pad_token_id, generation_config.eos_token_id
     if token is None and end is not None:
         token = end[0] if isinstance(end, list | tuple) else end
     return 0 if token is None else int(token)
 
 
-def keep_own_settings(generation_config: GenerationConfig) -> None:
+def keep_custom_settings(generation_config: GenerationConfig) -> None:
     """Let a reload keep settings that Transformers does not know.
 
-    It drops them from a configuration that it takes for one made from the model's.
+    It drops them from a generation config that was derived from the model's config.
     """
     generation_config._from_model_config = False
 
 
 def is_sharded(model: Any) -> bool:
-    """Return whether a model's weights are spread over processes (ZeRO-3, FSDP), which then go in step."""
+    """Return whether a model's weights are sharded over processes (ZeRO-3, FSDP), which run in step."""
     is_zero3 = _look_up("integrations.deepspeed", "is_deepspeed_zero3_enabled")
     is_fsdp = _look_up("integrations.fsdp", "is_fsdp_managed_module")
     return bool((is_zero3 and is_zero3()) or (is_fsdp and is_fsdp(model)))
 
 
 def start_at_zero(parameter: torch.Tensor) -> None:
-    """Set a parameter to zero, unless `from_pretrained` has loaded it already."""
+    """Set a parameter to zero, unless `from_pretrained` has already loaded it."""
     zeros = _look_up("initialization", "zeros_") or torch.nn.init.zeros_
     zeros(parameter)
 
 
 def execution_device(module: torch.nn.Module) -> torch.device | None:
-    """Return where Accelerate runs a module that it offloads; None if it does not, or cannot tell."""
+    """Return the device on which Accelerate runs an offloaded module, or None if it is not offloaded."""
     device = getattr(getattr(module, "_hf_hook", None), "execution_device", None)
     return None if device is None else torch.device(device)
 
 
+def is_stateful(backbone: PreTrainedModel) -> bool:
+    """Return whether a model says that it keeps states which cannot be cropped."""
+    return bool(getattr(backbone, "_is_stateful", False))
+
+
 def block_classes(model: PreTrainedModel) -> frozenset[str]:
-    """Return the names of the classes of a model's blocks, which are kept whole on a device."""
+    """Return the names of a model's block classes, which must not be split over devices."""
     return frozenset(getattr(model, "_no_split_modules", None) or ())
 
 
 def commit_of(config: Any, revision: str | None = None) -> str | None:
-    """Return the commit of the Hub that a configuration was loaded from, if it was.
+    """Return the commit on the Hub that a configuration was loaded from, or None.
 
-    Transformers noted it in the configuration until 5.19. Since then the Hub's cache on this machine tells,
-    where files lie in a folder named after their commit.
+    Until 5.19, Transformers stored it in the configuration. Since then it is read from the local Hub cache,
+    which keeps files in a folder named after their commit.
 
     Args:
-        config: knows the repository.
-        revision: that it was loaded from; None if unknown, because a guess might pin another commit.
+        config: names the repository.
+        revision: that it was loaded from. None gives None, because a guess might pin another commit.
     """
-    noted = getattr(config, "_commit_hash", None)
-    if noted:
-        return noted
+    stored = getattr(config, "_commit_hash", None)
+    if stored:
+        return stored
     name = getattr(config, "name_or_path", None)
     if not name or revision is None:
         return None

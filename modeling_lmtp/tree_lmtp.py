@@ -1,8 +1,8 @@
-r"""Draft trees: which candidates are verified together, and who may see whom.
+r"""Draft trees: which candidates are verified together, and which of them see each other.
 
-Node 0 is the root, the last token emitted. Nodes `1 … N` are candidates, parents first, ordered by
-depth. A node at depth `a` proposes a token for draft distance `a`; its rank says which: 0 the leap
-head's most likely token, 1 the next. The example used by docs and tests, paths
+Node 0 is the root, the last token emitted. Nodes `1 … N` are candidates, parents first, ordered by depth. A
+node at depth `a` proposes a token for draft distance `a`; its rank says which: 0 is the leap head's most
+likely token, 1 the next one. The example used by docs and tests, with the paths
 `(0), (1), (0, 0), (0, 1), (0, 0, 0)`:
 
     node      0 ── 1 ── 3 ── 5        parents  (0, 0, 1, 1, 3)
@@ -17,16 +17,16 @@ from functools import cached_property
 
 import torch
 
-MAX_CHILDREN = 10  # of a node that is grown, as in arXiv 2505.17505
-MAX_NODES = 64  # the root included; beyond it one verification costs more than it can win
+MAX_CHILDREN = 10  # per node of a tree that is grown, as in arXiv 2505.17505
+MAX_NODES = 64  # root included; verifying more costs more than it can gain
 
 
 @dataclass(frozen=True)
 class DraftTree:
-    """A tree of candidates by structure alone; the drafter fills in the tokens.
+    """The structure of a tree of candidates; a drafter fills in the tokens.
 
     Args:
-        parents: `parents[n - 1]` is the parent of node `n`; a parent's number is the smaller one.
+        parents: `parents[n - 1]` is the parent of node `n`; parents have smaller numbers.
         ranks: `ranks[n - 1]` is the rank of node `n` among its head's candidates.
     """
 
@@ -35,11 +35,11 @@ class DraftTree:
 
     @classmethod
     def from_paths(cls, paths: Iterable[Sequence[int]]) -> "DraftTree":
-        """Build a tree from its nodes' paths: the ranks taken from the root, one path per node.
+        """Build a tree from its nodes' paths: the ranks from the root to each node.
 
         Raises:
-            ValueError: this is no list of paths, or a path is empty, repeated, has a negative rank, or
-                its parent is missing.
+            ValueError: `paths` is no list of paths; or a path is empty, repeated, has a negative rank, or
+                has no parent.
         """
         try:
             ordered = sorted((tuple(path) for path in paths), key=lambda path: (len(path), path))
@@ -63,12 +63,12 @@ class DraftTree:
 
     @classmethod
     def chain(cls, length: int) -> "DraftTree":
-        """Build the top-1 chain: one candidate per distance."""
+        """Return the top-1 chain: one candidate per distance."""
         return cls(parents=tuple(range(length)), ranks=(0,) * length)
 
     @cached_property
     def paths(self) -> tuple[tuple[int, ...], ...]:
-        """The ranks from the root to each candidate: what `from_paths` takes."""
+        """The ranks from the root to each candidate, as `from_paths` takes them."""
         paths: list[tuple[int, ...]] = [()]
         for parent, rank in zip(self.parents, self.ranks, strict=True):
             paths.append((*paths[parent], rank))
@@ -76,17 +76,17 @@ class DraftTree:
 
     @cached_property
     def depths(self) -> tuple[int, ...]:
-        """The depth of each node, `(1 + N,)`; it is the node's position minus the root's."""
+        """The depth of each node, `(1 + N,)`: its position minus the root's."""
         return (0, *(len(path) for path in self.paths))
 
     @property
     def num_nodes(self) -> int:
-        """The number of candidates `N`, the root not counted."""
+        """The number of candidates `N`, without the root."""
         return len(self.parents)
 
     @property
     def depth(self) -> int:
-        """The furthest draft distance."""
+        """The largest draft distance."""
         return self.depths[-1]
 
     @cached_property
@@ -108,12 +108,12 @@ class DraftTree:
 
     def truncate(self, depth: int) -> "DraftTree":
         """Return the tree without the nodes deeper than `depth`."""
-        kept = sum(1 for node_depth in self.depths[1:] if node_depth <= depth)
-        return DraftTree(self.parents[:kept], self.ranks[:kept])
+        num_nodes = sum(1 for node_depth in self.depths[1:] if node_depth <= depth)
+        return DraftTree(self.parents[:num_nodes], self.ranks[:num_nodes])
 
     @cached_property
     def visible(self) -> torch.Tensor:
-        """`(1 + N, 1 + N)` booleans: `[i, j]` says that `j` is `i` or an ancestor of `i`."""
+        """`(1 + N, 1 + N)` booleans: `[i, j]` is whether `j` is `i` or an ancestor of `i`."""
         rows = [[True] + [False] * self.num_nodes]
         for node, parent in enumerate(self.parents, start=1):
             row = list(rows[parent])
@@ -141,17 +141,18 @@ def grow_tree(
     threshold: float = 0.0,
     max_children: int = MAX_CHILDREN,
 ) -> DraftTree:
-    """Grow the tree of `num_nodes` candidates that is expected to be accepted furthest.
+    """Grow the tree with the largest expected acceptance length.
 
-    A node is worth the product of its path's accuracies, taken as independent; the tree is the
-    `num_nodes` most valuable nodes, which always form a tree (greedy, as in Medusa).
+    A node's value is the product of the accuracies on its path, as if they were independent. The tree
+    consists of the most valuable nodes, which always form a tree (greedy, as in Medusa, arXiv
+    2401.10774).
 
     Args:
-        accuracies: `accuracies[a - 1][r]`, how often the rank-`r` candidate for distance `a` is
-            right, as measured on held-out text.
-        num_nodes: candidates wanted; fewer come back if the accuracies offer no more.
-        threshold: no node worth less is taken.
-        max_children: candidates per node that are looked at, the lowest ranks.
+        accuracies: `accuracies[a - 1][r]` is how often the rank-`r` candidate for distance `a` is right, as
+            measured on held-out text.
+        num_nodes: the number of candidates; the tree has fewer if there are no more.
+        threshold: leave out nodes with a smaller value.
+        max_children: the number of ranks to consider per node.
     """
     if not 0 <= num_nodes < MAX_NODES:
         raise ValueError(f"num_nodes must be from 0 to {MAX_NODES - 1}, got {num_nodes}.")

@@ -1,15 +1,19 @@
-"""What maps a leap head's features to logits.
+"""Unembeddings of leap heads: how a head's features become logits.
 
 `W` is the backbone's unembedding, or its rows for the draft vocabulary.
 
-| `share_lm_head` | `lm_head_rank` | logits of features `f` | a head's own parameters |
+| `share_lm_head` | `lm_head_rank` | logits of features `f` | parameters per head |
 |---|---|---|---|
 | true | 0 | `W f` | none |
-| true | r | `W f + B (A f)`, `B = 0` at the start | `r (H + D)` |
-| false | 0 | `W_i f`, `W_i = W` at the start (arXiv 2505.17505) | `H D` |
+| true | r | `W f + B (A f)`, starting at `B = 0` | `r (H + D)` |
+| false | 0 | `W_i f`, starting at `W_i = W` (arXiv 2505.17505) | `H D` |
 
-Shapes: `H` hidden size, `D` size of the vocabulary, or of the draft vocabulary, `r` rank, `B` batch,
-`n` states of one head, `…` any leading dimensions.
+With a draft vocabulary, heads propose only some of the tokens. Most tokens of a large vocabulary are never
+right for a draft, and a product with the whole unembedding costs as much as several layers. The text is the
+same: a token outside is never drafted, but still emitted where plain decoding would emit it.
+
+Shapes: `V` vocabulary size, `D` draft vocabulary size (`V` without one), `H` hidden size, `r` rank, `B`
+batch, `n` states of one head, `…` any leading dimensions.
 """
 
 from collections.abc import Iterator, Sequence
@@ -18,12 +22,21 @@ from typing import Any
 import torch
 from torch import nn
 
-from .backbone_lmtp import keep_rows
-from .zero_lmtp import ZeroLinear
+from .backbone_lmtp import copy_common_rows
+
+
+class ZeroLinear(nn.Linear):
+    """A linear layer that starts at zero, so that what it is added to starts unchanged."""
+
+    def reset_parameters(self) -> None:
+        """Set weight and bias to zero."""
+        nn.init.zeros_(self.weight)
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
 
 
 class LowRankUpdate(nn.Module):
-    """`B (A f)`, zero at the start: what a head adds to the logits of a shared unembedding.
+    """`B (A f)`, what a head adds to the logits of a shared unembedding; it starts at zero.
 
     Args:
         hidden_size: `H`.
@@ -41,19 +54,55 @@ class LowRankUpdate(nn.Module):
         return self.up(self.down(features))
 
     def resize(self, vocab_size: int) -> None:
-        """Give the vocabulary another size; new rows are zero."""
+        """Resize the vocabulary; new rows are zero."""
         trained = self.up
         self.up = ZeroLinear(trained.in_features, vocab_size, bias=False)
         self.up.to(device=trained.weight.device, dtype=trained.weight.dtype)
-        keep_rows(trained, self.up)
+        copy_common_rows(trained, self.up)
+
+
+class DraftUnembedding:
+    """The rows of an unembedding for the draft vocabulary; it has no parameters of its own.
+
+    Args:
+        source: the backbone's unembedding.
+        token_ids: the draft vocabulary; `logits[..., i]` is for `token_ids[i]`.
+    """
+
+    def __init__(self, source: Any, token_ids: Sequence[int]) -> None:
+        self.source = source
+        # An adapted, quantized or offloaded unembedding is more than a weight to select rows from
+        self._has_rows = type(source) is nn.Linear and not source.weight.is_meta
+        device = source.weight.device if self._has_rows else None
+        self.token_ids = torch.tensor(token_ids, device=device)
+        is_trained = torch.is_grad_enabled() and any(p.requires_grad for p in self.parameters())
+        self._frozen_rows = None if is_trained else self._rows()
+
+    def _rows(self) -> tuple[torch.Tensor, torch.Tensor | None] | None:
+        if not self._has_rows:
+            return None
+        bias = self.source.bias
+        return self.source.weight[self.token_ids], None if bias is None else bias[self.token_ids]
+
+    def __call__(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """Map `(…, H)` to logits `(…, D)`."""
+        if not self._has_rows:
+            logits = self.source(hidden_states)
+            return logits[..., self.token_ids.to(logits.device)]
+        weight, bias = self._frozen_rows or self._rows()  # type: ignore[misc]
+        return nn.functional.linear(hidden_states, weight, bias)
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """Yield the backbone's unembedding parameters."""
+        return self.source.parameters()
 
 
 class HeadUnembedding:
-    """One head's unembedding, put together of what may be shared and what is its own.
+    """One head's unembedding: a matrix, perhaps shared, and perhaps the head's low-rank update.
 
     Args:
-        base: `W`, a module or a `DraftUnembedding`, or the head's own `W_i`.
-        update: the head's low-rank update, if it has one.
+        base: `W`, a module or a `DraftUnembedding`; or the head's `W_i`.
+        update: the low-rank update, or None.
     """
 
     def __init__(self, base: Any, update: nn.Module | None = None) -> None:
@@ -66,7 +115,7 @@ class HeadUnembedding:
         return logits if self.update is None else logits + self.update(features)
 
     def parameters(self) -> Iterator[nn.Parameter]:
-        """Yield the parameters of both."""
+        """Yield the parameters of base and update."""
         yield from self.base.parameters()
         if self.update is not None:
             yield from self.update.parameters()
@@ -75,7 +124,7 @@ class HeadUnembedding:
 def unembed(
     unembeddings: Sequence[HeadUnembedding], features: Sequence[torch.Tensor]
 ) -> torch.Tensor:
-    """Unembed several heads' features, in one product with what they share.
+    """Compute the logits of several heads, in one product if they share a matrix.
 
     Args:
         unembeddings: one per head.
@@ -86,8 +135,8 @@ def unembed(
     """
     base = unembeddings[0].base
     if any(unembedding.base is not base for unembedding in unembeddings):
-        own = zip(unembeddings, features, strict=True)
-        return torch.cat([unembedding(part) for unembedding, part in own], dim=1)
+        pairs = zip(unembeddings, features, strict=True)
+        return torch.cat([unembedding(part) for unembedding, part in pairs], dim=1)
     logits = base(torch.cat(list(features), dim=1))
     if unembeddings[0].update is None:
         return logits
@@ -96,3 +145,24 @@ def unembed(
         for unembedding, part in zip(unembeddings, features, strict=True)
     ]
     return logits + torch.cat(updates, dim=1)
+
+
+def draft_labels(
+    labels: torch.Tensor, token_ids: Sequence[int], vocab_size: int, ignore_index: int
+) -> torch.Tensor:
+    """Map labels to indices of the draft vocabulary; tokens outside are ignored.
+
+    Args:
+        labels: any shape, token ids below `vocab_size` or `ignore_index`.
+        token_ids: the draft vocabulary.
+        vocab_size: `V`.
+        ignore_index: the label of tokens to ignore.
+
+    Returns:
+        Labels of the same shape: indices into `token_ids`, or `ignore_index`.
+    """
+    index_of = torch.full((vocab_size,), ignore_index, device=labels.device)
+    index_of[torch.tensor(token_ids, device=labels.device)] = torch.arange(
+        len(token_ids), device=labels.device
+    )
+    return torch.where(labels == ignore_index, ignore_index, index_of[labels.clamp(min=0)])

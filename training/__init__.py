@@ -4,7 +4,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .answer_files import load_answers
+    from .answers import load_answers
     from .arguments import JointTrainingArguments, LeapTrainingArguments
     from .examples import Example, split_examples
     from .joint_trainer import JointTrainer
@@ -16,7 +16,7 @@ _FILES = {
     "JointTrainingArguments": "arguments",
     "LeapTrainer": "leap_trainer",
     "LeapTrainingArguments": "arguments",
-    "load_answers": "answer_files",
+    "load_answers": "answers",
     "split_examples": "examples",
 }
 

@@ -10,14 +10,21 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import asdict
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from modeling_lmtp.conversion.batch_generation import Sampling, derived_seed, generate_ids
-from modeling_lmtp.conversion.prompts import Prompt, end_ids, render_prompt
-from modeling_lmtp.conversion.saving import versions
+from modeling_lmtp.conversion.prompts import (
+    Prompt,
+    decode_answer,
+    depends_on_time,
+    end_ids,
+    render_prompt,
+)
+from modeling_lmtp.conversion.saving import read_json, versions
 from modeling_lmtp.support_lmtp import num_positions
 from modeling_lmtp.transformers_lmtp import commit_of
 
@@ -36,9 +43,11 @@ from .distill_run import (
     cut_batches,
     plan_items,
     prompts_sha256,
+    rendered_sha256,
 )
 from .distill_settings import DistillSettings
 from .fingerprints import model_fingerprint, tokenizer_sha256
+from .processes import on_main
 
 __all__ = [
     "DistillReport",
@@ -81,8 +90,9 @@ def distill(
             .jsonl name, or it exists and was made by another model, other settings or other
             prompts; its files stay as they are.
     """
+    now = on_main(lambda: rendering_time(Path(output), tokenizer))
     items, duplicates = plan_items(
-        prompts, settings.num_answers, lambda text: render_prompt(tokenizer, text)
+        prompts, settings.num_answers, lambda text: render_prompt(tokenizer, text, now)
     )
     _check_lengths(items, num_positions(model.config))
     manifest = {
@@ -93,6 +103,8 @@ def distill(
         **run_identity(model, tokenizer),
         "settings": asdict(settings),
         "prompts_sha256": prompts_sha256(items),
+        "rendered_sha256": rendered_sha256(items),
+        **({} if now is None else {"rendered_at": now.isoformat()}),
         "prompt_sources": sources,
         "versions": [versions()],
     }
@@ -114,6 +126,23 @@ def run_identity(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> 
         "model_fingerprint": model_fingerprint(getattr(model, "backbone", model)),
         "tokenizer_sha256": tokenizer_sha256(tokenizer),
     }
+
+
+def rendering_time(output: Path, tokenizer: PreTrainedTokenizerBase) -> datetime | None:
+    """Return the time at which prompts are rendered, None where the chat template writes none.
+
+    Some templates write the date: a run that goes on another day renders prompts as it began.
+    """
+    if not depends_on_time(tokenizer):
+        return None
+    manifest = manifest_path(output)
+    began = read_json(manifest).get("rendered_at") if manifest.is_file() else None
+    return datetime.fromisoformat(began) if began else datetime.now().replace(microsecond=0)
+
+
+def without_end(ids: list[int], stop_ids: list[int]) -> list[int]:
+    """Return an answer without the token that ended it."""
+    return ids[:-1] if ids[-1] in stop_ids else ids
 
 
 def _check_lengths(items: list[Item], limit: int | None) -> None:
@@ -146,11 +175,11 @@ def _answer(
             "id": item.id,
             "kind": item.prompt.kind,
             "prompt": item.prompt.text,
-            "response": tokenizer.decode(
-                ids, skip_special_tokens=True, clean_up_tokenization_spaces=False
-            ),
+            "response": decode_answer(tokenizer, without_end(ids, stop_ids)),
             "finished": ids[-1] in stop_ids,
             "tokens": len(ids),
+            "prompt_ids": list(item.input_ids),
+            "response_ids": ids,
         }
         for item, ids in zip(batch, answers, strict=True)
     ]

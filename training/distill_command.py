@@ -29,8 +29,7 @@ from .distill_files import (
 from .distill_server import Server, distill_from_server
 from .processes import MainProcessFailed, on_main, processes
 from .prompt_datasets import DatasetSource, read_dataset_prompts
-from .sample_log import SampleLog
-from .self_written import self_written_prompts
+from .self_written import SampleLog, self_written_prompts
 
 logger = logging.get_logger(__name__)
 

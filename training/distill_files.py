@@ -39,6 +39,7 @@ IDENTITY = (
     "tokenizer_sha256",
     "server_model",
     "prompts_sha256",
+    "rendered_sha256",
     "settings",
 )
 

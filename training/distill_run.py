@@ -103,6 +103,11 @@ def prompts_sha256(items: list[Item]) -> str:
     return json_sha256([[item.id, item.prompt.kind] for item in items])
 
 
+def rendered_sha256(items: list[Item]) -> str:
+    """Return a hash of the rendered prompts: templates write dates, and have modes."""
+    return json_sha256([[item.id, item.input_ids] for item in items])
+
+
 def answer_all(
     files: AnswerFiles, batches: list[Batch], answer: Answerer, *, progress: bool = True
 ) -> DistillReport:

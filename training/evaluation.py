@@ -18,7 +18,7 @@ from modeling_lmtp.leaps_lmtp import drafts
 from modeling_lmtp.losses_lmtp import IGNORE_INDEX
 from modeling_lmtp.modeling_lmtp import LMTPForCausalLM
 from modeling_lmtp.tree_lmtp import DraftTree
-from modeling_lmtp.vocabulary_lmtp import draft_labels
+from modeling_lmtp.unembeddings_lmtp import draft_labels
 
 from .examples import Example
 

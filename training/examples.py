@@ -14,8 +14,6 @@ from torch.utils.data import Dataset
 from modeling_lmtp.conversion.prompts import Example
 from modeling_lmtp.losses_lmtp import IGNORE_INDEX
 
-from .answers import read_examples
-
 __all__ = [
     "AnswerDataset",
     "Example",
@@ -23,7 +21,6 @@ __all__ = [
     "collate",
     "draft_vocabulary",
     "evenly",
-    "read_examples",
     "split_examples",
 ]
 

@@ -28,12 +28,18 @@ class LeapTrainer(AnswerTrainer):
     """A `transformers.Trainer` for the leap heads of a frozen backbone.
 
     A backbone in 16 bits stays so; the heads train in float32 (autocast) and take the backbone's dtype at
-    the end. Beside what every Trainer logs, it logs `loss_head_<offset>` (cross-entropy) and
-    `top1_head_<offset>` for each head, means over all targets since the last time, and
-    `divergence_head_<offset>` where the backbone's distribution is learned. It evaluates `eval_loss`, the
-    simulated `eval_tokens_per_step` of a chain, and `eval_top1_distance_<a>`, how often the token drafted
-    `a` tokens ahead is right. Its checkpoints hold the heads: `LMTPForCausalLM.from_pretrained` loads
-    them where the configuration names the backbone.
+    the end. Its checkpoints hold the heads: `LMTPForCausalLM.from_pretrained` loads them where the
+    configuration names the backbone.
+
+    It logs for each head, as means over the targets since the last time:
+
+    - `loss_head_<offset>`: cross-entropy;
+    - `top1_head_<offset>`: accuracy, in which targets outside a draft vocabulary are misses;
+    - `coverage_head_<offset>`: with a draft vocabulary, the share of targets inside it;
+    - `divergence_head_<offset>`: the KL to the backbone's distribution, where that is learned.
+
+    It evaluates `eval_loss`, the simulated `eval_tokens_per_step` of a chain, and
+    `eval_top1_distance_<a>`, how often the token drafted `a` tokens ahead is right.
 
     Args:
         model: the backbone with its heads; `config.train_backbone` is False.
@@ -59,6 +65,11 @@ class LeapTrainer(AnswerTrainer):
         **options: Any,
     ) -> None:
         _check_model(model)
+        if options.get("compute_loss_func") is not None:
+            raise ValueError(
+                "compute_loss_func takes the labels away from the model, which computes the loss of the "
+                "heads. Subclass LeapTrainer and override compute_loss."
+            )
         args, self.examples, held_out, identity = prepared(model, args, train_dataset, eval_dataset)
         args.ddp_find_unused_parameters = args.curriculum != "none"
         self.answers = AnswerDataset(self.examples, train_on_prompts=args.train_on_prompts)
@@ -125,12 +136,15 @@ class LeapTrainer(AnswerTrainer):
         if "loss" in logs:
             tally = self.accelerator.reduce(self.objective.take_tally(), "sum")
             offsets = self.model.config.leap_offsets
-            for offset, (loss, divergence, correct, targets) in zip(
+            for offset, (loss, divergence, correct, targets, outside) in zip(
                 offsets, tally.tolist(), strict=True
             ):
                 if targets:
                     logs[f"loss_head_{offset}"] = loss / targets
-                    logs[f"top1_head_{offset}"] = correct / targets
+                    # A token that cannot be drafted is a miss, as it is in decoding
+                    logs[f"top1_head_{offset}"] = correct / (targets + outside)
+                    if self.model.config.draft_token_ids is not None:
+                        logs[f"coverage_head_{offset}"] = targets / (targets + outside)
                     if self.objective.weight:
                         logs[f"divergence_head_{offset}"] = divergence / targets
         super().log(logs, *args, **kwargs)

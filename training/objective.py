@@ -9,11 +9,22 @@ from typing import Any
 import torch
 from torch import nn
 
-from modeling_lmtp.chunked_lmtp import TokenLoss, at_least_float32, sum_of_means
-from modeling_lmtp.losses_lmtp import HeadTokens, head_tokens, number_targets
-from modeling_lmtp.vocabulary_lmtp import DraftUnembedding
+from modeling_lmtp.losses_lmtp import (
+    HeadTokens,
+    TokenLoss,
+    at_least_float32,
+    head_tokens,
+    leap_positions,
+    mask_starts,
+    sum_of_means,
+    to_draft_labels,
+)
+from modeling_lmtp.unembeddings_lmtp import DraftUnembedding
 
-MEASURES = ("loss", "divergence", "correct", "targets")  # the columns of a tally
+# The columns of a tally; targets outside the draft vocabulary are counted, and not learned
+MEASURES = ("loss", "divergence", "correct", "targets", "outside")
+
+OUTSIDE = MEASURES.index("outside")
 
 
 class HeadObjective:
@@ -38,11 +49,11 @@ class HeadObjective:
         self.tally = self.new_tally()
 
     def new_tally(self) -> torch.Tensor:
-        """Return `(m, 4)` zeros: sums of cross-entropy and divergence, hits at top 1, and targets."""
+        """Return `(m, 5)` zeros, a column for each of `MEASURES`."""
         return torch.zeros(self.num_heads, len(MEASURES))
 
     def take_tally(self) -> torch.Tensor:
-        """Return what has been counted since the last time, `(m, 4)`, and start anew."""
+        """Return what has been counted since the last time, `(m, 5)`, and start anew."""
         tally, self.tally = self.tally, self.new_tally()
         return tally
 
@@ -65,7 +76,7 @@ class HeadObjective:
         Returns:
             The sum, a scalar, and each head's mean `(m,)`, detached: 0 of those that take no part.
         """
-        labels = number_targets(model, labels)
+        tokens_of_text, labels = labels, to_draft_labels(model, labels)
         self.tally = self.tally.to(labels.device)
         teacher = _teacher(model) if self.weight else None
         unembeddings = model.draft_unembeddings()
@@ -74,6 +85,8 @@ class HeadObjective:
             tokens = head_tokens(model, index, hidden_states, input_ids, labels, position_ids)
             offset = model.config.leap_offsets[index]
             tally, unembedding = self.tally[index], unembeddings[index]
+            all_targets = leap_positions(mask_starts(tokens_of_text, position_ids, offset), offset)
+            tally[OUTSIDE] += len(all_targets[0]) - len(tokens.targets)
             of_chunk = _LossOfChunk(
                 self, tally, unembedding, tokens, teacher, hidden_states, offset
             )
@@ -98,7 +111,7 @@ class _LossOfChunk:
 
     Args:
         objective: the weight and the temperature.
-        tally: `(4,)`, the head's; what is seen is added to it.
+        tally: `(5,)`, the head's; what is seen is added to it.
         unembedding: the head's.
         tokens: what the head learns from.
         teacher: see `_teacher`; None where only tokens are learned.
@@ -136,7 +149,7 @@ class _LossOfChunk:
             loss = (1 - weight) * hard + weight * soft
         correct = (logits.detach().argmax(dim=-1) == targets).sum()
         counted = [hard.detach(), soft.detach(), correct, torch.ones_like(targets).sum()]
-        self.tally += torch.stack([value.float() for value in counted])
+        self.tally[:OUTSIDE] += torch.stack([value.float() for value in counted])
         return loss
 
     @torch.no_grad()

@@ -15,9 +15,8 @@ from typing import Any
 import torch
 from torch.utils.data import Dataset
 
-from modeling_lmtp.backbone_lmtp import unembedding_inputs
-from modeling_lmtp.chunked_lmtp import at_least_float32
-from modeling_lmtp.losses_lmtp import IGNORE_INDEX
+from modeling_lmtp.losses_lmtp import IGNORE_INDEX, at_least_float32
+from modeling_lmtp.states_lmtp import head_states
 from modeling_lmtp.transformers_lmtp import attention_implementation
 
 from .examples import AnswerDataset, Row, collate, padded_states
@@ -178,6 +177,6 @@ def _states(backbone: Any, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
     """Return the last hidden states `(B, L, H)`, in at least float32."""
     device = backbone.get_input_embeddings().weight.device
     names = ("input_ids", "position_ids")
-    with unembedding_inputs(backbone, num_logits=1) as states:
+    with head_states(backbone, num_logits=1) as states:
         backbone(**{n: inputs[n].to(device) for n in names if n in inputs}, use_cache=False)
     return at_least_float32(states[0])

@@ -6,22 +6,34 @@ import math
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 from accelerate.utils import gather_object
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from modeling_lmtp.conversion.batch_generation import Sampling, derived_seed, generate_ids
-from modeling_lmtp.conversion.prompts import SENTINEL, Prompt, encode, end_ids, render_turns
+from modeling_lmtp.conversion.prompts import (
+    SENTINEL,
+    Prompt,
+    encode,
+    end_ids,
+    read_json_lines,
+    render_turns,
+)
 
+from .distill_files import append_rows, cut_partial_line, refuse_differences
 from .distill_settings import DistillSettings
 from .processes import on_main, processes
-from .sample_log import SampleLog
 
 SELF_WRITTEN = "self-written"
 # A sampled user turn is dropped when it is empty, cut off or known already. Far more samples than
 # prompts asked for means that the model repeats itself.
 MAX_SAMPLES_PER_PROMPT = 10
+
+# Answers may follow other settings than the prompts: these alone shape the prompts.
+SETTINGS = ("seed", "batch_size", "magpie_temperature", "magpie_top_p", "magpie_max_tokens")
 
 
 def self_written_prompts(
@@ -168,3 +180,40 @@ def _sample_user_turns(
         plain = closed and not any(token in text for token in special)
         texts.append(text.strip() if plain else "")
     return texts
+
+
+class SampleLog:
+    """The samples of one model with one set of settings, which let a stopped run resume.
+
+    The first line of the file says what made them, each further one holds a batch.
+
+    Args:
+        path: a .jsonl file; it need not exist.
+        identity: what names the model and its tokenizer.
+        settings: how prompts are sampled.
+    """
+
+    def __init__(self, path: Path, identity: dict[str, Any], settings: DistillSettings) -> None:
+        self.path = path
+        shaping = {name: getattr(settings, name) for name in SETTINGS}
+        self.header = {**identity, "settings": shaping}
+
+    def read(self) -> list[list[str]]:
+        """Return the texts of batch 0, 1, …; a last line that was cut by a kill is removed.
+
+        Raises:
+            ValueError: the file was made by another model or with other settings.
+        """
+        if self.path.exists():
+            cut_partial_line(self.path)
+            rows = [row for _, row in read_json_lines(self.path)]
+            if rows:
+                refuse_differences(self.path, self.header, rows[0], self.header)
+                return [row["texts"] for row in rows[1:]]
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        append_rows(self.path, [self.header])
+        return []
+
+    def append(self, batches: list[list[str]]) -> None:
+        """Append the texts of the next batches; they are on the disk when this returns."""
+        append_rows(self.path, [{"texts": texts} for texts in batches])

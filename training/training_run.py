@@ -2,7 +2,7 @@
 
 import shutil
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 from modeling_lmtp.conversion.options import Dtype, Options, Range, own_fields
 from modeling_lmtp.conversion.saving import file_sha256, run_folder_of, save_checkpoint
 
-from .answer_files import load_answers, warn
+from .answers import load_answers, warn
 from .arguments import AnswerTrainingArguments
 from .examples import Example, split_examples
 from .processes import processes
@@ -129,11 +129,3 @@ def settings(args: AnswerTrainingArguments) -> dict[str, Any]:
     own = {field.name for field in own_fields(type(args))}
     shown = {n: v for n, v in values.items() if n in own or v != defaults.get(n)}
     return {name: value for name, value in shown.items() if not name.endswith(("_dir", "token"))}
-
-
-def recorded(options: Options) -> dict[str, Any]:
-    """Return options for a record."""
-    return {
-        name: str(value) if isinstance(value, Path) else value
-        for name, value in asdict(options).items()
-    }

@@ -35,14 +35,19 @@ from modeling_lmtp.conversion.loading import load_backbone, load_tokenizer
 from modeling_lmtp.conversion.prompts import answer_end_id
 from modeling_lmtp.conversion.saving import file_sha256, versions
 from modeling_lmtp.modeling_lmtp import LMTPForCausalLM
+from modeling_lmtp.training.answers import read_examples
+from modeling_lmtp.training.arguments import (
+    HeadOptions,
+    JointTrainingArguments,
+    LeapTrainingArguments,
+)
 from modeling_lmtp.training.drift import measure_drift
 from modeling_lmtp.training.evaluation import draft_ranks
-from modeling_lmtp.training.examples import Example, read_examples
-from modeling_lmtp.training.joint import joint_tune
-from modeling_lmtp.training.joint_settings import JointSettings
+from modeling_lmtp.training.examples import Example
+from modeling_lmtp.training.joint_trainer import JointTrainer
+from modeling_lmtp.training.leap_trainer import LeapTrainer
 from modeling_lmtp.training.state_cache import StateCache
-from modeling_lmtp.training.train_command import HeadShape, add_heads
-from modeling_lmtp.training.warmup import WarmupSettings, warm_up
+from modeling_lmtp.training.train_command import add_heads
 from modeling_lmtp.tree_lmtp import DraftTree
 
 NODE_COUNTS = (8, 16, 32)
@@ -57,7 +62,7 @@ class Row:
 
     Args:
         offsets: of the heads.
-        shape: other settings of the heads, see `HeadShape`.
+        shape: other settings of the heads, see `HeadOptions`.
         settings: of training.
         seeds: how many times it is trained.
         joint: the backbone is tuned along (LoRA, whole heads), from heads that know nothing yet.
@@ -149,24 +154,31 @@ class Laboratory:
 
     def run(self, row: Row, seed: int) -> dict[str, Any]:
         """Train heads and judge them."""
-        shape = HeadShape(
-            leap_offsets=row.offsets, draft_vocab_size=self.arguments.draft_vocab_size, **row.shape
+        shape = HeadOptions(
+            leap_offsets=list(row.offsets),
+            draft_vocab_size=self.arguments.draft_vocab_size,
+            **row.shape,
         )
         how = self._tune_jointly if row.joint else self._warm_up
         return {**asdict(row), **how(row, shape, seed)}
 
-    def _warm_up(self, row: Row, shape: HeadShape, seed: int) -> dict[str, Any]:
+    def _warm_up(self, row: Row, shape: HeadOptions, seed: int) -> dict[str, Any]:
         """Train heads on the frozen backbone; processor seconds do not count what states took."""
         model = add_heads(self.backbone, shape, self.examples)
-        settings = WarmupSettings(
-            epochs=self.arguments.epochs, seed=seed, save_steps=10**6, **row.settings
-        )
         folder = self._states_of(row)
+        settings = {
+            "num_train_epochs": self.arguments.epochs,
+            "seed": seed,
+            "save_strategy": "no",
+            "state_folder": None if folder is None else str(folder),
+            **row.settings,
+        }
         if folder is not None:
             StateCache(folder, model).fill(self.examples)
         started = time.process_time()
         with tempfile.TemporaryDirectory() as run:
-            warm_up(model, self.examples, [], Path(run), settings, state_folder=folder)
+            args = LeapTrainingArguments(output_dir=run, **settings)
+            LeapTrainer(model, args, self.examples).train()
         seconds = time.process_time() - started
         exact = LMTPForCausalLM(model.config, backbone=self.exact_backbone).eval()
         exact.leap_heads.load_state_dict(model.leap_heads.state_dict())
@@ -176,21 +188,24 @@ class Laboratory:
             cache.fill(self.held_out)
         return {**costs(model, seconds), **measure(exact, self.held_out, cache)}
 
-    def _tune_jointly(self, row: Row, shape: HeadShape, seed: int) -> dict[str, Any]:
+    def _tune_jointly(self, row: Row, shape: HeadOptions, seed: int) -> dict[str, Any]:
         """Train heads and a backbone of their own together, the heads at the rate of warm-up."""
         backbone = load_backbone(self.arguments.backbone, self.arguments.dtype)
         model = add_heads(backbone, shape, self.examples)
-        settings = JointSettings(
-            epochs=self.arguments.epochs,
-            seed=seed,
-            save_steps=10**6,
-            heads="full",
-            head_learning_rate=WarmupSettings.learning_rate,
+        settings = {
+            "num_train_epochs": self.arguments.epochs,
+            "seed": seed,
+            "save_strategy": "no",
+            "head_training": "full",
+            "head_learning_rate": LeapTrainingArguments.learning_rate,
             **row.settings,
-        )
+        }
         started = time.process_time()
         with tempfile.TemporaryDirectory() as run:
-            tuned, _ = joint_tune(model, self.examples, [], Path(run), settings)
+            args = JointTrainingArguments(output_dir=run, **settings)
+            trainer = JointTrainer(model, args, self.examples)
+            trainer.train()
+        tuned = trainer.model
         seconds = time.process_time() - started
         drift = measure_drift(tuned.float(), self.held_out)
         merged = tuned.merge_and_unload()
@@ -216,8 +231,8 @@ class Laboratory:
             "answers": len(self.examples),
             "answer_tokens": sum(len(e.input_ids) - e.answer_start for e in self.examples),
             "epochs": arguments.epochs,
-            "batch_size": WarmupSettings.batch_size,
-            "learning_rate": WarmupSettings.learning_rate,
+            "batch_size": LeapTrainingArguments.per_device_train_batch_size,
+            "learning_rate": LeapTrainingArguments.learning_rate,
             "draft_vocab_size": arguments.draft_vocab_size,
             "training_dtype": arguments.dtype,
             "held_out_sha256": file_sha256(arguments.held_out),

@@ -34,8 +34,8 @@ from modeling_lmtp.benchmarks.resampling import (
 from modeling_lmtp.conversion.loading import load_lmtp, load_tokenizer
 from modeling_lmtp.conversion.prompts import answer_end_id
 from modeling_lmtp.conversion.saving import file_sha256, versions
+from modeling_lmtp.training.answers import read_examples
 from modeling_lmtp.training.evaluation import draft_ranks
-from modeling_lmtp.training.examples import read_examples
 from modeling_lmtp.tree_lmtp import DraftTree
 
 Counts = tuple[torch.Tensor, torch.Tensor]  # tokens and steps per answer, each (N,)

@@ -1,8 +1,8 @@
-"""Writes the tables of `speed.md` from the result files of `lmtp bench` and `step_profile.py`.
+"""Writes the tables of `speed.md` from the results of `lmtp bench`, `sweep.py` and `step_profile.py`.
 
     python benchmarks/scripts/speed.py
 
-Text between the marks in `speed.md` is replaced, everything else stays. A mark names its file:
+It replaces the text between the marks in `speed.md` and keeps the rest. A mark names its file:
 `<!-- results/NAME.json -->` … `<!-- end -->`.
 """
 
@@ -32,25 +32,25 @@ def number(value: float | None, digits: int = 2) -> str:
 
 
 def conditions(record: Mapping[str, Any]) -> str:
-    """Say in a sentence under which conditions a file was measured."""
-    found = record["conditions"]
-    versions = found["versions"]
+    """Return a sentence on the conditions of a measurement."""
+    measured = record["conditions"]
+    versions = measured["versions"]
     parts = [
-        f"{found['device']}, {found['threads']} threads",
+        f"{measured['device']}, {measured['threads']} threads",
         f"torch {versions['torch']}, Transformers {versions['transformers']}",
-        f"{found['rounds']} round{'s' if found['rounds'] > 1 else ''}",
+        f"{measured['rounds']} round{'s' if measured['rounds'] > 1 else ''}",
     ]
-    if "max_new_tokens" in found:
-        parts.append(f"at most {found['max_new_tokens']} new tokens")
-    if "kinds" in found:
-        kinds = ", ".join(f"{count} {kind}" for kind, count in found["kinds"].items())
+    if "max_new_tokens" in measured:
+        parts.append(f"at most {measured['max_new_tokens']} new tokens")
+    if "kinds" in measured:
+        kinds = ", ".join(f"{count} {kind}" for kind, count in measured["kinds"].items())
         parts.append(f"prompts: {kinds}")
-    parts.append(f"load average {found['load'][0]} before")
-    return "; ".join([*parts, *found["complaints"]]) + "."
+    parts.append(f"load average {measured['load'][0]} before")
+    return "; ".join([*parts, *measured["complaints"]]) + "."
 
 
 def bench_tables(record: Mapping[str, Any]) -> str:
-    """Return a table per dtype, mode and batch size: ways of decoding by kind of prompts."""
+    """Return a table of methods and kinds of prompts for each dtype, mode and batch size."""
     rows = [row for row in record["rows"] if row["decoding"] != "plain"]
     if record["conditions"].get("sweep"):
         return sweep_table(rows, record["conditions"]["sweep"])
@@ -87,7 +87,7 @@ def group_table(rows: Sequence[Row]) -> str:
 
 
 def sweep_table(rows: Sequence[Row], sweep: str) -> str:
-    """Return a line for each value of what was swept and way of decoding, over all kinds."""
+    """Return a line for each value of the sweep and each method, over all kinds."""
     header = [sweep, "decoding", "τ", "step cost", "speed-up", "ms per step"]
     last = {(row["at"], row["decoding"]): row for row in rows}  # the one over all kinds comes last
     lines = [
@@ -105,7 +105,7 @@ def sweep_table(rows: Sequence[Row], sweep: str) -> str:
 
 
 def profile_table(record: Mapping[str, Any]) -> str:
-    """Return the parts of a step of each way of drafting."""
+    """Return the parts of a decoding step for each kind of draft."""
     header = ["draft", "tokens", "bare pass", "step", "step / bare pass", "around / bare pass"]
     header += [part.removesuffix("_ms") for part in PARTS]
     lines = [
@@ -124,7 +124,7 @@ def profile_table(record: Mapping[str, Any]) -> str:
 
 
 def block(name: str) -> str:
-    """Return what stands between the marks of a result file."""
+    """Return the text between the marks of a result file."""
     record = json.loads((PAGE.parent / "results" / f"{name}.json").read_text())
     is_profile = "step_profile" in record["command"]
     tables = profile_table(record) if is_profile else bench_tables(record)
@@ -132,7 +132,7 @@ def block(name: str) -> str:
 
 
 def main() -> None:
-    """Replace what stands between the marks."""
+    """Replace the text between the marks."""
     text = PAGE.read_text()
     PAGE.write_text(BLOCK.sub(lambda found: f"{found[1]}{block(found[2])}{found[3]}", text))
 

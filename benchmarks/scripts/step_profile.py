@@ -22,7 +22,8 @@ from unittest import mock
 
 import torch
 
-from modeling_lmtp.benchmarks.bench_run import base_name, device_name
+from modeling_lmtp.acceptance_lmtp import GreedyAcceptor
+from modeling_lmtp.benchmarks.conditions import base_name, device_name
 from modeling_lmtp.benchmarks.exactness import drafts_to_try
 from modeling_lmtp.benchmarks.pass_clock import synchronize
 from modeling_lmtp.benchmarks.quiet import measure_quietness, quiet_record
@@ -32,20 +33,19 @@ from modeling_lmtp.conversion.prompts import render_prompt
 from modeling_lmtp.conversion.saving import versions
 from modeling_lmtp.decoding_lmtp import Decoder
 from modeling_lmtp.modeling_lmtp import LMTPForCausalLM
+from modeling_lmtp.outputs_lmtp import EmittedTokens
 from modeling_lmtp.rows_lmtp import Rows
-from modeling_lmtp.texts_lmtp import Texts
 from modeling_lmtp.transformers_lmtp import forward_with_cache
 from modeling_lmtp.verification_lmtp import Verifier
-from modeling_lmtp.walking_lmtp import GreedyWalker
 
 PROMPTS = Path(__file__).parents[1] / "held_out.jsonl"
 WARM_STEPS = 3
 PARTS: dict[str, tuple[type, str]] = {
     "draft": (Decoder, "_draft"),
     "verify": (Verifier, "verify"),
-    "walk": (GreedyWalker, "walk"),
+    "walk": (GreedyAcceptor, "accept"),
     "commit": (Rows, "commit"),
-    "emit": (Texts, "emit"),
+    "emit": (EmittedTokens, "emit"),
 }
 
 

@@ -28,8 +28,8 @@ from peak_bytes import MEGABYTE, PeakBytes
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from modeling_lmtp import LMTPForCausalLM
-from modeling_lmtp.chunked_lmtp import sum_of_means, token_cross_entropy
 from modeling_lmtp.conversion.saving import versions
+from modeling_lmtp.losses_lmtp import sum_of_means, token_cross_entropy
 from modeling_lmtp.training.adapters import add_adapters
 from modeling_lmtp.training.objective import HeadObjective
 

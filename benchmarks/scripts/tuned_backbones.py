@@ -8,10 +8,10 @@ and the one that they came from; each is compared with the first:
         --answers held_out.jsonl --arithmetic gsm8k_test.jsonl --functions humaneval.jsonl \
         --run-written-code --output benchmarks/results/tuned_backbones.json
 
-Folders hold plain backbones (`lmtp merge` makes one of an adapter) or full L-MTP checkpoints, whose
-heads are left out. Questions are asked through lm-evaluation-harness (`pip install lm_eval`), from local
-files in GSM8K's and HumanEval's forms (`local_tasks.py`): no hub is needed. Without them only perplexity
-is measured. A model's results are written as soon as they are known; a stopped run goes on. With
+Folders hold plain backbones (`lmtp export --to plain` makes one of an adapter) or full L-MTP checkpoints,
+whose heads are left out. lm-evaluation-harness (`pip install lm_eval`) asks the questions, from local files
+in GSM8K's and HumanEval's forms (`local_tasks.py`), so no hub is needed. Without questions only perplexity
+is measured. A model's results are written as soon as they are known, and an interrupted run resumes. With
 --tables they go into `tuned_backbones.md`.
 """
 
@@ -30,7 +30,8 @@ from modeling_lmtp.benchmarks.resampling import resample, resampled_ratios
 from modeling_lmtp.conversion.loading import DTYPES, load_backbone, load_tokenizer
 from modeling_lmtp.conversion.prompts import answer_end_id
 from modeling_lmtp.conversion.saving import PROVENANCE, file_sha256, versions
-from modeling_lmtp.training.examples import Example, read_examples
+from modeling_lmtp.training.answers import read_examples
+from modeling_lmtp.training.examples import Example
 
 PAGE = Path(__file__).parents[1] / "tuned_backbones.md"
 MARK = "<!-- tables: written by tuned_backbones.py -->"

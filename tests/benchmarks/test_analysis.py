@@ -172,14 +172,18 @@ def heads(offsets=(2, 3, 4), tokens=1.5, error=0.02, gamma=0.4):
 def test_advice_names_the_best_checkpoint_and_how_far_the_next_is_behind():
     text = advise({"near": heads(tokens=1.5), "far": heads((3, 5, 7), tokens=1.8)}, None)
     assert text.startswith("far is predicted to emit the most: 1.80 ± 0.02 tokens per step with a ")
-    assert "Next is near with 1.50 ± 0.02, clearly behind." in text
+    assert "Next is near with 1.50 ± 0.02, clearly fewer." in text
     close = advise({"near": heads(tokens=1.5), "far": heads((3, 5, 7), tokens=1.53)}, None)
-    assert "too close to tell apart" in close
+    assert "too close to call" in close
 
 
 @pytest.mark.parametrize(
     ("gamma", "verdict"),
-    [(0.4, "leap 2 does not pay"), (0.05, "leap 2 pays"), (0.14, "whether leap 2 pays cannot be")],
+    [
+        (0.4, "leap 2 does not pay"),
+        (0.05, "leap 2 pays"),
+        (0.14, "whether leap 2 pays is undecided"),
+    ],
 )
 def test_advice_on_leaping_follows_gamma_and_its_error(gamma, verdict):
     assert verdict in advise({"a": heads(gamma=gamma)}, None)
@@ -187,5 +191,5 @@ def test_advice_on_leaping_follows_gamma_and_its_error(gamma, verdict):
 
 
 def test_no_verdict_where_the_two_fits_disagree_and_no_advice_on_nothing():
-    assert leap_verdict(curve(0.05), curve(0.4), 3) == "cannot be told"
+    assert leap_verdict(curve(0.05), curve(0.4), 3) == "is undecided"
     assert advise({}, None) == ""

@@ -14,7 +14,7 @@ from modeling_lmtp.benchmarks.pictures import draw_pictures, spread
 from modeling_lmtp.conversion.saving import file_sha256
 
 PROMPTS = ["What is the sea?", "Write a poem.", "A spider asks", "Paris", "The wind", "France?"]
-QUICK = ["--num-answers", "4", "--marginalize-positions", "8", "--nodes", "2,4"]
+QUICK = ["--num-answers", "4", "--marginalize-positions", "8", "--node_counts", "2", "4"]
 CHECKPOINTS = {"near": ((2, 3, 4), 0), "far": ((3, 5), 0), "grounded": ((2, 3), 1)}
 
 
@@ -125,8 +125,9 @@ def test_without_matplotlib_the_figures_are_written_and_a_note_says_why(
     folder, tmp_path, monkeypatch
 ):
     monkeypatch.setattr(pictures, "find_spec", lambda name: None)
-    arguments = ["--answers", folder / "answers.jsonl", "--output", tmp_path / "out", *QUICK]
-    result = lmtp("analyze", folder / "far", *arguments, "--marginalize-positions", 0)
+    arguments = ["--answers", folder / "answers.jsonl", "--output", tmp_path / "out"]
+    options = ["--num_answers", 4, "--node_counts", 2, "--marginalize_positions", 0]
+    result = lmtp("analyze", folder / "far", *arguments, *options)
     assert result.exit_code == 0, result.output
     assert "pip install 'modeling-lmtp[plots]'" in re.sub(r"\s+", " ", result.output)
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["analysis.json"]
@@ -138,13 +139,13 @@ def test_without_matplotlib_the_figures_are_written_and_a_note_says_why(
 
 def test_heads_judged_by_answers_that_they_learned_are_reported(folder, tmp_path):
     answers = folder / "answers.jsonl"
-    train = ["--leap-offsets", "2,3", "--held-out", "2", "--batch-size", "2"]
+    train = ["--leap_offsets", 2, 3, "--held_out", 2, "--per_device_train_batch_size", 2]
     checkpoint = tmp_path / "trained"
     assert lmtp("train", folder / "backbone", answers, checkpoint, *train).exit_code == 0
-    options = ["--answers", answers, "--marginalize-positions", 0, "--nodes", 2]
+    options = ["--answers", answers, "--marginalize-positions", 0, "--node_counts", 2]
     seen = lmtp("analyze", checkpoint, *options, "--num-answers", 4, "--output", tmp_path / "a")
     unseen = lmtp("analyze", checkpoint, *options, "--num-answers", 2, "--output", tmp_path / "b")
-    assert "pass num_answers 2" in re.sub(r"\s+", " ", seen.output)
+    assert "pass --num_answers 2" in re.sub(r"\s+", " ", seen.output)
     assert unseen.exit_code == 0
     assert "was trained on some of these" not in re.sub(r"\s+", " ", unseen.output)
 
@@ -155,12 +156,14 @@ def test_errors_say_what_to_do_and_write_nothing(folder, tmp_path):
     far, backbone = folder / "far", folder / "backbone"
     assert "has no leap heads to compare" in error_of("analyze", far, backbone, *options)
     assert "is given twice" in error_of("analyze", far, far, *options)
-    assert "must be 2 or more, got 1" in error_of("analyze", far, *options, "--num-answers", 1)
+    assert "num_answers must be at least 2, got 1" in error_of(
+        "analyze", far, *options, "--num-answers", 1
+    )
     assert "at most 6" in error_of("analyze", far, *options, "--num-answers", 7)
-    assert "from 1 to 63" in error_of("analyze", far, *options, "--nodes", "4,64")
-    assert "such as 4,8,16; got '4;8'" in error_of("analyze", far, *options, "--nodes", "4;8")
+    too_many = error_of("analyze", far, *options, "--node_counts", 4, 64)
+    assert "node_counts must be at least 1 and at most 63, got 64" in too_many
     negative = error_of("analyze", far, *options, "--marginalize-positions", -1)
-    assert "marginalize_positions must be 0" in negative
+    assert "marginalize_positions must be at least 0, got -1" in negative
     nothing = error_of("analyze", backbone, *options, "--marginalize-positions", 0)
     assert "nothing to measure" in nothing
     stranger = error_of("analyze", far, folder / "stranger", *options, *QUICK)
@@ -179,6 +182,15 @@ def test_answers_of_one_token_say_nothing(folder, tmp_path):
     rows = [{"prompt": "a", "response": "", "finished": True}] * 3
     path = tmp_path / "answers.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    options = ["--answers", path, "--marginalize-positions", 0, "--nodes", 2, "--num-answers", 2]
+    options = [
+        "--answers",
+        path,
+        "--marginalize-positions",
+        0,
+        "--node_counts",
+        2,
+        "--num_answers",
+        2,
+    ]
     error = error_of("analyze", folder / "far", *options, "--output", tmp_path / "out")
     assert "There is nothing to draft in 2 answers" in error

@@ -110,7 +110,7 @@ def test_what_cannot_be_computed_is_refused():
         expected_tokens_per_step((2, 3), -0.1)
     with pytest.raises(ValueError, match="gamma must be 0 or more, got nan"):
         expected_tokens_per_step((2, 3), float("nan"))
-    with pytest.raises(ValueError, match="distances must hold one beyond 1"):
+    with pytest.raises(ValueError, match="distances must include one greater than 1"):
         fit_gamma([1], torch.ones(1, 1))
     with pytest.raises(ValueError, match="num_leap_heads must be 1 or more, got 0"):
         leap_break_even(0)

@@ -8,12 +8,14 @@ from bench_runs import KINDS, PROMPTS, tiny_model, write_checkpoint, write_promp
 from commands import error_of, lmtp
 from tiny import tiny_llama, tiny_tokenizer
 
-from modeling_lmtp.benchmarks import bench as bench_module
-from modeling_lmtp.benchmarks import bench_run
-from modeling_lmtp.benchmarks.bench import Measured, Run, make_batches, measure
+from modeling_lmtp.benchmarks import bench, bench_runner
 from modeling_lmtp.benchmarks.bench_methods import Method, methods_to_compare, plain_method
-from modeling_lmtp.benchmarks.bench_record import figures, rows
+from modeling_lmtp.benchmarks.bench_pictures import draw_bench
+from modeling_lmtp.benchmarks.bench_report import rows
+from modeling_lmtp.benchmarks.bench_runner import Measured, Run, make_batches, measure
+from modeling_lmtp.benchmarks.figures import Speed, Timing
 from modeling_lmtp.benchmarks.pass_clock import PassClock
+from modeling_lmtp.benchmarks.pictures import pictures_available
 from modeling_lmtp.benchmarks.quiet import Quietness, quartiles, quiet_record
 from modeling_lmtp.conversion.prompts import render_prompt
 from modeling_lmtp.drafting_lmtp import Candidates, Drafter
@@ -62,8 +64,16 @@ def test_a_clock_counts_the_passes_after_the_prefill():
 def test_figures_follow_from_tokens_passes_and_seconds():
     plain = Run([[1] * 9, [1] * 5], seconds=8.0, passes=8, row_seconds=[])
     own = Run([[1] * 9, [1] * 5], seconds=6.0, passes=4, row_seconds=[])
-    found = figures(own, plain)
-    assert found == {"tokens_per_step": 2.0, "step_cost": 1.5, "speed_up": pytest.approx(8 / 6)}
+    speed = Speed.over(own.timing, plain.timing)
+    assert speed == Speed(tokens_per_step=2.0, step_cost=1.5)
+    assert speed.speed_up == pytest.approx(8 / 6)
+
+
+def test_an_answer_of_one_token_has_no_step_to_compare():
+    none = Timing(tokens=0, steps=0, seconds=0.0)
+    speed = Speed.over(none, none)
+    assert (speed.tokens_per_step, str(speed.step_cost)) == (0.0, "nan")
+    assert str(none.tokens_per_second) == "nan"
 
 
 @pytest.mark.parametrize("size", [1, 2])
@@ -110,7 +120,7 @@ def test_ways_take_turns(monkeypatch):
         order.append((method.name, batch.kind, options["max_new_tokens"]))
         return Run([[1, 1]] * batch.size, 1.0, 1, [1.0] * batch.size)
 
-    monkeypatch.setattr(bench_module, "run", record)
+    monkeypatch.setattr(bench_runner, "run", record)
     methods = [plain_method(model), Method("a", model, {}), Method("b", model, {})]
     measure(methods, batches(2), "greedy", max_new_tokens=20, rounds=2, progress=False)
     names = [name for name, _, tokens in order if tokens == 20]
@@ -167,7 +177,7 @@ def test_the_command_writes_rows_and_conditions(folder):
     result = lmtp(
         "bench", folder / "checkpoint", "--prompts", folder / "prompts.jsonl", "--output", output,
         "--against", folder / "leap-1", "--max-new-tokens", 8, "--rounds", 1, "--dtypes",
-        "float32", "--only", "chain", "--only", "leap-1: chain", "--per-kind", 1,
+        "float32", "--only", "chain", "leap-1: chain", "--per-kind", 1,
     )  # fmt: skip
     assert result.exit_code == 0, result.output
     record = json.loads(output.read_text())
@@ -186,7 +196,7 @@ def test_the_command_writes_rows_and_conditions(folder):
 def test_answers_of_one_token_have_no_speed(folder, monkeypatch):
     output = folder / "short.json"
     monkeypatch.setattr(
-        "modeling_lmtp.benchmarks.bench_run.load_lmtp", lambda *_: ends_at_once(tiny_model())
+        "modeling_lmtp.benchmarks.bench.load_lmtp", lambda *_: ends_at_once(tiny_model())
     )
     result = lmtp(
         "bench", folder / "checkpoint", "--prompts", folder / "prompts.jsonl", "--output", output,
@@ -208,48 +218,44 @@ def ends_at_once(model):
 
 def test_what_has_been_measured_is_written_though_the_rest_fails(folder, monkeypatch):
     output = folder / "first_half.json"
-    measured = bench_run.measure
+    measured = bench.measure
 
     def once(*arguments, **options):
-        monkeypatch.setattr(bench_run, "measure", fail)
+        monkeypatch.setattr(bench, "measure", fail)
         return measured(*arguments, **options)
 
     def fail(*arguments, **options):
         raise torch.OutOfMemoryError("No memory left.")
 
-    monkeypatch.setattr(bench_run, "measure", once)
+    monkeypatch.setattr(bench, "measure", once)
     error = error_of(
         "bench", folder / "checkpoint", "--prompts", folder / "prompts.jsonl", "--output", output,
-        "--sweep", "batch", "--at", "1,2", "--rounds", 1, "--max-new-tokens", 4, "--dtypes", "float32",
+        "--batch_sizes", 1, 2, "--rounds", 1, "--max_new_tokens", 4, "--dtypes", "float32",
         "--only", "chain",
     )  # fmt: skip
     assert "No memory left." in error
     record = json.loads(output.read_text())
-    assert {row["at"] for row in record["rows"]} == {1}
-    assert record["conditions"]["sweep"] == "batch"
+    assert {row["batch_size"] for row in record["rows"]} == {1}
+    assert record["conditions"]["batch_sizes"] == [1, 2]
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        (["--dtypes", "float32", "fp32"], "--dtypes: invalid choice: 'fp32'"),
+        (["--modes", "warm"], "--modes: invalid choice: 'warm'"),
+        (["--draft_nodes", 64], "draft_nodes must be at least 0 and at most 63, got 64."),
+        (["--batch_sizes", 1, 0], "batch_sizes must be at least 1, got 0."),
         (
-            ["--dtypes", "float32,fp32"],
-            "dtype must be one of auto, bfloat16, float16, float32, got",
+            ["--batch_sizes", "1,2"],
+            "invalid int value: '1,2'. Separate several values with spaces.",
         ),
-        (["--draft-nodes", 64], "draft_nodes must be from 0 to 63, got 64."),
-        (["--sweep", "nodes", "--at", "2,100"], "At most 63 candidates are verified at once"),
-        (["--sweep", "heads", "--at", "1,9"], "These heads draft 3 tokens, and not 9."),
-        (
-            ["--sweep", "context", "--at", "0"],
-            "at must be 1 or more for the sweep 'context', got 0.",
-        ),
-        (["--sweep", "output", "--at", "1"], "at must be 2 or more for the sweep 'output', got 1."),
     ],
 )
-def test_a_setting_out_of_range_is_refused_before_anything_is_measured(
+def test_a_setting_out_of_range_is_refused_before_anything_is_loaded(
     folder, monkeypatch, options, message
 ):
-    monkeypatch.setattr(bench_run, "measure", None)
+    monkeypatch.setattr(bench, "load_lmtp", None)
     common = ["bench", folder / "checkpoint", "--prompts", folder / "prompts.jsonl"]
     assert message in error_of(*common, *options)
 
@@ -259,16 +265,15 @@ def test_heads_in_folders_of_one_name_are_told_apart_by_their_paths(folder):
     output = folder / "told_apart.json"
     common = ["bench", folder / "checkpoint", "--prompts", folder / "prompts.jsonl"]
     result = lmtp(
-        *common, "--against", one, "--against", other, "--output", output, "--max-new-tokens", 4,
-        "--rounds", 1, "--dtypes", "float32", "--only", f"{one}: chain", "--only",
-        f"{other}: chain", "--per-kind", 1,
+        *common, "--against", one, other, "--output", output, "--max-new-tokens", 4, "--rounds", 1,
+        "--dtypes", "float32", "--only", f"{one}: chain", f"{other}: chain", "--per-kind", 1,
     )  # fmt: skip
     assert result.exit_code == 0, result.output
     record = json.loads(output.read_text())
     assert record["conditions"]["against"] == [str(one), str(other)]
     names = {row["decoding"] for row in record["rows"]}
     assert names == {"plain", f"{one}: chain", f"{other}: chain"}
-    twice = error_of(*common, "--against", one, "--against", one)
+    twice = error_of(*common, "--against", one, one)
     assert f"'{one}' is given twice" in twice
 
 
@@ -278,7 +283,7 @@ def test_a_place_for_the_result_is_made_sure_of_before_anything_is_loaded(folder
         nowhere = error_of(*common, option, folder / "nowhere" / "result")
         assert f"cannot be written: there is no folder {folder / 'nowhere'}." in nowhere
         assert f"{folder} is a folder" in error_of(*common, option, folder)
-    monkeypatch.setattr("modeling_lmtp.benchmarks.bench_pictures.pictures_available", lambda: False)
+    monkeypatch.setattr("modeling_lmtp.benchmarks.pictures.pictures_available", lambda: False)
     without = error_of(*common, "--picture", folder / "picture.png")
     assert "Pictures need matplotlib, which is not installed: pip install" in without
 
@@ -291,8 +296,31 @@ def test_other_heads_must_stand_on_the_same_backbone(folder):
     model.save_pretrained(other)
     common = ["bench", folder / "checkpoint", "--prompts", folder / "prompts.jsonl"]
     options = ["--dtypes", "float32"]
-    message = "does not stand on the backbone of the first"
+    message = "is not that of the first checkpoint: their weights differ"
     assert message in error_of(*common, *options, "--against", other)
-    assert "no way of decoding called 'x'" in error_of(*common, *options, "--only", "x")
-    assert "mode must be one of" in error_of(*common, "--modes", "warm")
-    assert "takes whole numbers" in error_of(*common, "--batch-sizes", "a")
+    assert "There is no method 'x'. Choose from: plain, " in error_of(*common, "--only", "x")
+
+
+def row_of(kind, decoding, speed_up):
+    figures = {"tokens_per_step": 2.0, "step_cost": 2.0 / speed_up, "speed_up": speed_up}
+    return {
+        "prompts": kind, "decoding": decoding, "dtype": "float32", "mode": "greedy", "batch_size": 1,
+        **figures, **{f"{name}_quartiles": [value, value] for name, value in figures.items()},
+    }  # fmt: skip
+
+
+CONDITIONS = {"base_model": "m", "checkpoint": "c", "device": "cpu", "threads": 2}
+
+
+@pytest.mark.skipif(not pictures_available(), reason="needs matplotlib")
+def test_bars_by_kind_are_drawn(tmp_path):
+    drawn = [row_of("maths", "chain", 1.5), row_of("chat", "tree", 1.2)]
+    draw_bench({"conditions": CONDITIONS, "rows": drawn}, tmp_path / "bars.png")
+    assert (tmp_path / "bars.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.skipif(not pictures_available(), reason="needs matplotlib")
+def test_plain_decoding_alone_is_not_drawn(tmp_path):
+    record = {"conditions": CONDITIONS, "rows": [row_of("maths", "plain", 1.0)]}
+    with pytest.raises(ValueError, match="only plain decoding was measured"):
+        draw_bench(record, tmp_path / "bars.png")

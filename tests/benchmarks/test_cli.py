@@ -4,6 +4,7 @@ import json
 import re
 
 import pytest
+from bench_runs import write_checkpoint
 from commands import error_of, lmtp
 from tiny import tiny_llama, tiny_tokenizer
 from transformers import AutoModelForCausalLM
@@ -11,7 +12,10 @@ from transformers import AutoModelForCausalLM
 from modeling_lmtp import LMTPForCausalLM
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*pin_memory.*:UserWarning")
-TRAINING = ["--leap-offsets", "2,3,5", "--held-out", "2", "--batch-size", "2", "--epochs", "1"]
+TRAINING = [
+    "--leap_offsets", 2, 3, 5, "--held_out", 2, "--per_device_train_batch_size", 2,
+    "--num_train_epochs", 1,
+]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -29,14 +33,19 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def answers(folder):
     output = folder / "answers.jsonl"
-    arguments = ["--prompts", folder / "prompts.jsonl", "--max-new-tokens", 12]
+    arguments = ["--prompts", folder / "prompts.jsonl", "--max_new_tokens", 12]
     assert lmtp("distill", folder / "backbone", output, *arguments).exit_code == 0
     return output
 
 
 @pytest.fixture(scope="module")
-def checkpoint(folder, answers):
-    output = folder / "checkpoint"
+def checkpoint(folder):
+    return write_checkpoint(folder / "checkpoint", leap_offsets=(2, 3, 5), head_context=0)
+
+
+@pytest.fixture(scope="module")
+def trained(folder, answers):
+    output = folder / "trained"
     result = lmtp("train", folder / "backbone", answers, output, *TRAINING)
     assert result.exit_code == 0
     assert "simulated tokens per step" in " ".join(result.output.split())
@@ -45,45 +54,45 @@ def checkpoint(folder, answers):
 
 def test_distill_again_answers_nothing_twice(folder, answers):
     before = answers.read_bytes()
-    arguments = ["--prompts", folder / "prompts.jsonl", "--max-new-tokens", 12]
+    arguments = ["--prompts", folder / "prompts.jsonl", "--max_new_tokens", 12]
     result = lmtp("distill", folder / "backbone", answers, *arguments)
     assert "0 of them new" in re.sub(r"\s+", " ", result.output)
     assert answers.read_bytes() == before
 
 
-def test_train_saves_a_checkpoint_with_its_record_and_nothing_else_beside_it(folder, checkpoint):
-    model = LMTPForCausalLM.from_pretrained(checkpoint)
+def test_train_saves_a_checkpoint_with_its_record_and_nothing_else_beside_it(folder, trained):
+    model = LMTPForCausalLM.from_pretrained(trained)
     assert model.config.leap_offsets == (2, 3, 5)
-    record = json.loads((checkpoint / "provenance.json").read_text())
+    record = json.loads((trained / "provenance.json").read_text())
     assert record["command"] == "lmtp train"
     assert record["examples"] == 4
     assert len(record["held_out"]["accuracies"]) == 4
-    assert not (folder / "checkpoint.training").exists()
+    assert not (folder / "trained.training").exists()
 
 
 def test_generate_streams_the_plain_text(checkpoint):
-    plain = lmtp("generate", checkpoint, "The sea", "--max-new-tokens", 20, "--plain")
-    fast = lmtp("generate", checkpoint, "The sea", "--max-new-tokens", 20)
+    plain = lmtp("generate", checkpoint, "The sea", "--max_new_tokens", 20, "--plain")
+    fast = lmtp("generate", checkpoint, "The sea", "--max_new_tokens", 20)
     assert fast.stdout == plain.stdout
     assert "tokens per step" in fast.stderr
 
 
 def test_an_answer_of_one_token_has_no_steps_to_count(checkpoint):
-    result = lmtp("generate", checkpoint, "The sea", "--max-new-tokens", 1)
+    result = lmtp("generate", checkpoint, "The sea", "--max_new_tokens", 1)
     assert result.exit_code == 0, result.output
-    assert "1 tokens" in result.stderr
+    assert "1 token\n" in result.stderr
     assert "per step" not in result.stderr
 
 
 def test_verify_finds_equal_texts_and_writes_the_figures(folder, checkpoint, tmp_path):
     figures = tmp_path / "figures.json"
-    arguments = ["--prompts", folder / "prompts.jsonl", "--num-prompts", 3, "--max-new-tokens", 16]
+    arguments = ["--prompts", folder / "prompts.jsonl", "--num_prompts", 3, "--max_new_tokens", 16]
     result = lmtp("verify", checkpoint, *arguments, "--output", figures)
     assert result.exit_code == 0, result.output
     results = json.loads(figures.read_text())["results"]
     assert set(results) == {"greedy, chain", "greedy, tree", "sampling, chain", "sampling, tree"}
     assert all(result["equal"] == result["prompts"] == 3 for result in results.values())
-    assert "Tier: tree (trees come out exact; float32, cpu, sdpa" in result.output
+    assert "Tier: tree (trees are exact; float32, cpu, sdpa" in result.output
 
 
 def test_verify_tries_what_the_checkpoint_drafts(folder, checkpoint, tmp_path):
@@ -91,7 +100,7 @@ def test_verify_tries_what_the_checkpoint_drafts(folder, checkpoint, tmp_path):
     model.generation_config.draft_by_batch_size = {"1": {"draft_nodes": 5}}
     model.save_pretrained(tmp_path / "tuned")
     tiny_tokenizer().save_pretrained(tmp_path / "tuned")
-    arguments = ["--prompts", folder / "prompts.jsonl", "--num-prompts", 1, "--max-new-tokens", 8]
+    arguments = ["--prompts", folder / "prompts.jsonl", "--num_prompts", 1, "--max_new_tokens", 8]
     result = lmtp("verify", tmp_path / "tuned", *arguments, "--output", tmp_path / "figures.json")
     assert result.exit_code == 0, result.output
     record = json.loads((tmp_path / "figures.json").read_text())
@@ -109,7 +118,7 @@ def test_verify_in_sixteen_bits_fails_only_where_rounding_is_no_excuse(
     folder, checkpoint, tmp_path
 ):
     figures = tmp_path / "figures.json"
-    arguments = ["--prompts", folder / "prompts.jsonl", "--num-prompts", 3, "--max-new-tokens", 16]
+    arguments = ["--prompts", folder / "prompts.jsonl", "--num_prompts", 3, "--max_new_tokens", 16]
     result = lmtp("verify", checkpoint, *arguments, "--dtype", "bfloat16", "--output", figures)
     assert result.exit_code == 0, result.output
     found = json.loads(figures.read_text())["results"]["greedy, tree"]
@@ -119,30 +128,29 @@ def test_verify_in_sixteen_bits_fails_only_where_rounding_is_no_excuse(
 
 def test_verify_fails_where_texts_differ(folder, checkpoint, monkeypatch):
     monkeypatch.setattr(
-        "modeling_lmtp.choosing_lmtp.TokenChooser.is_plain_greedy", property(lambda self: False)
+        "modeling_lmtp.acceptance_lmtp.TokenSelector.is_plain_greedy", property(lambda self: False)
     )
-    choose = "modeling_lmtp.choosing_lmtp.TokenChooser.choose"
-    monkeypatch.setattr(choose, lambda self, scores: scores.argmin(dim=-1))
-    arguments = ["--prompts", folder / "prompts.jsonl", "--num-prompts", 1, "--max-new-tokens", 4]
+    select = "modeling_lmtp.acceptance_lmtp.TokenSelector.select"
+    monkeypatch.setattr(select, lambda self, scores: scores.argmin(dim=-1))
+    arguments = ["--prompts", folder / "prompts.jsonl", "--num_prompts", 1, "--max_new_tokens", 4]
     result = lmtp("verify", checkpoint, *arguments)
     assert result.exit_code == 1
     assert "0 of 1" in result.output
 
 
-def test_wrap_adds_heads_that_train_can_take_on(folder, answers, tmp_path):
-    assert lmtp("wrap", folder / "backbone", tmp_path / "new", "--num-leap-heads", 2).exit_code == 0
-    assert LMTPForCausalLM.from_pretrained(tmp_path / "new").config.leap_offsets == (3, 5)
-    trained = lmtp("train", tmp_path / "new", answers, tmp_path / "out", "--held-out", 0)
+def test_train_continues_the_heads_of_a_checkpoint(folder, answers, tmp_path):
+    model = LMTPForCausalLM.from_backbone(str(folder / "backbone"), num_leap_heads=2)
+    model.save_pretrained(tmp_path / "new")
+    tiny_tokenizer().save_pretrained(tmp_path / "new")
+    trained = lmtp("train", tmp_path / "new", answers, tmp_path / "out", "--held_out", 0)
     assert trained.exit_code == 0, trained.output
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "out").config.leap_offsets == (3, 5)
 
 
-@pytest.mark.parametrize("command", ["train", "wrap"])
-def test_a_full_output_folder_is_refused_and_kept(folder, answers, tmp_path, command):
+def test_a_full_output_folder_is_refused_and_kept(folder, answers, tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine.txt").write_text("mine")
-    middle = [answers] if command == "train" else []
-    message = error_of(command, folder / "backbone", *middle, tmp_path / "out")
+    message = error_of("train", folder / "backbone", answers, tmp_path / "out")
     assert "already holds something" in message
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["mine.txt"]
 
@@ -152,13 +160,10 @@ def test_errors_are_one_line_that_says_what_to_do(folder, answers, checkpoint, t
     assert "There is nothing to answer" in error_of("distill", backbone, tmp_path / "a.jsonl")
     assert "has no leap heads" in error_of("generate", backbone, "hello")
     assert "The prompt is empty" in error_of("generate", checkpoint, " ")
-    assert "dtype must be one of" in error_of("generate", checkpoint, "x", "--dtype", "int8")
-    assert "such as 2,3,5" in error_of("wrap", backbone, tmp_path / "w", "--leap-offsets", "2;3")
-    assert "increasing" in error_of("wrap", backbone, tmp_path / "w", "--leap-offsets", "3,2")
-    again = error_of("train", checkpoint, answers, tmp_path / "t", "--leap-offsets", "2,3")
+    again = error_of("train", checkpoint, answers, tmp_path / "t", "--leap_offsets", 2, 3)
     assert "has leap heads already" in again
     few = error_of("verify", checkpoint, "--prompts", folder / "prompts.jsonl")
-    assert "holds 6 prompts, but 20 were asked for" in few
+    assert "holds 6 prompts, but 20 are needed" in few
     assert not any(tmp_path.iterdir())
 
 

@@ -126,5 +126,5 @@ def test_a_number_below_one_is_refused(name):
 
 
 def test_answers_too_short_to_look_ahead_are_refused():
-    with pytest.raises(ValueError, match="No answer has 3 tokens to look ahead to"):
+    with pytest.raises(ValueError, match="No answer has 3 tokens to predict"):
         marginalize(model(), [Example([1, 2, 3], 1)])

@@ -129,7 +129,7 @@ def test_an_incomplete_folder_is_replaced_with_a_word(tmp_path, capsys):
     (tmp_path / FOLDER / "model.safetensors").unlink()
     folder = smollm2_path(tmp_path)
     assert (folder / "config.json").read_text() == "{}"
-    assert f"lacks model.safetensors, {PROVENANCE}: replaced" in capsys.readouterr().err
+    assert f"lacks model.safetensors, {PROVENANCE}: replacing it" in capsys.readouterr().err
 
 
 @pytest.mark.usefixtures("hub_down", "wheel")

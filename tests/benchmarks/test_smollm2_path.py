@@ -1,14 +1,14 @@
 """The main job end to end on SmolLM2-135M-Instruct, with a small recipe (slow: minutes)."""
 
+import contextlib
 import io
 import json
 import re
 from unittest import mock
 
 import pytest
-from rich.console import Console
 
-from modeling_lmtp.benchmarks import demo as conversion_demo
+from modeling_lmtp.benchmarks import demo as demo_module
 from modeling_lmtp.benchmarks.demo import run_demo
 from modeling_lmtp.benchmarks.demo_training import Recipe
 from modeling_lmtp.benchmarks.exactness import verify_exactness
@@ -30,8 +30,11 @@ SMALL = Recipe(num_prompts=8, held_out=2, answer_tokens=24, epochs=1.0)
 def demo(tmp_path_factory):
     folder = tmp_path_factory.mktemp("demo") / "out"
     screen = io.StringIO()
-    with mock.patch.object(conversion_demo, "NEW_TOKENS", FEW_TOKENS):
-        comparison = run_demo(folder, Console(file=screen, width=100), SMALL)
+    with (
+        mock.patch.object(demo_module, "NEW_TOKENS", FEW_TOKENS),
+        contextlib.redirect_stdout(screen),
+    ):
+        comparison = run_demo(folder, SMALL)
     return folder, comparison, screen.getvalue()
 
 
@@ -47,24 +50,23 @@ def test_demo_shows_equal_texts_and_loads_its_checkpoint_as_remote_code(demo):
 
 
 def test_the_shipped_heads_draft_well_and_change_no_text(tmp_path):
-    comparison = run_demo(tmp_path / "out", Console(file=io.StringIO(), width=100))
+    comparison = run_demo(tmp_path / "out")
     assert comparison.num_equal == len(comparison.pairs) == 4
     assert comparison.median("tokens_per_step") > 1.5
 
 
-def test_demo_uses_what_it_made_before(demo):
+def test_demo_reuses_its_checkpoint(demo, capsys):
     folder, _, _ = demo
     before = (folder / "checkpoint" / "model.safetensors").stat().st_mtime
-    screen = io.StringIO()
-    with mock.patch.object(conversion_demo, "NEW_TOKENS", FEW_TOKENS):
-        run_demo(folder, Console(file=screen, width=100), SMALL)
-    assert "Using the checkpoint made before" in screen.getvalue()
+    with mock.patch.object(demo_module, "NEW_TOKENS", FEW_TOKENS):
+        run_demo(folder, SMALL)
+    assert "Using the checkpoint of an earlier run" in capsys.readouterr().out
     assert (folder / "checkpoint" / "model.safetensors").stat().st_mtime == before
 
 
 def test_demo_refuses_a_folder_of_another_recipe(demo):
-    with pytest.raises(ValueError, match="made by a demo of other heads"):
-        run_demo(demo[0], Console(file=io.StringIO()), Recipe())
+    with pytest.raises(ValueError, match="holds a demo with other heads"):
+        run_demo(demo[0], Recipe())
 
 
 def test_the_readmes_example_runs_and_prints_equal_texts(demo, request, capsys):

@@ -263,7 +263,7 @@ def test_acceptance_lengths_of_plain_rows_stop_at_their_end():
 
 @pytest.mark.parametrize("table", [{}, {"0": {}}, {"one": {}}], ids=str)
 def test_drafts_by_batch_size_need_batch_sizes(table):
-    with pytest.raises(ValueError, match="must say for some batch sizes what is drafted"):
+    with pytest.raises(ValueError, match="must map batch sizes to draft settings"):
         LMTPSettings(draft_by_batch_size=table).check(horizon=3)
 
 
@@ -314,7 +314,7 @@ def test_the_command_tunes_a_folder(tmp_path, monkeypatch):
     rows = [{"prompt": text, "response": "the sea and the wind"} for text in PROMPTS["chat"]]
     answers = tmp_path / "answers.jsonl"
     answers.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    result = lmtp("tune", checkpoint, "--answers", answers, "--batch-sizes", "1,2")
+    result = lmtp("tune", checkpoint, "--answers", answers, "--batch_sizes", 1, 2)
     assert result.exit_code == 0, result.output
     saved = json.loads((checkpoint / "generation_config.json").read_text())
     assert set(saved["draft_by_batch_size"]) == {"1", "2"}
@@ -334,8 +334,8 @@ def test_the_command_tunes_a_folder(tmp_path, monkeypatch):
     assert lmtp("tune", checkpoint, *options).exit_code == 0
     every = tune_run.load_answers(answers, tiny_model(), tiny_tokenizer(), bad_rows="skip").examples
     assert chosen == [every[0], every[len(every) // 2]]  # spread over the file
-    negative = error_of("tune", checkpoint, "--answers", answers, "--batch-sizes", "1,0")
-    assert "A batch size must be 1 or more, got 0." in negative
+    negative = error_of("tune", checkpoint, "--answers", answers, "--batch_sizes", 1, 0)
+    assert "batch_sizes must be at least 1, got 0." in negative
 
 
 def test_an_adapter_is_not_tuned(tmp_path):

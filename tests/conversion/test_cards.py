@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from typing import get_args
 
 import pytest
 from commands import lmtp
@@ -11,12 +12,17 @@ from repositories import BASE_ID, CARD, RECORD, hub_in_use, save_backbone, save_
 from transformers import AutoConfig
 
 from modeling_lmtp import LMTPForCausalLM
-from modeling_lmtp.conversion.cards import CardFacts, build_card, fill_template, write_card
-from modeling_lmtp.conversion.forms import Form
+from modeling_lmtp.conversion.cards import CardOptions, build_card, fill_template, write_card
 from modeling_lmtp.conversion.measured import FIGURES, OF_ALL_ROWS, OF_EACH_ROW, read_measured
+from modeling_lmtp.conversion.repository import Form
 
 REVISION = "0123456789abcdef0123456789abcdef01234567"
-FACTS = CardFacts("me/model", "apache-2.0", ["en"], ["someone/questions"], tag="v2")
+FACTS = {
+    "license": "apache-2.0",
+    "language": ["en"],
+    "datasets": ["someone/questions"],
+    "tag": "v2",
+}
 CONDITIONS = {
     "device": "cpu",
     "threads": 2,
@@ -64,6 +70,11 @@ def adapter(full, tmp_path_factory):
     return folder
 
 
+def card_of(folder, *results, **facts):
+    """Return the card of a checkpoint that is published as me/model."""
+    return build_card(folder, "me/model", CardOptions(**{**FACTS, **facts}, results=list(results)))
+
+
 def results(folder, conditions=CONDITIONS, rows=(PLAIN, ROW)):
     path = folder / "bench.json"
     path.write_text(json.dumps({"conditions": conditions, "rows": rows}))
@@ -80,7 +91,7 @@ METADATA = {
 @pytest.mark.parametrize("form", METADATA)
 def test_each_form_has_a_complete_card(request, tmp_path, form):
     folder = request.getfixturevalue(form)
-    card = build_card(folder, FACTS, [results(tmp_path)])
+    card = card_of(folder, results(tmp_path))
     path = write_card(tmp_path, card)
     library, base, relation = METADATA[form]
     assert metadata_load(path) == {
@@ -118,17 +129,17 @@ def test_each_form_has_a_complete_card(request, tmp_path, form):
 
 def test_the_hub_accepts_a_card_and_refuses_a_bad_one(full, tmp_path):
     with hub_in_use(tmp_path):
-        build_card(full, FACTS).validate()
-        bad = CardFacts("me/model", "apache-2.0", ["English"])
+        card_of(full).validate()
         with pytest.raises(ValueError, match="'English' must be an ISO 639"):
-            build_card(full, bad).validate()
+            card_of(full, language=["English"]).validate()
 
 
 def test_the_shipped_card_is_what_the_command_writes(request, tmp_path):
     root = request.config.rootpath
     shipped = root / "hub_cards" / "smollm2-135m-instruct-lmtp"
-    facts = CardFacts("l-mtp/SmolLM2-135M-Instruct-lmtp", "apache-2.0", ["en"])
-    card = build_card(shipped, facts, [root / "benchmarks/results/bench_smollm2_bf16.json"])
+    results = [root / "benchmarks/results/bench_smollm2_bf16.json"]
+    options = CardOptions(license="apache-2.0", language=["en"], results=results)
+    card = build_card(shipped, "l-mtp/SmolLM2-135M-Instruct-lmtp", options)
     card.save(tmp_path / "README.md")
     assert (tmp_path / "README.md").read_text() == (shipped / "README.md").read_text()
     with hub_in_use(tmp_path):
@@ -136,8 +147,8 @@ def test_the_shipped_card_is_what_the_command_writes(request, tmp_path):
 
 
 def test_a_card_without_figures_says_so(full):
-    text = build_card(full, FACTS).text
-    assert "Nothing has been measured yet" in text
+    text = card_of(full).text
+    assert "No measurements yet" in text
     assert "speed-up |" not in text
 
 
@@ -151,7 +162,7 @@ def test_no_number_without_its_conditions(full, tmp_path, name):
 
 def test_rows_of_either_mode_are_told_apart(full, tmp_path):
     rows = [ROW, {**ROW, "mode": "sampling", "speed_up": 1.2}]
-    text = build_card(full, FACTS, [results(tmp_path, rows=rows)]).text
+    text = card_of(full, results(tmp_path, rows=rows)).text
     assert "| maths | tree of 8 | bfloat16 | greedy | 1 | 1.81 | 1.20 | 1.51 |" in text
     assert "| maths | tree of 8 | bfloat16 | sampling | 1 | 1.81 | 1.20 | 1.20 |" in text
 
@@ -159,10 +170,10 @@ def test_rows_of_either_mode_are_told_apart(full, tmp_path):
 @pytest.mark.parametrize("at", [0, 128])
 def test_a_sweep_is_no_table_of_a_card(full, tmp_path, at):
     conditions, rows = {**CONDITIONS, "sweep": "context"}, [{**ROW, "at": None}, {**ROW, "at": at}]
-    message = rf"bench\.json, row 2: is at {at} of a sweep \(context\).*without --sweep"
+    message = rf"bench\.json, row 2 is one point of a sweep \(context {at}\)"
     with pytest.raises(ValueError, match=message):
-        build_card(full, FACTS, [results(tmp_path, conditions, rows)])
-    build_card(full, FACTS, [results(tmp_path, CONDITIONS, rows[:1])])
+        card_of(full, results(tmp_path, conditions, rows))
+    card_of(full, results(tmp_path, CONDITIONS, rows[:1]))
 
 
 @pytest.mark.parametrize("value", ["fast", True, float("nan"), {"max": 2.0}], ids=str)
@@ -184,7 +195,7 @@ def test_a_figure_is_a_number(full, tmp_path, value):
 def test_results_that_do_not_fit_are_refused(full, tmp_path, content, message):
     (tmp_path / "bench.json").write_text(json.dumps(content))
     with pytest.raises(ValueError, match=message):
-        build_card(full, FACTS, [tmp_path / "bench.json"])
+        card_of(full, tmp_path / "bench.json")
 
 
 VALUES = {
@@ -200,11 +211,11 @@ VALUES = {
 }
 
 
-@pytest.mark.parametrize("form", Form)
+@pytest.mark.parametrize("form", get_args(Form))
 @pytest.mark.parametrize("value", [None, "", ...], ids=["None", "empty", "not given"])
 @pytest.mark.parametrize("name", VALUES)
 def test_a_placeholder_without_a_value_is_an_error(form, name, value):
-    if name == "base_revision" and form is Form.FULL:
+    if name == "base_revision" and form == "full":
         pytest.skip("its card needs none")
     values = {key: text for key, text in {**VALUES, name: value}.items() if text is not ...}
     with pytest.raises(ValueError, match=f"placeholder without a value: '{name}'"):
@@ -214,11 +225,11 @@ def test_a_placeholder_without_a_value_is_an_error(form, name, value):
 def test_the_record_of_training_is_needed(full, tmp_path):
     (tmp_path / "config.json").write_bytes((full / "config.json").read_bytes())
     with pytest.raises(ValueError, match=r"has no provenance\.json"):
-        build_card(tmp_path, FACTS)
+        card_of(tmp_path)
 
 
-def lmtp_card(*arguments):
-    return lmtp("card", *arguments, "--repo-id", "me/model", *CARD)
+def lmtp_card(folder, *options):
+    return lmtp("publish", folder, "me/model", "--card_only", *options, *CARD)
 
 
 def test_the_command_writes_the_card(full, tmp_path):
@@ -248,9 +259,9 @@ def test_figures_of_heads_on_another_model_are_refused(request, tmp_path, form):
     folder = request.getfixturevalue(form)
     path = results(tmp_path, {**CONDITIONS, "base_model": "someone/another"})
     if form == "adapter":  # whose record of the heads names no backbone here
-        build_card(folder, FACTS, [path])
+        card_of(folder, path)
         return
     with pytest.raises(ValueError, match="is about another model: heads on another instead of "):
-        build_card(folder, FACTS, [path])
+        card_of(folder, path)
     copied = results(tmp_path, {**CONDITIONS, "base_model": BASE_ID.split("/")[-1]})
-    build_card(folder, FACTS, [copied])
+    card_of(folder, copied)

@@ -22,7 +22,6 @@ from repositories import (
 from tiny import tiny_tokenizer
 
 from modeling_lmtp import LMTPForCausalLM
-from modeling_lmtp.conversion.forms import Form
 from modeling_lmtp.conversion.repository import assemble
 from modeling_lmtp.conversion.saving import write_record
 
@@ -93,7 +92,7 @@ SPOILT = {
     ),
     "more heads than it says": (
         lambda f: change(f / "config.json", leap_offsets=[2]),
-        "not part of the model that the configuration describes",
+        "not part of the configured model",
     ),
     "a configuration that is no JSON": (
         lambda f: (f / "config.json").write_text("{"),
@@ -109,7 +108,7 @@ SPOILT = {
     ),
     "no record of how it was made": (
         lambda f: (f / "provenance.json").write_text("{}"),
-        "does not say by which command",
+        "does not say which command made the heads",
     ),
 }
 
@@ -130,10 +129,10 @@ def test_fewer_layers_than_the_weights_have_are_no_model(source, temporary):
 
 
 ARGUMENTS = {
-    "an adapter as a checkpoint": (["adapter", "--form", "full"], "with `lmtp merge`"),
+    "an adapter as a checkpoint": (["adapter", "--form", "full"], "with `lmtp export --to full`"),
     "a checkpoint as an adapter": (["full", "--form", "adapter"], "cannot be published as"),
-    "an adapter of a folder": (["adapter"], "with --base-model"),
-    "heads of a folder": (["full", "--base-model", "/somewhere/base"], "with --base-model"),
+    "an adapter of a folder": (["adapter"], "with --base_model"),
+    "heads of a folder": (["full", "--base-model", "/somewhere/base"], "with --base_model"),
     "heads of a branch": (
         ["full", "--form", "heads", "--base-revision", "main"],
         "pinned to a commit, of 40 hexadecimal digits; got revision 'main'",
@@ -195,6 +194,6 @@ def test_heads_without_a_tokenizer_are_published_with_their_backbones(saved, tmp
     LMTPForCausalLM.from_pretrained(saved / "full").save_pretrained(source, heads_only=True)
     write_record(source, RECORD, LMTPForCausalLM.from_pretrained(saved / "full").config)
     output.mkdir()
-    _, tokenizer = assemble(source, output, Form.HEADS, base_folder=saved / "base")
+    _, tokenizer = assemble(source, output, "heads", base_folder=saved / "base")
     assert tokenizer.get_vocab() == tiny_tokenizer().get_vocab()
     assert (output / "tokenizer.json").exists()

@@ -30,8 +30,8 @@ from save_fixture import FIXTURES, HEADS, OPTIONS, PROMPT
 from transformers import AutoModelForCausalLM
 
 from modeling_lmtp import LMTPForCausalLM, __version__
-from modeling_lmtp.checkpoints_lmtp import AUTO_MAP
 from modeling_lmtp.conversion import refreshing
+from modeling_lmtp.pretrained_lmtp import AUTO_MAP
 
 pytestmark = [
     pytest.mark.slow,
@@ -95,7 +95,7 @@ def aged(files, **settings):
         "given_up_lmtp.py": OLD_CODE,
         **({"config.json": json.dumps(config).encode()} if settings else {}),
     }
-    kept = {name: data for name, data in files.items() if name != "zero_lmtp.py"}
+    kept = {name: data for name, data in files.items() if name != "unembeddings_lmtp.py"}
     return {**kept, **changed, **NOT_OURS}
 
 
@@ -103,7 +103,7 @@ CHANGES = {
     "given_up_lmtp.py": "removed",
     "modeling_lmtp.py": "replaced",
     "tree_lmtp.py": "replaced",
-    "zero_lmtp.py": "added",
+    "unembeddings_lmtp.py": "added",
 }
 
 
@@ -377,7 +377,7 @@ def test_heads_on_a_backbone_of_other_sizes_are_refused(hub, published, unchecke
     fixture.backbone.save_pretrained(tmp_path / "other")
     hub.add(HEADS_ID, aged(published[HEADS_ID]))
     message = error_of("refresh", HEADS_ID, "--base-folder", tmp_path / "other", "--yes")
-    assert "The leap heads are for another backbone" in message
+    assert "The leap heads do not fit the backbone" in message
     assert hub.files(HEADS_ID) == aged(published[HEADS_ID])
 
 
@@ -428,7 +428,7 @@ def test_a_full_disk_is_known_before_anything_is_replaced(
 def test_what_a_kill_left_behind_is_cleared_away(tmp_path, published, unchecked):
     folder = write(tmp_path / "checkpoint", aged(published[FULL_ID]))
     (folder / ".refresh.unfinished" / "new").mkdir(parents=True)
-    (folder / ".refresh.unfinished" / "new" / "zero_lmtp.py").write_bytes(OLD_CODE)
+    (folder / ".refresh.unfinished" / "new" / "unembeddings_lmtp.py").write_bytes(OLD_CODE)
     text_of(folder, "--yes")
     assert files_of(folder) == {**published[FULL_ID], **NOT_OURS}
 
@@ -473,7 +473,7 @@ def test_a_tag_that_fails_is_said(hub, published, unchecked):
     hub.fail("POST .*/tag/", error(500, "sorry"))
     message = error_of("refresh", FULL_ID, "--yes", "--tag", "v2")
     commit = hub.repos[FULL_ID].branches["main"]
-    assert f"The commit {commit} is in {FULL_ID}, but the tag 'v2' is not" in message
+    assert f"The commit {commit} is in {FULL_ID}, but tagging it 'v2' failed" in message
     assert f"hf repos tag create {FULL_ID} v2 --revision {commit}" in message
 
 
@@ -481,6 +481,6 @@ def test_the_check_compares_with_the_model_itself(hub, published, unchecked):
     hub.add(FULL_ID, aged(published[FULL_ID]))
     text_of(FULL_ID)
     _, form, model, prompt_ids, *_ = unchecked[0]
-    assert form.value == "full"
+    assert form == "full"
     assert len(prompt_ids) > 5  # of the checkpoint's tokenizer
     assert torch.isfinite(model(torch.tensor([prompt_ids])).logits).all()

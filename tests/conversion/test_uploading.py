@@ -137,7 +137,9 @@ def test_a_tag_that_fails_takes_back_what_was_new(hub, folder, branch):
 def test_a_tag_that_fails_where_a_commit_cannot_be_taken_back_is_said(hub, folder):
     hub.add(REPO, {})
     hub.fail("POST .*/tag/", error(500, "sorry"))
-    with pytest.raises(RuntimeError, match=r"The commit \w{40} is in me/model, but the tag 'v1'"):
+    with pytest.raises(
+        RuntimeError, match=r"The commit \w{40} is in me/model, but tagging it 'v1' failed"
+    ):
         upload(folder, REPO, tag="v1")
 
 

@@ -77,7 +77,7 @@ class Oracle(Drafter):
         self.asked.append((input_ids.shape[1], max_depth))
         tree = self.tree.truncate(max_depth)
         rows = [self._candidates(tree, *self._place(row)) for row in input_ids.tolist()]
-        return Candidates.of_rows([tree] * len(rows), rows, input_ids)
+        return Candidates.from_rows([tree] * len(rows), rows, input_ids)
 
     def _place(self, known: list[int]) -> tuple[list[int], int]:
         """Find the text whose beginning the known tokens end with, and how much of it is known."""

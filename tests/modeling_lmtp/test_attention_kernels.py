@@ -107,7 +107,7 @@ def test_attention_that_takes_padding_only_verifies_chains(architecture, inputs)
     model = wrapped(architecture, attn_implementation="lmtp_tests_padding")
     support = decoding_support(model.backbone)
     assert (support.tier, support.ragged) == (Tier.CHAIN, True), support.reason
-    assert "takes no mask of ours" in support.reason
+    assert "takes no tree mask" in support.reason
     assert_same_texts(model, inputs, CHAIN)
 
 

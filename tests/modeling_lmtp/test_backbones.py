@@ -204,13 +204,13 @@ def with_heads() -> PreTrainedModel:
 
 
 REFUSED = {
-    "adapters": (adapted, {}, "LlamaForCausalLM has adapters, and a checkpoint of it could not be"),
+    "adapters": (adapted, {}, "LlamaForCausalLM has adapters, so a checkpoint of it could not be"),
     "PEFT's wrapper": (
         lambda: get_peft_model(tiny_llama(), LoraConfig(target_modules=["q_proj"])),
         {},
-        "has adapters, and a checkpoint of it could not be loaded again. Merge them first",
+        "has adapters, so a checkpoint of it could not be loaded again. Merge them first",
     ),
-    "heads on it": (with_heads, {}, "LMTPForCausalLM has leap heads already."),
+    "heads on it": (with_heads, {}, "LMTPForCausalLM already has leap heads."),
     "encoder-decoder": (t5, {}, "T5ForConditionalGeneration is an encoder-decoder model."),
     "no unembedding": (headless, {}, "LlamaModel has no language-modeling head. Load the backbone"),
     "offsets given twice": (

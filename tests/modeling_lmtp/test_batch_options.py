@@ -37,7 +37,7 @@ from transformers.generation import logits_process as processors
 from transformers.generation.streamers import BaseStreamer
 
 from modeling_lmtp import LMTPForCausalLM
-from modeling_lmtp.choosing_lmtp import ROW_WISE_PROCESSORS
+from modeling_lmtp.acceptance_lmtp import ROW_WISE_PROCESSORS
 
 SAMPLE = {"do_sample": True, "max_new_tokens": 24}
 EVEN_TOKENS = list(range(0, 96, 2))
@@ -103,7 +103,9 @@ def test_row_wise_processors_see_the_prefix_of_each_row_s_token(model, kind):
     emitted = plain.sequences[:, inputs["input_ids"].shape[1] :]
     lengths = num_emitted(emitted, ROW_WISE[kind]().get("eos_token_id", ()))
     assert_same_steps(output.scores, plain.scores, lengths)
-    assert len({tuple(row) for row in output.acceptance_lengths}) > 1  # they walked apart
+    assert (
+        len({tuple(row) for row in output.acceptance_lengths}) > 1
+    )  # rows accepted different lengths
     if kind is not processors.InfNanRemoveLogitsProcessor:
         bare = generate(model.backbone, **options).scores
         assert any(not torch.equal(*steps) for steps in zip(plain.scores, bare, strict=False))

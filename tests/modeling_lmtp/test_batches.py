@@ -217,9 +217,8 @@ DRAFTS = {
     "a tree grown per row": {"draft_nodes": 9},
     "trees of different sizes": {"draft_nodes": 9, "draft_threshold": 0.02},
     "prompt look-up": {"prompt_lookup_num_tokens": 4},
-    "forward decoding": {"forward_decoding": True},
-    "a grown tree, look-up and forward decoding": {
-        **{"draft_nodes": 9, "prompt_lookup_num_tokens": 4, "forward_decoding": True},
+    "a grown tree and look-up": {
+        **{"draft_nodes": 9, "prompt_lookup_num_tokens": 4},
     },
 }
 

@@ -227,7 +227,7 @@ DAMAGES = {
     ),
     "extra": (
         lambda tensors: tensors.update({"leap_heads.3.lm_head.weight": torch.ones(2)}),
-        r"leap_heads\.3\.lm_head\.weight: not part of the model",
+        r"leap_heads\.3\.lm_head\.weight: not part of the configured model",
     ),
     "wrong shape": (lambda tensors: tensors.update({WEIGHT: torch.ones(2, 2)}), WEIGHT),
 }
@@ -299,7 +299,7 @@ def test_a_backbone_that_nothing_could_load_is_refused(tmp_path):
     sizes = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4}
     model = LMTPForCausalLM.from_backbone(OwnModel(OwnConfig(vocab_size=96, **sizes)))
     with pytest.raises(
-        ValueError, match="of the kind 'of_its_own', which Transformers does not know"
+        ValueError, match="Transformers does not know the backbone's architecture 'of_its_own'"
     ):
         model.save_pretrained(tmp_path / "saved")
     assert not (tmp_path / "saved").exists()

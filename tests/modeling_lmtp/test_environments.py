@@ -102,7 +102,7 @@ def test_an_offloaded_unembedding_drafts_what_it_does_in_memory(settings, contex
     found = generate(wrapped, use_lmtp=True)
     assert found.sequences.tolist() == expected.sequences.tolist()
     assert found.acceptance_lengths == expected.acceptance_lengths
-    with pytest.raises(ValueError, match="is offloaded, so heads cannot start from a copy"):
+    with pytest.raises(ValueError, match="is offloaded, so heads cannot copy it"):
         LMTPForCausalLM.from_backbone(offloaded, share_lm_head=False)
 
 

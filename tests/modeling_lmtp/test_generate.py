@@ -15,11 +15,10 @@ from transformers import (
 )
 
 from modeling_lmtp import LMTPForCausalLM
-from modeling_lmtp.choosing_lmtp import TokenChooser
+from modeling_lmtp.acceptance_lmtp import GreedyAcceptor, LockstepAcceptor, TokenSelector
 from modeling_lmtp.drafting_lmtp import Candidates
 from modeling_lmtp.support_lmtp import decoding_tier
 from modeling_lmtp.tree_lmtp import DraftTree
-from modeling_lmtp.walking_lmtp import GreedyWalker, StepwiseWalker
 
 PROMPT = torch.tensor([[3, 17, 5, 9, 44]])
 LENGTH = PROMPT.shape[1]
@@ -189,13 +188,13 @@ def random_tree(generator: torch.Generator) -> DraftTree:
 
 @pytest.mark.parametrize("eos_token_ids", [[], [2], [0, 4]], ids=str)
 @pytest.mark.parametrize("max_length", [6, 7, 8, 40])
-def test_the_greedy_walk_goes_where_the_stepwise_walk_goes(max_length, eos_token_ids):
+def test_the_greedy_acceptor_accepts_what_the_lockstep_acceptor_accepts(max_length, eos_token_ids):
     criteria = StoppingCriteriaList([MaxLengthCriteria(max_length)])
     if eos_token_ids:
         criteria.append(EosTokenCriteria(eos_token_ids))
     config = GenerationConfig(do_sample=False)
-    chooser = TokenChooser(LogitsProcessorList(), criteria, config)
-    assert chooser.is_plain_greedy
+    selector = TokenSelector(LogitsProcessorList(), criteria, config)
+    assert selector.is_plain_greedy
     depths = set()
     for seed in range(60):
         generator = torch.Generator().manual_seed(seed)
@@ -204,10 +203,10 @@ def test_the_greedy_walk_goes_where_the_stepwise_walk_goes(max_length, eos_token
         candidate_ids = torch.randint(6, (1, tree.num_nodes), generator=generator)
         logits = torch.randn(1, 1 + tree.num_nodes, 6, generator=generator)
         arguments = (Candidates((tree,), candidate_ids), logits, [0])
-        [walked] = GreedyWalker([LENGTH], chooser).walk(*arguments)
-        assert [walked] == StepwiseWalker(PROMPT, chooser).walk(*arguments)
-        assert len(walked.path) == len(walked.tokens)
-        depths.add(len(walked.path))
+        [path] = GreedyAcceptor([LENGTH], selector).accept(*arguments)
+        assert [path] == LockstepAcceptor(PROMPT, selector).accept(*arguments)
+        assert len(path.nodes) == len(path.tokens)
+        depths.add(len(path.nodes))
     assert depths >= set(range(1, min(max_length - LENGTH, 3) + 1))
 
 

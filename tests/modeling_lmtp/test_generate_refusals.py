@@ -66,11 +66,11 @@ REFUSED = {
     ),
     "draft threshold alone": (
         {"draft_threshold": 0.1},
-        "draft_threshold says where a tree that is grown for every state ends: set draft_nodes",
+        "draft_threshold has no effect without draft_nodes: set both.",
     ),
     "draft threshold of a chain": (
         {"draft_by_batch_size": {"1": {"draft_length": 2, "draft_threshold": 0.1}}},
-        "(a threshold beside draft_nodes only); got {'draft_length': 2, 'draft_threshold': 0.1}.",
+        "(draft_threshold beside draft_nodes only); got {'draft_length': 2, 'draft_threshold': 0.1}.",
     ),
     "tree and length": (
         {"draft_tree": [(0,)], "draft_length": 1},
@@ -83,7 +83,7 @@ REFUSED = {
     ),
     "rank beyond the vocabulary": (
         {"draft_tree": [(0,), (96,)]},
-        "draft_tree has the rank 96, but these leap heads choose among 96 tokens: ranks go from 0 to 95",
+        "draft_tree has rank 96, but these leap heads choose among 96 tokens, so ranks go from 0 to 95",
     ),
     "threshold of another type": (
         {"draft_nodes": 8, "draft_threshold": "x"},
@@ -91,11 +91,11 @@ REFUSED = {
     ),
     "list of batch sizes": (
         {"draft_by_batch_size": [1, 8]},
-        "draft_by_batch_size must say for some batch sizes what is drafted, such as",
+        "draft_by_batch_size must map batch sizes to draft settings, such as",
     ),
     "batch size alone": (
         {"draft_by_batch_size": "1"},
-        "draft_by_batch_size must say for some batch sizes what is drafted, such as",
+        "draft_by_batch_size must map batch sizes to draft settings, such as",
     ),
     "look-up of a part": (
         {"prompt_lookup_num_tokens": 2.5},
@@ -134,7 +134,7 @@ REFUSED = {
 
 def test_a_rank_beyond_the_draft_vocabulary_is_refused():
     model = LMTPForCausalLM.from_backbone(tiny_causal_lm("llama"), draft_token_ids=(3, 5, 9))
-    with pytest.raises(ValueError, match="has the rank 3, but these leap heads choose among 3 tok"):
+    with pytest.raises(ValueError, match="has rank 3, but these leap heads choose among 3 tok"):
         model.generate(PROMPT, draft_tree=[[0], [3]], max_new_tokens=4, use_lmtp=True)
 
 
@@ -183,7 +183,7 @@ def test_what_cannot_be_drafted_for_is_decoded_plainly(model, options, match):
 
 
 def test_processes_that_go_in_step_decode_plainly(model):
-    with pytest.raises(ValueError, match=r"processes go in step \(synced_gpus=True\)"):
+    with pytest.raises(ValueError, match=r"processes run in step \(synced_gpus=True\)"):
         model.generate(PROMPT, max_new_tokens=4, use_lmtp="strict", synced_gpus=True)
 
 
@@ -316,11 +316,11 @@ class Silent(Drafter):
         ),
         (
             {"use_lmtp": True, "drafter": Silent(), "draft_nodes": 5, "acceptance_rule": "exact"},
-            "drafter proposes all candidates itself, so that ['draft_nodes'] would say nothing.",
+            "drafter supplies every candidate, so ['draft_nodes'] would be ignored.",
         ),
         (
             {"use_lmtp": True, "drafter": Silent(), "prompt_lookup_num_tokens": 4},
-            "so that ['prompt_lookup_num_tokens'] would say nothing. Leave out one or the other",
+            "so ['prompt_lookup_num_tokens'] would be ignored. Pass one or the other",
         ),
     ],
     ids=["drafter", "nodes", "two settings", "drafter and nodes", "drafter and lookup"],

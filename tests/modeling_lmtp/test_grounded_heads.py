@@ -7,11 +7,11 @@ from torch import nn
 from torch.nn.functional import cross_entropy, rms_norm, silu
 
 from modeling_lmtp import LMTPConfig, LMTPForCausalLM
-from modeling_lmtp.context_lmtp import context_widths
+from modeling_lmtp.leaps_lmtp import context_widths
 from modeling_lmtp.training.evaluation import draft_ranks, simulated_steps
 from modeling_lmtp.training.examples import Example
 from modeling_lmtp.tree_lmtp import DraftTree
-from modeling_lmtp.vocabulary_lmtp import DraftUnembedding, draft_labels
+from modeling_lmtp.unembeddings_lmtp import DraftUnembedding, draft_labels
 
 TREE = [(0,), (1,), (2,), (0, 0), (0, 1), (1, 0), (2, 0), (0, 0, 0), (0, 0, 1)]
 DRAFT_IDS = (*range(0, 24, 2), 23)

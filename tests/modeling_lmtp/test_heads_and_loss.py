@@ -11,8 +11,7 @@ from tiny import tiny_llama
 from transformers import Trainer, TrainingArguments
 
 from modeling_lmtp import LMTPForCausalLM
-from modeling_lmtp.chunked_lmtp import CHUNK_SIZE, sum_of_means, token_cross_entropy
-from modeling_lmtp.losses_lmtp import leap_positions
+from modeling_lmtp.losses_lmtp import CHUNK_SIZE, leap_positions, sum_of_means, token_cross_entropy
 
 VOCAB_SIZE = 61  # no other axis of these models has this size
 SCHEDULES = [(3, 5, 7), (2, 3, 4), (2, 3, 5)]

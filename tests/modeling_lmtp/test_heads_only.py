@@ -160,7 +160,7 @@ def test_the_pinned_revision_is_asked_for_and_said(one, base, monkeypatch):
 
 def test_a_backbone_for_a_full_checkpoint_is_refused(base, tmp_path):
     wrapped(base).save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="holds a backbone of its own"):
+    with pytest.raises(ValueError, match="contains a backbone"):
         LMTPForCausalLM.from_pretrained(tmp_path, backbone=base)
 
 

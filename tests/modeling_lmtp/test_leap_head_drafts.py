@@ -10,9 +10,9 @@ from architectures import tiny_causal_lm
 
 from modeling_lmtp import LMTPForCausalLM
 from modeling_lmtp.drafting_lmtp import Drafter
-from modeling_lmtp.settings_lmtp import LMTPSettings
+from modeling_lmtp.settings_lmtp import Chain, LMTPSettings
 from modeling_lmtp.support_lmtp import Tier
-from modeling_lmtp.tree_lmtp import DraftTree
+from modeling_lmtp.tree_lmtp import MAX_NODES, DraftTree
 
 PATHS = [(0,), (1,), (2,), (0, 0), (0, 1), (2, 0), (2, 3), (0, 0, 0), (2, 3, 1), (2, 3, 1, 0)]
 EVENLY_SPACED = {(3, 5, 7): 2, (2, 3, 4): 1, (4, 7): 3}  # offsets: k
@@ -135,3 +135,8 @@ def test_a_model_without_leap_heads_decodes_one_token_per_pass():
     plain = model.generate(prompt, do_sample=False, max_new_tokens=9)
     assert output.sequences.tolist() == plain.tolist()
     assert output.acceptance_lengths[0] == [1] * 8
+
+
+def test_heads_that_reach_further_than_a_draft_may_are_asked_for_what_it_holds():
+    assert LMTPSettings().shape(horizon=99) == Chain(MAX_NODES - 1)
+    assert LMTPSettings().shape(horizon=4) == Chain(4)

@@ -12,9 +12,8 @@ from naive_heads import naive_logits, states_of
 from torch.nn.functional import cross_entropy
 
 from modeling_lmtp import LMTPConfig, LMTPForCausalLM
-from modeling_lmtp.context_lmtp import context_widths
 from modeling_lmtp.leap_drafter_lmtp import LeapHeadDrafter
-from modeling_lmtp.leaps_lmtp import drafts
+from modeling_lmtp.leaps_lmtp import context_widths, drafts
 from modeling_lmtp.path_drafter_lmtp import MAX_PARENTS, DynamicPathDrafter, PathDrafter
 from modeling_lmtp.settings_lmtp import LMTPSettings
 from modeling_lmtp.support_lmtp import Tier
@@ -53,7 +52,7 @@ def wrapped(
 
 
 def drafter_of(model, **settings) -> LeapHeadDrafter:
-    return model._leap_head_drafter(LMTPSettings(**settings), Tier.TREE)
+    return model.new_drafter(LMTPSettings(**settings), Tier.TREE)
 
 
 def token_of(model, row: int) -> int:
@@ -286,7 +285,6 @@ DRAFTS = {
     "tree": {"draft_tree": PATHS},
     "dynamic tree": {"draft_nodes": 12},
     "dynamic tree with a threshold": {"draft_nodes": 12, "draft_threshold": 0.02},
-    "forward": {"forward_decoding": True},
     "lookup": {"prompt_lookup_num_tokens": 4, "draft_tree": PATHS},
 }
 

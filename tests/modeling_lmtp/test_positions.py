@@ -11,7 +11,7 @@ from transformers import AutoConfig, StoppingCriteria
 from transformers.utils import logging
 
 from modeling_lmtp import LMTPForCausalLM
-from modeling_lmtp.support_lmtp import num_positions, why_not_that_long
+from modeling_lmtp.support_lmtp import num_positions, reason_too_long
 
 LIMIT = 32
 FACTORS = [1.0, 1.2, 1.5, 2.0]  # one per pair of a head's dimensions
@@ -70,13 +70,13 @@ def test_within_that_length_drafts_are_verified(kind, said):
 
 def test_each_kind_of_layer_may_have_its_own_embeddings():
     config = AutoConfig.for_model("gemma3_text")
-    assert why_not_that_long(config, 10**6) == ""
+    assert reason_too_long(config, 10**6) is None
     kinds = dict(config.rope_parameters)
     assert len(kinds) == 2
     for kind in kinds:
         config.rope_parameters = {**kinds, kind: ROTARY["longrope"]}
-        assert "'longrope'" in why_not_that_long(config, LIMIT + 1)
-        assert why_not_that_long(config, LIMIT) == ""
+        assert "'longrope'" in reason_too_long(config, LIMIT + 1)
+        assert reason_too_long(config, LIMIT) is None
 
 
 @pytest.mark.parametrize("architecture", ["gpt2", "opt", "mpt", "gptj"])

@@ -105,7 +105,7 @@ def test_memory_that_ran_out_leaves_no_verdict_behind(monkeypatch):
         raise torch.OutOfMemoryError("Tried to allocate 2 GiB")
 
     with monkeypatch.context() as patched:
-        patched.setattr(support_lmtp, "_why_inexact", full)
+        patched.setattr(support_lmtp, "_reason_inexact", full)
         with pytest.raises(torch.OutOfMemoryError, match="Tried to allocate 2 GiB"):
             generate(model, use_lmtp=True)
     assert_same_texts(model, tree=TREE)

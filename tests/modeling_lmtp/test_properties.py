@@ -46,7 +46,7 @@ SAMPLING: list[dict[str, Any]] = [
 ]
 DRAFTS: list[dict[str, Any]] = [
     *[{}, {"draft_length": 1}, {"draft_nodes": 7}],
-    *[{"prompt_lookup_num_tokens": 3}, {"forward_decoding": True}],
+    {"prompt_lookup_num_tokens": 3},
 ]
 OUTPUTS = ("output_scores", "output_logits", "output_hidden_states")
 
@@ -160,7 +160,7 @@ class RandomDrafter(Oracle):
             self._fill(tree, self._continuation(known))
             for tree, known in zip(trees, input_ids.tolist(), strict=True)
         ]
-        return Candidates.of_rows(trees, token_ids, input_ids)
+        return Candidates.from_rows(trees, token_ids, input_ids)
 
     def _tree(self) -> DraftTree:
         num_nodes = self._random(self.max_nodes + 1)

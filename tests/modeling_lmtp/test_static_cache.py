@@ -53,7 +53,6 @@ DRAFTS = {
     "dynamic tree": {"draft_nodes": 9},
     "lookup and chain": {"prompt_lookup_num_tokens": 5},
     "lookup and dynamic tree": {"prompt_lookup_num_tokens": 5, "draft_nodes": 9},
-    "forward": {"forward_decoding": True},
 }
 CHOICES = {"greedy": {"do_sample": False}, "sampled": {"do_sample": True, "top_k": 5}}
 
@@ -182,7 +181,6 @@ def test_a_pass_is_as_wide_as_the_largest_draft():
         "dynamic tree": 10,
         "lookup and chain": 10,
         "lookup and dynamic tree": 15,
-        "forward": 5,
     }
 
 
@@ -322,6 +320,19 @@ def test_compiled_code_returns_the_states_that_heads_read(compiler, head_input):
     for own, expected in zip(*noted, strict=True):
         torch.testing.assert_close(own, expected, rtol=1e-4, atol=1e-4)
     assert compiler["unique_graphs"] == 1
+
+
+@pytest.mark.parametrize("first", ["last", "weighted"])
+def test_models_whose_heads_read_other_states_do_not_run_each_other_s_code(compiler, first):
+    second = "weighted" if first == "last" else "last"
+    for head_input in (first, second, first):
+        model = LMTPForCausalLM.from_backbone(
+            tiny_llama(vocab_size=96), leap_offsets=(2, 3), head_input=head_input
+        ).eval()
+        plain = generate(model.backbone, **GREEDY).sequences
+        options = {**GREEDY, **STATIC, "compile_config": compile_config()}
+        output = generate(model, use_lmtp="strict", **options)
+        assert output.sequences.tolist() == plain.tolist()
 
 
 def test_plain_decoding_and_this_one_compile_apart(compiler):
@@ -467,7 +478,7 @@ def test_an_offloaded_static_cache_is_decoded_plainly():
         generate(model, use_lmtp="strict", **with_cache({}, offloaded), **GREEDY)
 
 
-def test_a_given_cache_needs_room_for_the_text_and_a_draft():
+def test_a_passed_cache_needs_room_for_the_text_and_a_draft():
     model, needed = wrapped("llama"), LENGTH + NEW_TOKENS + 4
     plain = generate(model.backbone, **GREEDY).sequences
     for length in (LENGTH + NEW_TOKENS, needed - 1):

@@ -14,14 +14,19 @@ from transformers.utils import logging
 from twelve_tokens import BATCH, BATCH_MASK, wrapped
 
 from modeling_lmtp import LMTPForCausalLM
-from modeling_lmtp.composition_lmtp import ForwardDrafter, MergedDrafter, merge_trees
-from modeling_lmtp.drafting_lmtp import Candidates, Drafter
+from modeling_lmtp.acceptance_lmtp import TypicalRule
+from modeling_lmtp.drafting_lmtp import (
+    Candidates,
+    Drafter,
+    ForwardDrafter,
+    MergedDrafter,
+    PromptLookupDrafter,
+    merge_trees,
+)
 from modeling_lmtp.leap_drafter_lmtp import DynamicLeapHeadDrafter
-from modeling_lmtp.lookup_lmtp import PromptLookupDrafter
 from modeling_lmtp.settings_lmtp import LMTPSettings
 from modeling_lmtp.support_lmtp import Tier
 from modeling_lmtp.tree_lmtp import MAX_NODES, DraftTree
-from modeling_lmtp.walking_lmtp import TypicalRule
 
 PROMPT = torch.tensor([[3, 17, 5, 9, 44, 3, 17, 5]])
 GREEDY = {"do_sample": False, "max_new_tokens": 40}
@@ -46,8 +51,6 @@ STRATEGIES = {
     "lookup": {"prompt_lookup_num_tokens": 5},
     "lookup and chain of none": {"prompt_lookup_num_tokens": 5, "draft_length": 0},
     "lookup and dynamic tree": {"prompt_lookup_num_tokens": 5, "draft_nodes": 9},
-    "forward": {"forward_decoding": True},
-    "forward, dynamic tree": {"forward_decoding": True, "draft_nodes": 9},
 }
 
 
@@ -239,7 +242,7 @@ class Fixed(Drafter):
 
     def draft(self, input_ids, hidden_states, max_depth):
         trees, token_ids = zip(*self.proposals, strict=True)
-        return Candidates.of_rows(trees, token_ids, input_ids)
+        return Candidates.from_rows(trees, token_ids, input_ids)
 
 
 def test_where_only_chains_can_be_verified_the_first_proposal_is_taken():
@@ -282,7 +285,7 @@ def test_merging_waits_for_the_device_no_more_than_its_drafters(monkeypatch, set
 @pytest.mark.parametrize("depths", [(9, 9), (2, 3), (1, 0), (0, 0)], ids=str)
 def test_candidates_made_on_the_host_stay_known_there(monkeypatch, depths):
     trees, rows = (DraftTree.chain(3), DraftTree.chain(5)), ([4, 5, 6], [7, 8, 9, 1, 2])
-    made = Candidates.of_rows(trees, rows, torch.zeros(2, 4, dtype=torch.long))
+    made = Candidates.from_rows(trees, rows, torch.zeros(2, 4, dtype=torch.long))
     cut, device = made.truncate(depths), Candidates(made.trees, made.token_ids).truncate(depths)
     expected = device.token_ids.tolist()
     assert device.on_host() == cut.token_ids.tolist() == expected
@@ -297,9 +300,44 @@ def test_candidates_made_on_the_host_stay_known_there(monkeypatch, depths):
 def test_forward_decoding_runs_a_plain_pass_before_each_draft():
     model = wrapped()
     plain = generate(model.backbone, **GREEDY).sequences
-    output = generate(model, use_lmtp=True, drafter=ForwardDrafter(Oracle(plain, CHAIN)), **GREEDY)
+    drafter = ForwardDrafter(Oracle(plain, CHAIN))
+    for new_tokens, last in ((40, [1, 2]), (39, [1, 1]), (40, [1, 2])):  # it may end anywhere
+        options = {**GREEDY, "max_new_tokens": new_tokens}
+        output = generate(model, use_lmtp=True, drafter=drafter, **options)
+        assert output.sequences.tolist() == plain[:, : 8 + new_tokens].tolist()
+        assert output.acceptance_lengths[0] == [1, 5] * 6 + last
+
+
+@pytest.mark.parametrize("batch", [False, True], ids=["one", "batch"])
+@pytest.mark.parametrize("architecture", ["llama", "gemma2", "bloom", "lfm2"])
+@pytest.mark.parametrize("settings", [{}, {"draft_nodes": 9}], ids=["chain", "dynamic tree"])
+def test_forward_decoding_with_the_model_s_own_heads_emits_plain_tokens(
+    architecture, settings, batch
+):
+    model = wrapped(architecture)
+    prompt, mask = (BATCH, BATCH_MASK) if batch else (PROMPT, None)
+    plain = generate(model.backbone, prompt, mask, **GREEDY).sequences
+    drafter = ForwardDrafter(model.new_drafter(LMTPSettings(**settings)))
+    output = generate(model, prompt, mask, use_lmtp=True, drafter=drafter, **GREEDY)
     assert output.sequences.tolist() == plain.tolist()
-    assert output.acceptance_lengths[0] == [1, 5] * 6 + [1, 2]
+    assert max(itertools.chain(*output.acceptance_lengths)) > 1
+
+
+def test_forward_decoding_as_a_setting_is_refused_and_says_what_to_pass():
+    model = wrapped()
+    with pytest.raises(ValueError, match=r"Pass drafter=ForwardDrafter\(model.new_drafter\(\)\)"):
+        generate(model, use_lmtp=True, forward_decoding=True, **GREEDY)
+    model.generation_config.forward_decoding = True
+    with pytest.raises(
+        ValueError, match="remove forward_decoding from the call or the generation_"
+    ):
+        generate(model, use_lmtp=True, **GREEDY)
+    plain = generate(model, use_lmtp=False, **GREEDY).sequences.tolist()
+    for value in (False, None):
+        model.generation_config.forward_decoding = value
+        assert generate(model, use_lmtp=True, **GREEDY).sequences.tolist() == plain
+        output = generate(model, use_lmtp=True, forward_decoding=value, **GREEDY)
+        assert output.sequences.tolist() == plain
 
 
 # Typical acceptance
@@ -318,10 +356,10 @@ def test_typical_acceptance_takes_what_the_formula_lets_pass():
     entropy = -(probabilities * probabilities.log()).sum()
     bound = min(0.3, 0.9 * torch.exp(-entropy).item())
     assert 0.25 < bound < 0.5
-    assert rule.take(probabilities.log(), [1, 0, 3]) == 0
-    assert rule.take(probabilities.log(), [1, 3]) is None
-    assert rule.take(probabilities.log(), []) is None
-    assert TypicalRule(0.2, 0.9).take(probabilities.log(), [2, 1]) == 1
+    assert rule.select(probabilities.log(), [1, 0, 3]) == 0
+    assert rule.select(probabilities.log(), [1, 3]) is None
+    assert rule.select(probabilities.log(), []) is None
+    assert TypicalRule(0.2, 0.9).select(probabilities.log(), [2, 1]) == 1
 
 
 @pytest.mark.parametrize("batch", [False, True], ids=["one", "batch"])
@@ -351,7 +389,7 @@ def test_typical_acceptance_where_nothing_is_offered_is_plain_decoding():
 
 def test_typical_acceptance_needs_rows_that_are_judged_apart():
     model = wrapped()
-    with pytest.raises(ValueError, match="acceptance_rule='typical' judges every row by itself"):
+    with pytest.raises(ValueError, match="acceptance_rule='typical' processes each row separately"):
         generate(
             model,
             BATCH,

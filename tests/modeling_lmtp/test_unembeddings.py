@@ -15,7 +15,7 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 from modeling_lmtp import LMTPConfig, LMTPForCausalLM
-from modeling_lmtp.chunked_lmtp import CHUNK_SIZE
+from modeling_lmtp.losses_lmtp import CHUNK_SIZE
 from modeling_lmtp.training.evaluation import draft_ranks, simulated_steps
 from modeling_lmtp.training.examples import Example
 from modeling_lmtp.tree_lmtp import DraftTree

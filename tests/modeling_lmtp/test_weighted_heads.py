@@ -13,7 +13,8 @@ from tiny import tiny_llama
 from torch.nn.functional import cross_entropy
 
 from modeling_lmtp import LMTPConfig, LMTPForCausalLM
-from modeling_lmtp.states_lmtp import LayerMix, head_states
+from modeling_lmtp.heads_lmtp import LayerMix
+from modeling_lmtp.states_lmtp import head_states
 from modeling_lmtp.training.evaluation import draft_ranks, simulated_steps
 from modeling_lmtp.training.examples import Example
 from modeling_lmtp.tree_lmtp import DraftTree
@@ -239,7 +240,6 @@ DRAFTS = {
     "chain": {},
     "tree": {"draft_tree": PATHS},
     "dynamic tree": {"draft_nodes": 10},
-    "forward": {"forward_decoding": True},
     "lookup": {"prompt_lookup_num_tokens": 4, "draft_tree": PATHS},
 }
 
@@ -314,17 +314,17 @@ def test_other_values_of_head_input_are_refused(value):
 
 
 def test_layers_that_are_wider_than_the_unembedding_are_refused():
-    with pytest.raises(ValueError, match="have 32 numbers and its unembedding reads 16"):
+    with pytest.raises(ValueError, match="have size 32 and its unembedding reads size 16"):
         LMTPForCausalLM.from_backbone(tiny_causal_lm("opt"), head_input="weighted")
 
 
 def test_layers_with_states_of_another_shape_are_refused():
     model = LMTPForCausalLM.from_backbone(tiny_causal_lm("gemma3n_text"), head_input="weighted")
-    with pytest.raises(ValueError, match=r"needs 3 hidden states of the shape \(2, 10, 32\), but"):
+    with pytest.raises(ValueError, match=r"needs 3 hidden states of shape \(2, 10, 32\), but"):
         model(TOKENS)
 
 
 def test_states_of_one_layer_are_refused():
     model = wrapped()
-    with pytest.raises(ValueError, match=r"reads 3 states of 32 numbers .* got 32 numbers"):
+    with pytest.raises(ValueError, match=r"reads 3 states of size 32 .* got size 32"):
         model.leap_logits(0, torch.zeros(1, 4, 32))

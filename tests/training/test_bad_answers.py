@@ -9,8 +9,7 @@ from tiny import tiny_llama, tiny_tokenizer
 from tiny_training import settings, warm_up
 
 from modeling_lmtp import LMTPForCausalLM
-from modeling_lmtp.training.answer_files import load_answers, other_model_note
-from modeling_lmtp.training.answers import read_answers
+from modeling_lmtp.training.answers import load_answers, other_model_note, read_answers
 from modeling_lmtp.training.distill_files import manifest_path
 from modeling_lmtp.training.evaluation import evaluate_heads
 from modeling_lmtp.training.examples import Example, check_targets
@@ -176,7 +175,7 @@ def test_train_joint_and_analyze_say_if_another_model_made_the_answers(
     folder, tmp_path, monkeypatch
 ):
     told = []
-    monkeypatch.setattr("modeling_lmtp.training.answer_files.logger.warning", told.append)
+    monkeypatch.setattr("modeling_lmtp.training.answers.logger.warning", told.append)
     answers = folder / "answers.jsonl"
     train = ["--held_out", 2, "--leap_offsets", 2, 3]
     assert lmtp("train", folder / "mine", answers, tmp_path / "m", *train).exit_code == 0

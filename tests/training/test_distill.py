@@ -75,7 +75,9 @@ def test_batched_answers_are_those_of_each_prompt_alone(model, tokenizer, tmp_pa
     assert set(rows) == set(TEXTS)
     for text, row in rows.items():
         ids = answer_alone(model, tokenizer, text, GREEDY.max_new_tokens)
-        assert row["response"] == tokenizer.decode(ids, skip_special_tokens=True)
+        ended = ids[-1] in model.generation_config.eos_token_id
+        assert row["response"] == tokenizer.decode(ids[:-1] if ended else ids)
+        assert (row["prompt_ids"], row["response_ids"]) == (render_prompt(tokenizer, text), ids)
         assert row["tokens"] == len(ids)
         assert row["finished"] == (ids[-1] in model.generation_config.eos_token_id)
     assert {row["finished"] for row in rows.values()} == {True, False}
@@ -100,6 +102,13 @@ def test_sampling_options_of_the_checkpoint_do_not_apply(model, tokenizer, tmp_p
         temperature=3.0,
         repetition_penalty=5.0,
         no_repeat_ngram_size=1,
+        suppress_tokens=list(range(200)),
+        guidance_scale=1.5,
+        min_p=0.5,
+        sequence_bias=[[[5], 9.0]],
+        max_time=1e-9,
+        use_lmtp=True,
+        acceptance_rule="typical",
     )
     before = opinionated.generation_config.to_dict()
     run(opinionated, tokenizer, tmp_path / "opinionated.jsonl", GREEDY)

@@ -23,8 +23,7 @@ from modeling_lmtp.training.distill import (
 )
 from modeling_lmtp.training.distill_files import AnswerFiles, claimed, find_parts, part_path
 from modeling_lmtp.training.processes import MainProcessFailed, on_main, processes
-from modeling_lmtp.training.sample_log import SampleLog
-from modeling_lmtp.training.self_written import self_written_prompts
+from modeling_lmtp.training.self_written import SampleLog, self_written_prompts
 
 # Python 3.12 and later warn of every fork beside other threads; torch keeps some. Accelerate warns
 # where it chooses the number of threads.

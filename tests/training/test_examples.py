@@ -4,12 +4,12 @@ import pytest
 from tiny import tiny_tokenizer
 
 from modeling_lmtp.conversion.prompts import render_prompt
+from modeling_lmtp.training.answers import read_examples
 from modeling_lmtp.training.examples import (
     AnswerDataset,
     Example,
     collate,
     draft_vocabulary,
-    read_examples,
     split_examples,
 )
 

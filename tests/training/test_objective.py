@@ -5,8 +5,7 @@ import torch
 from tiny import tiny_llama
 
 from modeling_lmtp import LMTPForCausalLM
-from modeling_lmtp.chunked_lmtp import CHUNK_SIZE
-from modeling_lmtp.losses_lmtp import leap_losses
+from modeling_lmtp.losses_lmtp import CHUNK_SIZE, leap_losses
 from modeling_lmtp.training.objective import HeadObjective
 
 VOCAB_SIZE, OFFSETS = 61, (2, 3, 5)
@@ -31,16 +30,19 @@ def batch(length=CHUNK_SIZE // 2 + 20):
 
 
 def naive(model, input_ids, labels, weight, temperature):
-    """Each head's sums `(m, 4)` and loss `(m,)`, from whole logits, target by target."""
+    """Each head's sums `(m, 5)` and loss `(m,)`, from whole logits, target by target."""
     ids = list(model.config.draft_token_ids or range(VOCAB_SIZE))
     outputs = model(input_ids, output_leap_logits=True)
     teacher = outputs.logits[..., ids].detach()
     losses, tallies = [], []
     for offset, logits in zip(OFFSETS, outputs.leap_logits, strict=True):
         hard = soft = torch.zeros((), dtype=torch.float64)
-        correct = count = 0
+        correct = count = outside = 0
         for row, at in (labels != -100).nonzero().tolist():
-            if at < offset or labels[row, at] not in ids:
+            if at < offset:
+                continue
+            if labels[row, at] not in ids:
+                outside += 1
                 continue
             target, student = ids.index(labels[row, at]), logits[row, at - offset]
             q = (student / temperature).softmax(-1)
@@ -50,7 +52,7 @@ def naive(model, input_ids, labels, weight, temperature):
             correct += int(student.argmax() == target)
             count += 1
         losses.append((1 - weight) * hard + weight * soft)
-        tallies.append([hard.item(), soft.item(), correct, count])
+        tallies.append([hard.item(), soft.item(), correct, count, outside])
     return torch.stack(losses), torch.tensor(tallies)
 
 

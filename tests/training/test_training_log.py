@@ -47,6 +47,21 @@ def states_of(model, tokens):
         return model.backbone.model(tokens).last_hidden_state
 
 
+def test_targets_outside_the_draft_vocabulary_are_logged_as_misses(tmp_path):
+    model, draft_ids = new_model(draft_token_ids=tuple(range(3, 33))), set(range(3, 33))
+    once = settings(num_train_epochs=1, per_device_train_batch_size=24, logging_steps=1)
+    entry = warm_up(model, examples(), [], tmp_path, once).state.log_history[0]
+    whole = new_model(draft_token_ids=tuple(range(3, 33)))
+    tokens = torch.tensor([example.input_ids for example in examples()])
+    for head, offset in enumerate((2, 3)):
+        drafted = whole.leap_logits(head, states_of(whole, tokens))[:, :-offset].argmax(-1) + 3
+        targets = tokens[:, offset:]
+        hits = (drafted == targets).float().mean().item()
+        inside = sum(int(token) in draft_ids for token in targets.flatten()) / targets.numel()
+        assert entry[f"top1_head_{offset}"] == pytest.approx(hits)
+        assert entry[f"coverage_head_{offset}"] == pytest.approx(inside)
+
+
 def test_the_backbone_s_distribution_is_logged_where_it_is_learned(tmp_path):
     _, report = run(tmp_path, num_train_epochs=1, distillation_weight=0.5, logging_steps=1)
     first, *_, last = [entry for entry in report.state.log_history if "loss" in entry]

@@ -8,7 +8,7 @@ from tiny import tiny_llama
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from modeling_lmtp import LMTPForCausalLM
-from modeling_lmtp.chunked_lmtp import CHUNK_SIZE
+from modeling_lmtp.losses_lmtp import CHUNK_SIZE
 from modeling_lmtp.training.objective import HeadObjective
 
 OFFSETS, HIDDEN_SIZE = (2, 3, 5), 32

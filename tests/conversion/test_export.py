@@ -1,25 +1,22 @@
-"""Checkpoints in other forms: adapters folded in, plain backbones, heads in Medusa's layout."""
+"""`lmtp export`: adapters merged, heads joined with their backbone, plain backbones, Medusa's layout."""
 
 from __future__ import annotations
 
 import json
-import re
 
 import pytest
 import torch
+from commands import error_of, lmtp
 from foreign_checkpoints import medusa_heads
 from peft import PeftModel
 from safetensors.torch import load_file
 from tiny import tiny_llama, tiny_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
-from typer.testing import CliRunner
 
 from modeling_lmtp import LMTPForCausalLM
-from modeling_lmtp.__main__ import app
 from modeling_lmtp.benchmarks.tune_run import set_drafts
-from modeling_lmtp.conversion.converting import convert_heads
-from modeling_lmtp.conversion.exporting import export_heads
-from modeling_lmtp.conversion.merging import merge
+from modeling_lmtp.conversion.converting import CheckOptions, ConvertOptions, convert_heads
+from modeling_lmtp.conversion.exporting import ExportOptions, export_checkpoint
 from modeling_lmtp.training.adapters import add_adapters
 
 # PEFT asks for what Transformers has renamed
@@ -38,6 +35,10 @@ def new_checkpoint(folder, **options):
     model.save_pretrained(folder)
     tiny_tokenizer().save_pretrained(folder)
     return model.eval()
+
+
+def export(source, output, to, **options):
+    return export_checkpoint(ExportOptions(str(source), output, to=to, **options))
 
 
 def perturb(parameters):
@@ -72,21 +73,22 @@ def adapter(request, tmp_path_factory):
 
 def test_merged_it_is_a_full_checkpoint(adapter, tmp_path):
     folder, expected = adapter
-    merge(str(folder / "adapter"), tmp_path / "merged")
+    export(folder / "adapter", tmp_path / "merged", "full")
     model = LMTPForCausalLM.from_pretrained(tmp_path / "merged").eval()
     assert_equal(outputs(model), expected, rtol=1e-4, atol=1e-4)
     base = LMTPForCausalLM.from_pretrained(folder / "base")
     whole = PeftModel.from_pretrained(base, folder / "adapter").merge_and_unload()
     assert_equal(outputs(model), outputs(whole.eval()), rtol=0, atol=0)
     record = json.loads((tmp_path / "merged" / "provenance.json").read_text())
-    assert (record["command"], record["source"]) == ("lmtp merge", str(folder / "adapter"))
+    assert (record["command"], record["to"]) == ("lmtp export", "full")
+    assert record["source"] == str(folder / "adapter")
     assert (record["checkpoint"], record["base_model"]) == (str(folder / "base"), "some/backbone")
     assert AutoTokenizer.from_pretrained(tmp_path / "merged").get_vocab()
 
 
 def test_without_heads_it_is_a_plain_backbone(adapter, tmp_path):
     folder, expected = adapter
-    merge(str(folder / "adapter"), tmp_path / "plain", drop_heads=True)
+    export(folder / "adapter", tmp_path / "plain", "plain")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "plain")
     with torch.no_grad():
         torch.testing.assert_close(model(PROMPT).logits, expected[0], rtol=1e-4, atol=1e-4)
@@ -95,7 +97,7 @@ def test_without_heads_it_is_a_plain_backbone(adapter, tmp_path):
 def test_a_backbone_comes_out_of_a_checkpoint_as_it_went_in(tmp_path):
     new_checkpoint(tmp_path / "checkpoint")
     tiny_llama().save_pretrained(tmp_path / "original")
-    merge(str(tmp_path / "checkpoint"), tmp_path / "plain", drop_heads=True)
+    export(tmp_path / "checkpoint", tmp_path / "plain", "plain")
     ours, theirs = (load_file(tmp_path / n / "model.safetensors") for n in ("plain", "original"))
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
@@ -115,7 +117,7 @@ def test_what_tune_has_written_stays_out_of_a_plain_backbone(tmp_path):
     set_drafts(model, {}, {"quiet": True})
     assert "draft_by_batch_size" in tuned_names(model)
     model.save_pretrained(tmp_path / "checkpoint")
-    merge(str(tmp_path / "checkpoint"), tmp_path / "plain", drop_heads=True)
+    export(tmp_path / "checkpoint", tmp_path / "plain", "plain")
     settings = json.loads((tmp_path / "plain" / "generation_config.json").read_text())
     assert not settings.keys() & tuned_names(model)
     assert settings["repetition_penalty"] == 1.5
@@ -126,27 +128,45 @@ def tuned_names(model):
     return model.generation_config.to_dict().keys() - GenerationConfig().to_dict().keys()
 
 
+@pytest.mark.parametrize("tokenizer", [True, False], ids=["with tokenizer", "without"])
+def test_heads_and_their_backbone_become_one_checkpoint(tmp_path, tokenizer):
+    model = new_checkpoint(tmp_path / "whole")
+    model.save_pretrained(tmp_path / "heads", heads_only=True)
+    if tokenizer:
+        tiny_tokenizer().save_pretrained(tmp_path / "heads")
+    tiny_llama().save_pretrained(tmp_path / "backbone")
+    tiny_tokenizer().save_pretrained(tmp_path / "backbone")
+    export(tmp_path / "heads", tmp_path / "full", "full", base=str(tmp_path / "backbone"))
+    full = LMTPForCausalLM.from_pretrained(tmp_path / "full").eval()
+    assert_equal(outputs(full), outputs(model), rtol=0, atol=0)
+    assert not full.config.heads_only
+    assert AutoTokenizer.from_pretrained(tmp_path / "full").get_vocab()
+
+
 def test_what_cannot_be_merged_is_refused(adapter, tmp_path):
     folder, _ = adapter
-    with pytest.raises(ValueError, match=r"is no adapter.*--drop-heads"):
-        merge(str(folder / "base"), tmp_path / "out")
-    with pytest.raises(ValueError, match="is none"):
-        merge(str(folder / "base"), tmp_path / "out", base="x", drop_heads=True)
+    with pytest.raises(ValueError, match=r"is a full checkpoint already.*--to plain"):
+        export(folder / "base", tmp_path / "out", "full")
+    with pytest.raises(ValueError, match=r"holds its own backbone\. Leave --base out"):
+        export(folder / "base", tmp_path / "out", "plain", base="x")
+    tiny_llama().save_pretrained(tmp_path / "backbone")
+    with pytest.raises(ValueError, match=r"has no leap heads. Train some with `lmtp train"):
+        export(tmp_path / "backbone", tmp_path / "out", "full")
     for offsets in ((2,), (2, 3, 4)):
         other = tmp_path / f"{len(offsets)} heads"
         new_checkpoint(other, leap_offsets=offsets)
         with pytest.raises(ValueError, match=r"does not fit the checkpoint.*--base"):
-            merge(str(folder / "adapter"), tmp_path / "out", base=str(other))
+            export(folder / "adapter", tmp_path / "out", "full", base=str(other))
     (tmp_path / "damaged").mkdir()
     for path in (folder / "adapter").iterdir():
         content = path.read_bytes()
         cut = len(content) - 50 if path.suffix == ".safetensors" else len(content)
         (tmp_path / "damaged" / path.name).write_bytes(content[:cut])
     with pytest.raises(ValueError, match=r"adapter .* is damaged"):
-        merge(str(tmp_path / "damaged"), tmp_path / "out")
+        export(tmp_path / "damaged", tmp_path / "out", "full")
     assert not (tmp_path / "out").exists()
     with pytest.raises(ValueError, match="already holds something"):
-        merge(str(folder / "adapter"), folder / "base")
+        export(folder / "adapter", folder / "base", "full")
 
 
 HEADS = {
@@ -156,15 +176,16 @@ HEADS = {
 }
 
 
-@pytest.mark.parametrize("format", ["medusa", "vllm"])
+@pytest.mark.parametrize("to", ["medusa", "vllm"])
 @pytest.mark.parametrize("kind", HEADS)
-def test_heads_go_to_medusas_layout_and_come_back(tmp_path, kind, format):
+def test_heads_go_to_medusas_layout_and_come_back(tmp_path, kind, to):
     before = new_checkpoint(tmp_path / "checkpoint", **HEADS[kind])
     tiny_llama().save_pretrained(tmp_path / "backbone")
     tiny_tokenizer().save_pretrained(tmp_path / "backbone")
-    assert export_heads(str(tmp_path / "checkpoint"), tmp_path / "out", format) == []
+    assert export(tmp_path / "checkpoint", tmp_path / "out", to) == []
     backbone = str(tmp_path / "backbone")
-    convert_heads(tmp_path / "out", tmp_path / "again", backbone=backbone, check_leap=False)
+    options = ConvertOptions(str(tmp_path / "out"), tmp_path / "again", backbone=backbone)
+    convert_heads(options, CheckOptions(check_leap=False))
     after = LMTPForCausalLM.from_pretrained(tmp_path / "again").eval()
     assert after.config.share_lm_head == before.config.share_lm_head
     assert after.state_dict().keys() == before.state_dict().keys()
@@ -176,7 +197,7 @@ def test_heads_go_to_medusas_layout_and_come_back(tmp_path, kind, format):
 @pytest.mark.parametrize("rank", [0, 3])
 def test_medusas_own_modules_take_them(tmp_path, rank):
     model = new_checkpoint(tmp_path / "checkpoint", lm_head_rank=rank)
-    notes = export_heads(str(tmp_path / "checkpoint"), tmp_path / "out")
+    notes = export(tmp_path / "checkpoint", tmp_path / "out", "medusa")
     assert bool(notes) == bool(rank)
     heads = medusa_heads(2)
     heads.load_state_dict(load_file(tmp_path / "out" / "medusa_lm_head.safetensors"))
@@ -190,7 +211,7 @@ def test_medusas_own_modules_take_them(tmp_path, rank):
 
 def test_vllms_layout(tmp_path):
     model = new_checkpoint(tmp_path / "checkpoint", num_head_layers=2)
-    export_heads(str(tmp_path / "checkpoint"), tmp_path / "out", "vllm")
+    export(tmp_path / "checkpoint", tmp_path / "out", "vllm")
     tensors = load_file(tmp_path / "out" / "model.safetensors")
     for index, head in enumerate(model.leap_heads):
         for layer, block in enumerate(head.blocks):
@@ -223,27 +244,25 @@ def test_what_medusa_cannot_express_is_refused_with_the_reason(tmp_path, kind):
     options, reason = REFUSED[kind]
     new_checkpoint(tmp_path / "checkpoint", **options)
     with pytest.raises(ValueError, match=f"cannot express these heads: .*{reason}"):
-        export_heads(str(tmp_path / "checkpoint"), tmp_path / "out")
+        export(tmp_path / "checkpoint", tmp_path / "out", "medusa")
     assert not (tmp_path / "out").exists()
 
 
-def test_another_format_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="format must be one of medusa, vllm, got 'gguf'"):
-        export_heads("anything", tmp_path / "out", "gguf")
-
-
-def test_the_commands(adapter, tmp_path):
+def test_the_command_says_what_it_saved(adapter, tmp_path):
     folder, _ = adapter
 
-    def told(*arguments):
-        result = CliRunner().invoke(app, [str(argument) for argument in arguments])
-        return result.exit_code, re.sub(r"\s+", " ", result.output)
+    def text_of(*arguments):
+        result = lmtp("export", *arguments)
+        assert result.exit_code == 0, result.output
+        return " ".join(result.stdout.split())
 
-    code, text = told("merge", folder / "adapter", tmp_path / "merged")
-    assert (code, "Saved the merged checkpoint in" in text) == (0, True), text
-    code, text = told("merge", folder / "adapter", tmp_path / "plain", "--drop-heads")
-    assert (code, "Saved the plain backbone in" in text) == (0, True), text
-    code, text = told("export", tmp_path / "merged", tmp_path / "medusa", "--format", "vllm")
-    assert (code, "Saved the heads in" in text) == (0, True), text
-    code, text = told("export", tmp_path / "merged", tmp_path / "medusa")
-    assert (code, "already holds something" in text) == (1, True), text
+    text = text_of(folder / "adapter", tmp_path / "merged", "--to", "full")
+    assert text == f"Saved the full checkpoint in {tmp_path / 'merged'}."
+    text = text_of(folder / "adapter", tmp_path / "plain", "--to=plain")
+    assert text == f"Saved the plain backbone in {tmp_path / 'plain'}."
+    text = text_of(tmp_path / "merged", tmp_path / "vllm", "--to", "vllm")
+    assert text == f"Saved the heads in {tmp_path / 'vllm'}."
+    again = error_of("export", tmp_path / "merged", tmp_path / "vllm", "--to", "vllm")
+    assert "already holds something" in again
+    assert "--to: invalid choice: 'gguf'" in error_of("export", "x", "y", "--to", "gguf")
+    assert "required: --to" in error_of("export", "x", "y")
