@@ -7,9 +7,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from modeling_lmtp.configuration_lmtp import LAST, LMTPConfig
-from modeling_lmtp.context_lmtp import context_widths
 from modeling_lmtp.heads_only_lmtp import SAME_SIZES
-from modeling_lmtp.leaps_lmtp import evenly_spaced_offsets
+from modeling_lmtp.leaps_lmtp import context_widths, evenly_spaced_offsets
 
 from .vllm_tickets import ticket_size
 

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from modeling_lmtp.context_lmtp import context_widths, embed_context
 from modeling_lmtp.heads_lmtp import LeapHead, LeapHeads
+from modeling_lmtp.leaps_lmtp import context_widths, embed_context
 from modeling_lmtp.unembeddings_lmtp import HeadUnembedding, LowRankUpdate
 
 from . import vllm_tickets as tickets

@@ -136,6 +136,7 @@ def test_texts_and_steps_are_those_of_our_chain(models, options, tmp_path):
     jobs = {
         "path, one by one": job(models, "path", one_by_one),
         "path": job(models, "path"),
+        "medusa": job(models, "medusa"),
         "path, chunked": job(models, "path", **chunked),
         # Twice the same: the second time from the cache, which holds one text and a half
         "path, cached and preempted": job(
@@ -145,12 +146,13 @@ def test_texts_and_steps_are_those_of_our_chain(models, options, tmp_path):
             enable_prefix_caching=True,
             num_gpu_blocks_override=7,
         ),
-        "medusa": job(models, "medusa"),
         "grounded": job(models, "grounded"),
         "own": job(models, "own"),
         "low_rank": job(models, "low_rank"),
         "path of a full checkpoint": job(models, "full"),
     }
+    if options:  # Triton's interpreter takes its time
+        jobs = {name: jobs[name] for name in ("path", "medusa", "path, chunked")}
     results = dict(zip(jobs, run(list(jobs.values()), tmp_path, *options), strict=True))
     for name, result in results.items():
         model = models[name.partition(",")[0].partition(" ")[0]]
@@ -167,13 +169,7 @@ def test_texts_and_steps_are_those_of_our_chain(models, options, tmp_path):
 
 
 def test_what_cannot_be_served_ends_with_the_reason(models, tmp_path):
-    save_heads(models["folder"] / "base", tmp_path / "weighted", head_input="weighted")
     too_many = job(models, "path")
     too_many["engine"]["speculative_config"]["num_speculative_tokens"] = 4
-    weighted = job(models, tmp_path / "weighted")
-    for refused, reason in {
-        "at most 3": too_many,
-        "head_input='last' can be served": weighted,
-    }.items():
-        with pytest.raises(AssertionError, match=refused):
-            run([reason], tmp_path)
+    with pytest.raises(AssertionError, match=r"num_speculative_tokens=4.*at most 3"):
+        run([too_many], tmp_path)

@@ -77,7 +77,7 @@ def test_drafts_are_those_of_our_own_chain(settings, runner, dtype):
     model = wrapped(**settings).to(dtype)
     depth = model.config.num_leap_heads
     texts, states = requests(model)
-    drafter = model._leap_head_drafter(LMTPSettings(draft_length=depth), Tier.CHAIN)
+    drafter = model.new_drafter(LMTPSettings(draft_length=depth), Tier.CHAIN)
     with torch.no_grad():
         expected = [
             drafter.draft(text[None], state[None], depth).token_ids[0].tolist()
