@@ -3,7 +3,6 @@
 vLLM verifies one chain of candidates per request, and offers a draft model the last state of each.
 """
 
-from collections.abc import Mapping
 from typing import Any
 
 from modeling_lmtp.configuration_lmtp import LAST, LMTPConfig
@@ -98,17 +97,3 @@ class LMTPDraftConfig(LMTPConfig):
         self.architectures = [DRAFT_ARCHITECTURE]
         # More than one: its second model runner passes the number of the step
         self.num_nextn_predict_layers = self.num_leap_heads
-
-
-def head_shapes(config: Any) -> Mapping[str, tuple[int, ...]]:
-    """Return the names and shapes of the tensors that heads of an `LMTPConfig` consist of.
-
-    A head's own unembedding may have a bias besides.
-    """
-    import torch
-
-    from .vllm_heads import PREFIX, ChainHeads
-
-    with torch.device("meta"):
-        heads = ChainHeads(config, max_rows=0).leap_heads
-    return {PREFIX + name: tuple(tensor.shape) for name, tensor in heads.state_dict().items()}
