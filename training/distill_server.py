@@ -150,6 +150,8 @@ class _Asking:
             "temperature": self.settings.temperature,
             "top_p": self.settings.top_p,
             "max_tokens": self.settings.max_new_tokens,
+            # Heads learn special tokens inside an answer as well; vLLM and SGLang would drop them
+            "skip_special_tokens": False,
             # Some servers take 32 bits and no sign
             "seed": derived_seed(self.settings.seed, item.id) >> 32,
         }

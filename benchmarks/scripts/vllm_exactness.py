@@ -249,7 +249,7 @@ def server(base: Path, heads: Path, depth: int) -> Iterator[str]:
     command += ["--generation-config", "vllm", "--served-model-name", "served"]
     process = subprocess.Popen(command)
     try:
-        for _ in range(120):
+        for _ in range(600):
             try:
                 urllib.request.urlopen(f"http://localhost:{PORT}/health", timeout=2).close()
                 break
@@ -258,7 +258,10 @@ def server(base: Path, heads: Path, depth: int) -> Iterator[str]:
         yield f"http://localhost:{PORT}"
     finally:
         process.terminate()
-        process.wait()
+        try:
+            process.wait(timeout=60)
+        except subprocess.TimeoutExpired:
+            process.kill()
 
 
 def streamed(url: str, prompt: list[int], tokens: int) -> tuple[str, int]:
