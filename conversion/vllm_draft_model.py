@@ -35,6 +35,7 @@ class LMTPDraftModel(nn.Module):
     """
 
     lm_head: Any
+    model: Any
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         super().__init__()
