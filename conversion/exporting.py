@@ -22,7 +22,6 @@ from .key_maps import (
     BIAS,
     MEDUSA,
     UNEMBEDDING,
-    VLLM,
     WEIGHT,
     Layout,
     Place,
@@ -31,12 +30,13 @@ from .key_maps import (
 from .loading import adapter_config, load_lmtp, load_tokenizer_with_fallback
 from .options import Dtype, Options
 from .saving import check_output_folder, new_folder, save_checkpoint, write_record
+from .vllm_serving import save_for_vllm
 
-LAYOUTS = {layout.name: layout for layout in (MEDUSA, VLLM)}
+LAYOUTS = {layout.name: layout for layout in (MEDUSA,)}
 NAMES = {
     "full": "the full checkpoint",
     "plain": "the plain backbone",
-    "vllm": "the heads",
+    "vllm": "backbone and heads",
     "medusa": "the heads",
 }
 
@@ -55,7 +55,8 @@ class ExportOptions(Options):
         kw_only=True,
         metadata={
             "help": "full: backbone and heads in one checkpoint, with the adapter merged. plain: the "
-            "backbone without heads. vllm, medusa: the heads in that engine's layout."
+            "backbone without heads. vllm: backbone and heads, each in a folder. medusa: the heads in "
+            "Medusa's layout."
         },
     )
     base: str | None = field(
@@ -91,7 +92,7 @@ def export(options: ExportOptions) -> None:
     Examples:
       lmtp export ADAPTER OUT --to full        merge an adapter of `lmtp joint`
       lmtp export CHECKPOINT OUT --to plain    a model for any server, without leap heads
-      lmtp export CHECKPOINT OUT --to vllm     heads for vLLM; their offsets must be 2, 3, 4, ...
+      lmtp export CHECKPOINT OUT --to vllm     for vLLM; the heads' offsets must be 2, 3, 4, ...
     """
     for note in export_checkpoint(options):
         console.print(f"Note: {note}", markup=False, highlight=False)
@@ -122,6 +123,10 @@ def export_checkpoint(options: ExportOptions) -> list[str]:
     tokenizer = load_tokenizer_with_fallback(
         loaded.checkpoint, loaded.model.config, loaded.backbone
     )
+    if options.to == "vllm":
+        settings = plain_settings(loaded.model.generation_config)
+        command = save_for_vllm(loaded.model, tokenizer, options.output, record, settings)
+        return [f"Serve them with: {command}"]
     save: Callable[..., None] = save_checkpoint if options.to == "full" else save_backbone
     save(loaded.model, tokenizer, options.output, record)
     return []

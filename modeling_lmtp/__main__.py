@@ -46,6 +46,10 @@ COMMANDS = {
         "modeling_lmtp.conversion.exporting:export",
         "Save a checkpoint merged, as a plain backbone, or for vLLM and Medusa engines.",
     ),
+    "serve": (
+        "modeling_lmtp.conversion.transformers_serve:serve",
+        "Serve a checkpoint with Transformers' own OpenAI-compatible server.",
+    ),
     "publish": (
         "modeling_lmtp.conversion.publishing:publish",
         "Write the model card, check the repository, and upload it.",

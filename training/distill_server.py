@@ -158,6 +158,8 @@ class _RequestPool:
             "temperature": self.settings.temperature,
             "top_p": self.settings.top_p,
             "max_tokens": self.settings.max_new_tokens,
+            # Heads learn special tokens inside an answer too; vLLM and SGLang would drop them
+            "skip_special_tokens": False,
             # Some servers accept only non-negative 32-bit seeds
             "seed": derived_seed(self.settings.seed, task.id) >> 32,
         }

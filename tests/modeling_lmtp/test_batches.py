@@ -35,8 +35,8 @@ from modeling_lmtp import LMTPForCausalLM
 from modeling_lmtp.rollback_lmtp import MAX_REPLAY
 from modeling_lmtp.support_lmtp import decoding_support
 
-CHAINS = ("gpt_neo", "falcon_alibi", "bloom", "mpt", "lfm2")
-IN_STEP = ("qwen3_next", "roformer")  # their rows cannot be aligned
+CHAINS = ("gpt_neo", "falcon_alibi", "bloom", "lfm2")
+IN_STEP = ("mpt", "qwen3_next", "roformer")  # their rows cannot be aligned
 REFUSED = ("minimax", "mamba")
 TREES = tuple(name for name in REPRESENTATIVE if name not in (*CHAINS, *IN_STEP, *REFUSED))
 SHAPES = {"chain": CHAIN, "tree": TREE}

@@ -146,6 +146,7 @@ def test_a_server_gets_each_prompt_once_with_the_settings(server, fake, tmp_path
     for request in asked:
         (message,) = request.pop("messages")
         assert message["role"] == "user"
+        assert not request.pop("skip_special_tokens")
         assert request == {"model": "served", "temperature": 0.7, "top_p": 0.9, "max_tokens": 9}
     rows = read_rows(output)
     lengths = [len(row["prompt"]) for row in rows]

@@ -1,0 +1,99 @@
+"""What vLLM can serve of leap heads, and the configuration that it gets to see. Needs no vLLM.
+
+vLLM verifies one chain of candidates per request, and offers a draft model the last state of each.
+"""
+
+from typing import Any
+
+from modeling_lmtp.configuration_lmtp import LAST, LMTPConfig
+from modeling_lmtp.heads_only_lmtp import SAME_SIZES
+from modeling_lmtp.leaps_lmtp import context_widths, evenly_spaced_offsets
+
+from .vllm_tickets import ticket_size
+
+DRAFT_ARCHITECTURE = "LMTPDraftModel"
+INSTEAD = "Transformers decodes with any heads: model.generate(..., use_lmtp=True)."
+
+
+def reasons_against(config: Any) -> list[str]:
+    """Say why vLLM cannot draft with the heads of an `LMTPConfig`, and what it can; empty if it can."""
+    offsets, hidden_size = config.leap_offsets, config.get_text_config().hidden_size
+    adjacent = evenly_spaced_offsets(len(offsets), 1)
+    reasons = []
+    if not offsets:
+        reasons.append("the checkpoint has no leap heads. Train some with `lmtp train`")
+    elif offsets != adjacent:
+        reasons.append(
+            f"leap_offsets={offsets} leave out offsets, so that a draft needs earlier states, which vLLM "
+            f"does not keep. Heads for {adjacent} can be served: `lmtp train --leap_offsets "
+            f"{' '.join(map(str, adjacent))}`"
+        )
+    elif ticket_size(max(context_widths(offsets, config.head_context))) > hidden_size:
+        reasons.append(
+            f"{len(offsets)} heads with head_context={config.head_context!r} need a hidden size of at "
+            f"least {ticket_size(len(offsets))}, the backbone's is {hidden_size}"
+        )
+    if config.head_input != LAST:
+        reasons.append(
+            f"head_input={config.head_input!r} reads the states of all layers, of which vLLM passes on "
+            f"the last. Heads with head_input={LAST!r} can be served"
+        )
+    return reasons
+
+
+def check_servable(config: Any) -> None:
+    """Raise a ValueError if vLLM cannot draft with these heads; it gives all reasons."""
+    reasons = reasons_against(config)
+    if reasons:
+        raise ValueError(
+            f"vLLM cannot draft with these leap heads: {'; '.join(reasons)}. {INSTEAD}"
+        )
+
+
+def check_target(config: Any, target: Any, num_speculative_tokens: int) -> None:
+    """Raise a ValueError unless heads fit the model that vLLM serves.
+
+    Args:
+        config: of the heads.
+        target: the text configuration of the model being served.
+        num_speculative_tokens: how many tokens vLLM asks them for.
+    """
+    if num_speculative_tokens > config.num_leap_heads:
+        raise ValueError(
+            f"num_speculative_tokens={num_speculative_tokens}, but the checkpoint has "
+            f"{config.num_leap_heads} leap heads, each for one token. Set it to at most "
+            f"{config.num_leap_heads}."
+        )
+    wanted = config.get_text_config()
+    differing = [
+        f"{name} {getattr(target, name, None)} instead of {getattr(wanted, name, None)}"
+        for name in SAME_SIZES
+        if getattr(target, name, None) != getattr(wanted, name, None)
+    ]
+    if differing:
+        raise ValueError(
+            f"The leap heads are for another model than the one being served, which has "
+            f"{', '.join(differing)}. Serve their backbone, {config.base_model_name_or_path!r}."
+        )
+
+
+class LMTPDraftConfig(LMTPConfig):
+    """An `LMTPConfig` in the terms by which vLLM recognises a draft model.
+
+    Args:
+        values: see `LMTPConfig`.
+
+    Raises:
+        ValueError: vLLM cannot draft with these heads.
+    """
+
+    def __post_init__(self, **values: Any) -> None:
+        """Check the heads, and name method and draft model: vLLM knows its methods by `model_type`."""
+        super().__post_init__(**values)
+        if self.backbone_config is None:  # Transformers' way to learn the defaults
+            return
+        check_servable(self)
+        self.model_type = "mtp"
+        self.architectures = [DRAFT_ARCHITECTURE]
+        # More than one: its second model runner passes the number of the step
+        self.num_nextn_predict_layers = self.num_leap_heads
