@@ -39,7 +39,7 @@ MIXED: list[dict[str, Any]] = [
     {"repetition_penalty": 1.3},
     {"min_tokens": 20, "presence_penalty": 0.5},
     {"stop": ["the"], "include_stop_str_in_output": True},
-    {"logit_bias": {260: -5.0}},
+    {"frequency_penalty": 0.4, "ignore_eos": True},
 ]
 
 
