@@ -15,6 +15,7 @@ from .options import Options
 from .prompts import render_prompt
 from .repository import CHECK_PROMPT, Form, assemble, check_hub_id, check_repository, form_of
 from .uploading import upload
+from .vllm_serving import serving_notes
 
 
 @dataclass
@@ -132,6 +133,8 @@ def publish_checkpoint(
         prompt_ids = render_prompt(tokenizer, CHECK_PROMPT)
         check_repository(folder, form, model, prompt_ids, options.base_folder)
         del model
+        for note in serving_notes(folder):
+            console.print(f"Note: {note}", markup=False, highlight=False, soft_wrap=True)
         show({path.name: path.stat().st_size for path in sorted(folder.iterdir())})
         if not destination.yes:
             return None
