@@ -25,7 +25,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from transformers.utils import logging
 
 from modeling_lmtp import LMTPForCausalLM
-from modeling_lmtp.support_lmtp import Tier, decoding_support
+from modeling_lmtp.support_lmtp import Tier, decoding_support, reason_too_long
 from modeling_lmtp.tree_lmtp import DraftTree
 
 MODEL_TYPES = tuple(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
@@ -127,6 +127,7 @@ _OVERRIDES: dict[str, dict[str, Any]] = {
     "deepseek_v4": {
         "compress_rates": {"compressed_sparse_attention": 4, "heavily_compressed_attention": 16}
     },
+    "dots3_note_text": {"head_dim": 12},
     "dory": {"num_hidden_layers": 3, "layer_types": None},
     "gemma3n_text": {"num_kv_shared_layers": 0},
     "granitemoehybrid": _HYBRID_LAYERS,
@@ -139,7 +140,9 @@ _OVERRIDES: dict[str, dict[str, Any]] = {
     "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
     "mamba2": {"num_heads": 8},
     "minimax": _HYBRID_LAYERS,
+    "minimax_m3_vl_text": {"layer_types": ["full_attention", "minimax_m3_sparse"]},
     "qwen4_exp_text": {
+        "eos_token_id": VOCABULARY - 1,  # ends n-grams
         **{"indexer_n_heads": 4, "indexer_kv_heads": 1, "indexer_head_dim": 8},
         **{"indexer_budget": 8, "indexer_compress_ratio": 4, "ple_layer_ids": [1]},
     },
@@ -247,7 +250,7 @@ class Trial:
     Args:
         model_type: its name in Transformers.
         outcome: `equal` (all texts are plain decoding's), `plain` (decoded plainly, to the same
-            text), `wrong` or `skipped`.
+            text, by its tier or for the length of the text), `wrong` or `skipped`.
         tier, ragged: see `modeling_lmtp.support_lmtp.Support`; None if skipped.
         reason: why the tier is no higher, what is wrong, or why it was skipped.
         new_tokens: of each text.
@@ -325,7 +328,8 @@ def prompts() -> dict[str, dict[str, torch.Tensor]]:
 
 
 def generate(model: PreTrainedModel, inputs: dict[str, torch.Tensor], length: int, **options: Any):
-    """Generate greedily."""
+    """Generate greedily, from a seed of its own: some models hash with random numbers."""
+    torch.manual_seed(SEEDS[0])
     options = {"max_new_tokens": length, "do_sample": False, **options}
     return model.generate(**inputs, return_dict_in_generate=True, **options)
 
@@ -346,9 +350,14 @@ def try_model(model_type: str, new_tokens: int = NEW_TOKENS) -> Trial:
     support = decoding_support(backbone)
     trial = Trial(model_type, "equal", support.tier.value, support.ragged, support.reason)
     plain_tier = support.tier is Tier.PLAIN
-    trial.new_tokens = min(new_tokens, NEW_TOKENS_PLAIN) if plain_tier else new_tokens
+    too_long = reason_too_long(backbone.config, max(PROMPT_LENGTHS))
+    short = plain_tier or too_long is not None
+    trial.new_tokens = min(new_tokens, NEW_TOKENS_PLAIN) if short else new_tokens
+    too_long = reason_too_long(backbone.config, max(PROMPT_LENGTHS) + trial.new_tokens)
     _compare(trial, model, inputs)
-    if plain_tier and trial.outcome == "equal":
+    if too_long:
+        trial.reason += f"; {too_long}"
+    if trial.outcome == "equal" and (plain_tier or too_long):
         trial.outcome = "plain"
     return trial
 
@@ -396,8 +405,8 @@ def _difference(
 
 
 def _line(error: Exception) -> str:
-    line = (str(error).strip().splitlines() or [""])[0]
-    return f"{type(error).__name__}: {line}"[:160]
+    line = " ".join(str(error).split())
+    return f"{type(error).__name__}: {line}"[:200]
 
 
 def _trial_in_child(model_type: str, new_tokens: int, connection: Any) -> None:
