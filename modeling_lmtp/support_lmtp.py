@@ -156,7 +156,8 @@ def _num_selected_keys(config: PreTrainedConfig) -> int | None:
     settings = config.get_text_config(decoder=True).to_dict()
     sizes = []
     for name, value in settings.items():
-        if name.startswith("index") and name.endswith(SELECTIONS) and type(value) is int:
+        is_selection = name.startswith("index") and name.endswith(SELECTIONS)
+        if (is_selection or name == "keep_window_size") and type(value) is int:
             in_blocks = name.endswith("blocks")
             sizes.append(value * (settings.get("index_block_size") or 1 if in_blocks else 1))
     return min(sizes, default=None)
@@ -366,10 +367,14 @@ def _reason_no_trees(backbone: PreTrainedModel) -> str | None:
     if reason is not None:
         return reason
     # A window that the configuration names and the cache lacks may be measured in slots instead of
-    # positions. The probe would tell only if the keys at the window's edge matter to the model
+    # positions. The probe would tell only in float32, and if the keys at the window's edge matter to the
+    # model. Where the configuration says which layers have windows, the cache has them all
     missing = sorted(set(_windows(backbone)) - windows_of(cache))
-    if missing:
-        return f"its cache does not have the attention window of {missing[0]} tokens that its layers may have"
+    config = backbone.config.get_text_config(decoder=True)
+    if missing and not getattr(config, "layer_types", None):
+        return f"its cache does not know the attention window of {missing[0]} tokens"
+    if missing and _precision(backbone) not in PLAIN_TOLERANCE:
+        return f"in {_precision(backbone)}, no probe can tell how it measures its attention windows"
     return None
 
 
@@ -423,9 +428,32 @@ def _reason_inexact(
             return "rejected candidates leave a trace"
         if (logits[row] - plain).abs().max() > plain_tolerance * scale:
             return "several tokens at once give other logits than one after the other"
+        if has_recurrent_states(cache) and _steps_differ(backbone, known, plain_tolerance):
+            return "a recurrence over several tokens differs from one over a token after the other"
         if len(paths) == 1 and not static:
             return reason_not_restored(cache, plain_cache, plain_tolerance)
     return None
+
+
+def _steps_differ(backbone: PreTrainedModel, tokens: torch.Tensor, tolerance: float) -> bool:
+    """Return whether tokens `(1, L)` one by one get other logits than all in one pass.
+
+    A layer may, for example, bound its time step in one of the two only.
+    """
+    logits = []
+    for parts in (tokens.split(1, dim=-1), [tokens]):
+        cache = new_cache(backbone.config)
+        known, found = 0, []
+        for part in parts:
+            inputs = with_cache({"input_ids": part, "use_cache": True}, cache)
+            if takes_positions(backbone):
+                positions = torch.arange(part.shape[1], device=part.device)[None]
+                inputs["position_ids"] = known + positions
+            found.append(backbone(**inputs).logits)
+            known += part.shape[1]
+        logits.append(torch.cat(found, dim=1))
+    steps, at_once = logits
+    return bool((steps - at_once).abs().max() > tolerance * at_once.abs().max())
 
 
 def _verified_logits(
