@@ -15,7 +15,7 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 REPRESENTATIVE = {
     "axk2": ("chain", "plain"),  # an indexer selects keys
     "git": ("chain", "equal"),  # shifts the mask of a padded row
-    "bart": ("tree", "equal"),  # the decoder of an encoder and a decoder
+    "bart": ("chain", "equal"),  # the decoder of an encoder and a decoder
     "gemma4_text": ("tree", "equal"),
     "kimi_linear": ("chain", "equal"),
     "reformer": ("plain", "plain"),

@@ -93,13 +93,11 @@ def test_texts_longer_than_the_keys_that_an_indexer_selects_are_decoded_plainly(
     backbone = new_model("deepseek_v32", **{**INDEXED, "index_n_heads": 4}, index_topk=32)
     assert reason_too_long(backbone.config, 32) is None
     assert "32 selected keys" in reason_too_long(backbone.config, 33)
-    trial = try_with_oracle(backbone, max_new_tokens=20)
-    assert max(trial) > 1
-    trial = try_with_oracle(backbone, max_new_tokens=120)
-    assert set(trial) == {1}
+    assert max(lengths_with_oracle(backbone, max_new_tokens=20)) > 1
+    assert set(lengths_with_oracle(backbone, max_new_tokens=120)) == {1}
 
 
-def try_with_oracle(backbone, max_new_tokens):
+def lengths_with_oracle(backbone, max_new_tokens):
     """Check that the text over a chain is plain decoding's; return the tokens of each pass."""
     inputs = {"input_ids": PADDED[2:], "attention_mask": torch.ones_like(PADDED[2:])}
     options = {"max_new_tokens": max_new_tokens, "do_sample": False}
@@ -190,3 +188,16 @@ def test_layers_without_anything_else_may_move(architecture):
     assert reason_not_movable(cache_after(backbone, torch.tensor([[5, 6, 7, 8]]))) is None
     support = decoding_support(backbone)
     assert (support.tier, support.ragged) == (Tier.TREE, True)
+
+
+def test_a_recurrence_that_steps_otherwise_is_decoded_plainly():
+    """It bounds its time steps from below over several tokens, but not over one."""
+    support = decoding_support(tiny_causal_lm("zamba2", time_step_min=0.1))
+    assert support.tier is Tier.PLAIN
+    assert "recurrence over several tokens" in support.reason
+
+
+def test_a_window_that_the_cache_does_not_know_verifies_no_trees():
+    support = decoding_support(tiny_causal_lm("gpt_neo", window_size=100))
+    assert support.tier is Tier.CHAIN
+    assert "does not know the attention window of 100 tokens" in support.reason
