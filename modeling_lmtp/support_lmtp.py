@@ -429,7 +429,7 @@ def _reason_inexact(
         if (logits[row] - plain).abs().max() > plain_tolerance * scale:
             return "several tokens at once give other logits than one after the other"
         if has_recurrent_states(cache) and _steps_differ(backbone, known, plain_tolerance):
-            return "a recurrence over several tokens gives other logits than one over a token after the other"
+            return "a recurrence over several tokens gives other logits than token after token"
         if len(paths) == 1 and not static:
             return reason_not_restored(cache, plain_cache, plain_tolerance)
     return None
