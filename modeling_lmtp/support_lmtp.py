@@ -7,6 +7,7 @@ Shapes: `B` rows, `P` prompt length, `V` vocabulary size.
 """
 
 import weakref
+from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any
@@ -56,6 +57,8 @@ LOW_PRECISION_PLAIN_TOLERANCE = 2e-1
 # Names of windows in configurations; `max_window_layers` and `sliding_window_pattern` are no windows
 WINDOWS = ("window", "window_size")
 CHUNKS = ("attention_chunk_size",)
+# Ends of the names of how many keys, or blocks of keys, an indexer selects
+SELECTIONS = ("topk", "topk_blocks", "budget")
 # Names of the number of positions in configurations
 POSITION_SETTINGS = ("max_position_embeddings", "max_seq_len", "n_positions")
 LENGTH_DEPENDENT = ("dynamic", "longrope")  # types of rotary embeddings
@@ -121,9 +124,16 @@ def reason_too_long(config: PreTrainedConfig, max_length: int) -> str | None:
 
     Rotary embeddings that are rescaled with the length of the text count drafted tokens too. Beyond the
     length at which the scaling starts, a verification pass would not compute what plain decoding
-    computes.
+    computes. Attention to the keys that an indexer scores highest depends on the length as well: which of
+    several keys with the same score, such as 0, is among them may change with the shape of a pass.
     """
     config = config.get_text_config(decoder=True)
+    num_keys = _num_selected_keys(config)
+    if num_keys is not None and max_length > num_keys:
+        return (
+            f"its layers attend to {num_keys} selected keys of longer texts, and this call allows "
+            f"{max_length} tokens"
+        )
     parameters = getattr(config, "rope_parameters", None) or {}
     for kind in (parameters, *parameters.values()):
         if isinstance(kind, dict) and kind.get("rope_type") in LENGTH_DEPENDENT:
@@ -138,6 +148,21 @@ def reason_too_long(config: PreTrainedConfig, max_length: int) -> str | None:
     return None
 
 
+def _num_selected_keys(config: PreTrainedConfig) -> int | None:
+    """Return how many keys an indexer selects, by the configuration, or None if it names no number.
+
+    Texts up to that length are attended to as a whole.
+    """
+    settings = config.get_text_config(decoder=True).to_dict()
+    sizes = []
+    for name, value in settings.items():
+        is_selection = name.startswith("index") and name.endswith(SELECTIONS)
+        if (is_selection or name == "keep_window_size") and type(value) is int:
+            in_blocks = name.endswith("blocks")
+            sizes.append(value * (settings.get("index_block_size") or 1 if in_blocks else 1))
+    return min(sizes, default=None)
+
+
 def decoding_tier(backbone: PreTrainedModel) -> Tier:
     """Return the tier of `decoding_support`."""
     return decoding_support(backbone).tier
@@ -150,8 +175,12 @@ def _probe_tiers(backbone: PreTrainedModel) -> Support:
         reason = "its forward takes no key-value cache"
     if reason is not None:
         return Support(Tier.PLAIN, reason)
+    unknown = _reason_unknown_selection(backbone)
+    if unknown is not None:
+        return Support(Tier.PLAIN, unknown)
     fixed = _reason_fixed_slots(backbone)
     no_tree = fixed or _reason_no_trees(backbone) or _probe(backbone, [TREE], [(0, 2, 3)])
+    no_tree = no_tree or _reason_padding_differs(backbone)
     if no_tree is None:
         ragged = _takes_ragged(backbone, TREE, [(0, 2, 3), (0, 1)])
         return Support(Tier.TREE, "trees are exact", ragged)
@@ -189,16 +218,79 @@ def _probe(
     static: bool = False,
 ) -> str | None:
     """Return why the model does not verify these trees exactly, one per row, or None if it does."""
+    return _reason_if_failing(backbone, _reason_inexact, backbone, trees, paths, short, static)
+
+
+def _reason_if_failing(
+    backbone: PreTrainedModel, examine: Callable[..., str | None], *arguments: Any
+) -> str | None:
+    """Return the reason that an examination returns, or the error that it fails with."""
     try:
-        return _reason_inexact(backbone, trees, paths, short, static)
+        return examine(*arguments)
     except torch.OutOfMemoryError:  # the device's fault, not the model's
         raise
     except Exception as error:  # a model or cache may fail in any way
-        logger.info(f"{type(backbone).__name__} cannot verify {trees}: {error!r}")
+        logger.info(f"{type(backbone).__name__} fails in {examine.__name__}: {error!r}")
         reason = (str(error).strip().splitlines() or [repr(error)])[0][:200]
         # A renamed attribute or a changed signature is the release's fault
         is_change = isinstance(error, AttributeError | TypeError)
         return f"{reason}, in {RELEASE}" if is_change else reason
+
+
+def _reason_unknown_selection(backbone: PreTrainedModel) -> str | None:
+    """Return why no text is short enough for its layers to attend to all of it, or None if some are.
+
+    A cache that holds more per slot than keys and values has layers that choose among the slots, and the
+    configuration should say how many of them; see `reason_too_long`.
+    """
+    cache = new_cache(backbone.config)
+    tokens = torch.arange(4, device=backbone.device)[None]
+    tokens = tokens % backbone.get_output_embeddings().weight.shape[0]
+    try:
+        backbone(**with_cache({"input_ids": tokens, "use_cache": True}, cache))
+    except torch.OutOfMemoryError:
+        raise
+    except Exception:  # the probe of a chain says what is wrong
+        return None
+    reason = reason_not_movable(cache)
+    if reason is None or _num_selected_keys(backbone.config) is not None:
+        return None
+    return f"{reason}, and its configuration does not say how many keys they select"
+
+
+def _reason_padding_differs(backbone: PreTrainedModel) -> str | None:
+    """Return why a padded row would not get plain decoding's logits from a tree, or None if it would.
+
+    Plain decoding passes a mask of tokens, and the model makes of it what it makes; a tree's mask is of
+    slots, and is used as it is.
+    """
+    return _reason_if_failing(backbone, _reason_other_padding, backbone)
+
+
+def _reason_other_padding(backbone: PreTrainedModel) -> str | None:
+    vocab_size = backbone.get_output_embeddings().weight.shape[0]
+    tokens = torch.arange(1, 14, device=backbone.device)[None] * 7 % vocab_size
+    prompt, mask = tokens[:, :-1], torch.ones_like(tokens[:, :-1])
+    mask[:, :4] = 0
+    no_states = torch.zeros((1, 1, 1), device=tokens.device)
+    tree = Candidates((TREE,), tokens[:, : TREE.num_nodes])
+    verifier, logits = Verifier(backbone), []
+    for candidates in (None, tree):
+        cache = new_cache(backbone.config)
+        model_kwargs = with_cache({"use_cache": True, "attention_mask": mask}, cache)
+        if takes_positions(backbone):
+            model_kwargs["position_ids"] = (mask.cumsum(-1) - 1).clamp(min=0)
+        prefill(backbone, prompt, GenerationConfig(), model_kwargs)
+        rows = Rows(prompt, no_states, 1, model_kwargs, verifier.slots(model_kwargs, *prompt.shape))
+        rows.commit([AcceptedPath(tokens=[int(tokens[0, -1])])], 1)
+        chosen = Candidates.none(rows.input_ids) if candidates is None else candidates
+        outputs = verifier.verify(rows.input_ids, chosen, rows.model_kwargs).outputs
+        logits.append(outputs.logits[0, 0])
+    plain, in_tree = logits
+    tolerance = PLAIN_TOLERANCE.get(_precision(backbone), LOW_PRECISION_PLAIN_TOLERANCE)
+    if (in_tree - plain).abs().max() > tolerance * plain.abs().max():
+        return "a padded row gets other logits from a tree's mask"
+    return None
 
 
 def _reason_fixed_slots(backbone: PreTrainedModel) -> str | None:
@@ -275,9 +367,13 @@ def _reason_no_trees(backbone: PreTrainedModel) -> str | None:
     if reason is not None:
         return reason
     # A window that the configuration names and the cache lacks may be measured in slots instead of
-    # positions. Only float32 is precise enough for the probe to tell
-    in_cache = windows_of(cache)
-    if _precision(backbone) not in PLAIN_TOLERANCE and not set(_windows(backbone)) <= in_cache:
+    # positions. The probe would tell only in float32, and if the keys at the window's edge matter to the
+    # model. Where the configuration says which layers have windows, the cache has them all
+    missing = sorted(set(_windows(backbone)) - windows_of(cache))
+    config = backbone.config.get_text_config(decoder=True)
+    if missing and not getattr(config, "layer_types", None):
+        return f"its cache does not know the attention window of {missing[0]} tokens"
+    if missing and _precision(backbone) not in PLAIN_TOLERANCE:
         return f"in {_precision(backbone)}, no probe can tell how it measures its attention windows"
     return None
 
@@ -332,9 +428,32 @@ def _reason_inexact(
             return "rejected candidates leave a trace"
         if (logits[row] - plain).abs().max() > plain_tolerance * scale:
             return "several tokens at once give other logits than one after the other"
+        if has_recurrent_states(cache) and _steps_differ(backbone, known, plain_tolerance):
+            return "a recurrence over several tokens gives other logits than token after token"
         if len(paths) == 1 and not static:
             return reason_not_restored(cache, plain_cache, plain_tolerance)
     return None
+
+
+def _steps_differ(backbone: PreTrainedModel, tokens: torch.Tensor, tolerance: float) -> bool:
+    """Return whether tokens `(1, L)` one by one get other logits than all in one pass.
+
+    A layer may, for example, bound its time step in one of the two only.
+    """
+    logits = []
+    for parts in (tokens.split(1, dim=-1), [tokens]):
+        cache = new_cache(backbone.config)
+        known, found = 0, []
+        for part in parts:
+            inputs = with_cache({"input_ids": part, "use_cache": True}, cache)
+            if takes_positions(backbone):
+                positions = torch.arange(part.shape[1], device=part.device)[None]
+                inputs["position_ids"] = known + positions
+            found.append(backbone(**inputs).logits)
+            known += part.shape[1]
+        logits.append(torch.cat(found, dim=1))
+    steps, at_once = logits
+    return bool((steps - at_once).abs().max() > tolerance * at_once.abs().max())
 
 
 def _verified_logits(

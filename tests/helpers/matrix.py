@@ -1,20 +1,25 @@
 """Compare L-MTP's text with plain decoding's for each architecture: `python tests/helpers/matrix.py`.
 
-It examines the tiny random models of `architectures`, and writes `benchmarks/architectures.md` and
-`benchmarks/results/architectures.json`. The tests use the same examination.
+It examines the tiny random models of `architectures`, tries those of `all_causal_models`, and writes
+`benchmarks/architectures.md` and `benchmarks/results/architectures.json`. `--part` runs one of the two,
+`--models` tries a few causal models, and what was recorded of the others stays. The tests use the same
+examination.
 
 Shapes: `B` rows, `L` prompt length with padding, `T` prompt and new tokens.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
-from collections import Counter
+from collections import Counter, defaultdict
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import all_causal_models
 import torch
+from all_causal_models import Trial, try_all
 from architectures import ARCHITECTURES, tiny_causal_lm
 from drafters import CHAIN, RULES, TREE, Oracle, sometimes
 from torch.nn.functional import pad
@@ -30,6 +35,9 @@ torch.set_num_threads(1)
 
 COMMAND = "python tests/helpers/matrix.py"
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+
+RESULTS = BENCHMARKS / "results" / "architectures.json"
+PARTS = ("architectures", "all_causal_models")
 
 # Prompts within the windows of 16 tokens and beyond; all texts leave them behind
 PROMPT_LENGTHS = (5, 19, 11)
@@ -311,20 +319,114 @@ def _verdict(comparisons: dict[str, Comparison]) -> str:
     return f"differs: {'; '.join(different)}" if different else "equal"
 
 
-def main() -> None:
-    """Examine all architectures and write the two files."""
-    logging.set_verbosity_error()
+ALL_HEADER = """
+## All causal models
+
+The table above is of configurations written by hand. Here every model type that `AutoModelForCausalLM`
+knows in Transformers {transformers} is tried: its default configuration, reduced by
+`tests/helpers/all_causal_models.py` to a few layers and {vocabulary} tokens; greedy, in float32,
+{new_tokens} new tokens, for a prompt of {prompt_length} and for a left-padded batch of three prompts, of
+{prompt_lengths} tokens, with drafts that are right two times in three. Where the tier is tree, a chain
+is tried for 100 tokens as well; what is decoded plainly gets {new_tokens_plain} tokens.
+
+{summary}
+
+| tier | batch | models |
+|---|---|---|
+"""
+
+
+def report_of_trials(trials: list[Trial], found_versions: dict[str, str]) -> str:
+    """Return the section on all causal models: names by tier, then the reasons by model."""
+    page = ALL_HEADER.format(
+        vocabulary=all_causal_models.VOCABULARY,
+        new_tokens=all_causal_models.NEW_TOKENS,
+        new_tokens_plain=all_causal_models.NEW_TOKENS_PLAIN,
+        prompt_length=all_causal_models.PROMPT_LENGTHS[0],
+        prompt_lengths="{}, {} and {}".format(*all_causal_models.PROMPT_LENGTHS),
+        summary=summary_of_trials(trials),
+        **found_versions,
+    )
+    tiers, reasons = defaultdict(list), defaultdict(list)
+    for trial in trials:
+        batch = "ragged" if trial.ragged else "" if trial.tier in (None, "plain") else "in step"
+        kind = trial.outcome if trial.outcome in ("wrong", "skipped") else str(trial.tier)
+        tiers[kind, batch].append(f"`{trial.model_type}`")
+        if kind != "tree":
+            reason = trial.reason.removeprefix("no trees: ").replace("|", "\\|")
+            reasons[kind, reason.replace("<", "&lt;")].append(f"`{trial.model_type}`")
+    order = ("wrong", "tree", "chain", "plain", "skipped")
+    for kind, batch in sorted(tiers, key=lambda key: order.index(key[0])):
+        page += f"| {kind} | {batch} | {' '.join(tiers[kind, batch])} |\n"
+    page += "\n| tier | why not a tree, or why skipped | models |\n|---|---|---|\n"
+    for kind, reason in sorted(reasons, key=lambda key: order.index(key[0])):
+        page += f"| {kind} | {reason} | {' '.join(reasons[kind, reason])} |\n"
+    return page
+
+
+def summary_of_trials(trials: list[Trial]) -> str:
+    """Say in a sentence how many models have plain decoding's text."""
+    outcomes = Counter(trial.outcome for trial in trials)
+    return (
+        f"Of {len(trials)} models, {outcomes['equal']} have plain decoding's texts, "
+        f"{outcomes['plain']} are decoded plainly, {outcomes['wrong']} have other texts, and "
+        f"{outcomes['skipped']} were skipped."
+    )
+
+
+def examine_all() -> list[Examination]:
+    """Examine all architectures."""
     examinations = []
     for architecture in ARCHITECTURES:
         examinations.append(examine(architecture))
-        print(f"{architecture}: {examinations[-1].tier}")
+        print(f"{architecture}: {examinations[-1].tier}", flush=True)
+    return examinations
+
+
+def recorded() -> tuple[list[Examination], list[Trial]]:
+    """Return what the file of results has."""
+    record = json.loads(RESULTS.read_text())
+    examinations = []
+    for result in record["results"]:
+        for name in ("greedy", "sampling", "batch"):
+            result[name] = {key: Comparison(**value) for key, value in result[name].items()}
+        examinations.append(Examination(**result))
+    return examinations, [Trial(**trial) for trial in record.get("all_causal_models", [])]
+
+
+def write(examinations: list[Examination], trials: list[Trial]) -> None:
+    """Write the two files."""
     record = {"command": COMMAND, "conditions": CONDITIONS, "versions": versions()}
-    lines = ",\n".join(json.dumps(asdict(examination)) for examination in examinations)
-    (BENCHMARKS / "results" / "architectures.json").write_text(
-        f'{json.dumps(record, indent=1)[:-2]},\n "results": [\n{lines}\n ]\n}}\n'
-    )
-    (BENCHMARKS / "architectures.md").write_text(report(examinations, versions()))
+    page = f"{json.dumps(record, indent=1)[:-2]}"
+    for name, results in (("results", examinations), ("all_causal_models", trials)):
+        lines = ",\n".join(json.dumps(asdict(result)) for result in results)
+        page += f',\n "{name}": [\n{lines}\n ]'
+    RESULTS.write_text(page + "\n}\n")
+    text = report(examinations, versions()) + report_of_trials(trials, versions())
+    (BENCHMARKS / "architectures.md").write_text(text)
+
+
+def main() -> None:
+    """Examine all architectures, try all causal models, and write the two files."""
+    parser = argparse.ArgumentParser(description=main.__doc__)
+    parser.add_argument("--part", choices=PARTS, action="append", help="run only this part")
+    parser.add_argument("--models", nargs="+", help="try only these causal models")
+    arguments = parser.parse_args()
+    parts = arguments.part or (["all_causal_models"] if arguments.models else PARTS)
+    logging.set_verbosity_error()
+    examinations, trials = recorded()
+    if "architectures" in parts:
+        examinations = examine_all()
+        write(examinations, trials)
+    if "all_causal_models" in parts:
+        by_type = {trial.model_type: trial for trial in trials}
+        for trial in try_all(tuple(arguments.models or all_causal_models.MODEL_TYPES)):
+            print(f"{trial.model_type}: {trial.outcome} ({trial.tier})", flush=True)
+            by_type[trial.model_type] = trial
+            known = [by_type[name] for name in all_causal_models.MODEL_TYPES if name in by_type]
+            write(examinations, known)
     print(summary(examinations))
+    print(summary_of_trials(recorded()[1]))
 
 
 if __name__ == "__main__":

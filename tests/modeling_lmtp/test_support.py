@@ -1,14 +1,16 @@
 """What a backbone can verify: what the probe does not reach makes the verdict stricter."""
 
+import all_causal_models
 import pytest
 import torch
 from architectures import tiny_causal_lm
+from drafters import CHAIN, Oracle, always
 from tiny import tiny_llama
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 
-from modeling_lmtp import LMTPForCausalLM
+from modeling_lmtp import LMTPForCausalLM, support_lmtp
 from modeling_lmtp.cache_lmtp import reason_not_movable, reason_not_restored
-from modeling_lmtp.support_lmtp import Tier, decoding_support
+from modeling_lmtp.support_lmtp import Tier, decoding_support, reason_too_long
 from modeling_lmtp.transformers_lmtp import with_cache
 
 PADDED = torch.tensor([[0, 0, 5, 6, 7, 8, 1], [0, 1, 2, 3, 4, 5, 6], [9, 8, 7, 6, 5, 4, 3]])
@@ -86,6 +88,51 @@ def test_rows_whose_cache_holds_the_keys_of_an_indexer_stay_where_they_are(index
 
 
 @pytest.mark.filterwarnings("ignore")
+def test_texts_longer_than_the_keys_that_an_indexer_selects_are_decoded_plainly():
+    """With few heads, many keys get the same score, 0: which are selected depends on a pass's shape."""
+    backbone = new_model("deepseek_v32", **{**INDEXED, "index_n_heads": 4}, index_topk=32)
+    assert reason_too_long(backbone.config, 32) is None
+    assert "32 selected keys" in reason_too_long(backbone.config, 33)
+    assert max(lengths_with_oracle(backbone, max_new_tokens=20)) > 1
+    assert set(lengths_with_oracle(backbone, max_new_tokens=120)) == {1}
+
+
+def lengths_with_oracle(backbone, max_new_tokens):
+    """Check that the text over a chain is plain decoding's; return the tokens of each pass."""
+    inputs = {"input_ids": PADDED[2:], "attention_mask": torch.ones_like(PADDED[2:])}
+    options = {"max_new_tokens": max_new_tokens, "do_sample": False}
+    plain = backbone.generate(**inputs, **options)
+    output = LMTPForCausalLM.from_backbone(backbone).generate(
+        **inputs,
+        **options,
+        use_lmtp=True,
+        drafter=Oracle(plain, CHAIN, always),
+        return_dict_in_generate=True,
+    )
+    assert output.sequences.tolist() == plain.tolist()
+    return output.acceptance_lengths[0]
+
+
+def test_a_selection_of_unknown_size_is_decoded_plainly(monkeypatch):
+    monkeypatch.setattr(support_lmtp, "_num_selected_keys", lambda _config: None)
+    support = decoding_support(new_model("deepseek_v32", **INDEXED, index_topk=8))
+    assert support.tier is Tier.PLAIN
+    assert "does not say how many keys" in support.reason
+
+
+def test_a_model_that_shifts_the_mask_of_a_padded_row_verifies_no_trees():
+    """It puts the slots of an image before the mask in each pass, even where there was no image."""
+    if "git" not in all_causal_models.MODEL_TYPES:
+        pytest.skip("this release has no git")
+    backbone = all_causal_models.build("git")
+    support = decoding_support(backbone)
+    assert support.tier is Tier.CHAIN
+    assert "padded row" in support.reason
+    plain, fast = both_texts(backbone, PADDED)
+    assert fast == plain
+
+
+@pytest.mark.filterwarnings("ignore")
 def test_states_of_compression_blocks_are_decoded_plainly():
     backbone = new_model("deepseek_v4", **COMPRESSED, sliding_window=2048)
     assert decoding_support(backbone).tier is Tier.PLAIN
@@ -141,3 +188,16 @@ def test_layers_without_anything_else_may_move(architecture):
     assert reason_not_movable(cache_after(backbone, torch.tensor([[5, 6, 7, 8]]))) is None
     support = decoding_support(backbone)
     assert (support.tier, support.ragged) == (Tier.TREE, True)
+
+
+def test_a_recurrence_that_steps_otherwise_is_decoded_plainly():
+    """It bounds its time steps from below over several tokens, but not over one."""
+    support = decoding_support(tiny_causal_lm("zamba2", time_step_min=0.1))
+    assert support.tier is Tier.PLAIN
+    assert "recurrence over several tokens" in support.reason
+
+
+def test_a_window_that_the_cache_does_not_know_verifies_no_trees():
+    support = decoding_support(tiny_causal_lm("gpt_neo", window_size=100))
+    assert support.tier is Tier.CHAIN
+    assert "does not know the attention window of 100 tokens" in support.reason
