@@ -252,6 +252,9 @@ def _reason_unknown_selection(backbone: PreTrainedModel) -> str | None:
         raise
     except Exception:  # the probe of a chain says what is wrong
         return None
+    unknown = reason_unknown_layers(cache)
+    if unknown is not None:  # other names for keys and values are no further states
+        return unknown
     reason = reason_not_movable(cache)
     if reason is None or _num_selected_keys(backbone.config) is not None:
         return None

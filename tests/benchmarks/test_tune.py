@@ -325,7 +325,7 @@ def test_the_command_tunes_a_folder(tmp_path, monkeypatch):
     line = len(rows) + 1
     refused = error_of("tune", checkpoint, "--answers", answers, "--batch-sizes", "1")
     assert f"answers.jsonl:{line}:" in refused
-    assert "--bad-rows skip" in refused
+    assert "--bad_rows skip" in refused
     chosen = []
     monkeypatch.setattr(
         tune_run, "tune", lambda model, examples, sizes: chosen.extend(examples) or {}
