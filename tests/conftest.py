@@ -16,7 +16,7 @@ WRONG_BELOW = [
     ((5, 20), "llama4_text", "Transformers cannot make masks of chunks for padded batches"),
     (
         (5, 20),
-        "knows_its_base[whole",
+        "records_its_base[whole",
         "AutoModelForCausalLM loads no adapter that keeps whole modules",
     ),
     ((5, 20), "two_processes_train", "the Trainer cannot go on in several processes on a CPU"),

@@ -126,8 +126,9 @@ def test_a_model_that_shifts_the_mask_of_a_padded_row_verifies_no_trees():
         pytest.skip("this release has no git")
     backbone = all_causal_models.build("git")
     support = decoding_support(backbone)
-    assert support.tier is Tier.CHAIN
-    assert "padded row" in support.reason
+    assert support.tier is not Tier.TREE  # plain on Transformers 5.15, which needs an image
+    if support.tier is Tier.CHAIN:
+        assert "padded row" in support.reason
     plain, fast = both_texts(backbone, PADDED)
     assert fast == plain
 
