@@ -8,6 +8,7 @@ from typing import Annotated, Any, ClassVar
 
 import torch
 
+from modeling_lmtp.conversion.batch_generation import pad_id
 from modeling_lmtp.conversion.command_line import console
 from modeling_lmtp.conversion.loading import (
     best_device,
@@ -25,7 +26,7 @@ from modeling_lmtp.tree_lmtp import MAX_NODES
 from .bench_methods import Method, choose_methods, methods_to_compare
 from .bench_pictures import draw_bench
 from .bench_report import rows, table
-from .bench_runner import Mode, make_batches, measure, pad_id
+from .bench_runner import Mode, make_batches, measure
 from .conditions import model_conditions
 from .exactness import SAMPLING
 from .pictures import check_pictures

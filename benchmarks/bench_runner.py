@@ -7,6 +7,7 @@ from typing import Any, Literal
 import torch
 from tqdm.auto import tqdm
 
+from modeling_lmtp.conversion.batch_generation import pad_id
 from modeling_lmtp.modeling_lmtp import LMTPForCausalLM
 
 from .bench_methods import Method
@@ -179,7 +180,8 @@ def measure(
     """
     size = batches[0].size
     methods = [method for method in methods if size == 1 or method.takes_batches]
-    options: dict[str, Any] = {"max_new_tokens": max_new_tokens}
+    pad = pad_id(methods[0].model)  # `generate` feeds it to rows that have ended
+    options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "pad_token_id": pad}
     options |= SAMPLING if mode == "sampling" else {"do_sample": False}
     if not stop_at_end:
         options["eos_token_id"] = None
@@ -230,9 +232,3 @@ def _compare_texts(measured: Measured, batches: Sequence[Batch], is_sampled: boo
             measured.divergences.append(
                 first_divergence(measured.method.model, prompt, plain_text, text, is_sampled)
             )
-
-
-def pad_id(model: LMTPForCausalLM) -> int:
-    """Return a token id to pad with. Any id does: the attention mask hides it."""
-    pad = model.generation_config.pad_token_id
-    return 0 if pad is None else pad

@@ -27,6 +27,7 @@ from modeling_lmtp.conversion.saving import (
     PROVENANCE,
     check_output_folder,
     file_sha256,
+    read_json,
     save_checkpoint,
     versions,
 )
@@ -123,7 +124,7 @@ def _claim(output: Path, made_from: dict[str, Any]) -> None:
     marker = output / "demo.json"
     made_from = json.loads(json.dumps(made_from))  # tuples as lists, as the file holds them
     if marker.exists():
-        if json.loads(marker.read_text()) != made_from:
+        if read_json(marker) != made_from:
             raise ValueError(
                 f"{output} holds a demo with other heads. Choose another folder or delete it."
             )
@@ -136,7 +137,7 @@ def _claim(output: Path, made_from: dict[str, Any]) -> None:
 def _join(source: Path, tokenizer: PreTrainedTokenizerBase, checkpoint: Path) -> None:
     """Save the shipped heads together with their backbone."""
     model = LMTPForCausalLM.from_pretrained(SHIPPED_HEADS, backbone=source, dtype=DTYPE)
-    record = json.loads((SHIPPED_HEADS / PROVENANCE).read_text())
+    record = read_json(SHIPPED_HEADS / PROVENANCE)
     save_checkpoint(model, tokenizer, checkpoint, record)
 
 
@@ -189,7 +190,7 @@ def _print_figures(comparisons: dict[str, Comparison]) -> None:
 def _write_figures(
     path: Path, checkpoint: Path, comparisons: dict[str, Comparison], made_from: dict[str, Any]
 ) -> None:
-    settings = json.loads((checkpoint / "generation_config.json").read_text())
+    settings = read_json(checkpoint / "generation_config.json")
     record = {
         "command": "lmtp demo",
         "made_from": made_from,

@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 import torch
 from rich.table import Table
 
+from modeling_lmtp.conversion.batch_generation import pad_id
 from modeling_lmtp.conversion.command_line import console
 from modeling_lmtp.conversion.loading import adapter_config, load_lmtp, load_tokenizer
 from modeling_lmtp.conversion.options import Dtype, Options, Range
@@ -21,7 +22,7 @@ from modeling_lmtp.transformers_lmtp import attention_implementation
 
 from .bench_methods import Method, plain_method
 from .bench_report import rows
-from .bench_runner import make_batches, measure, pad_id
+from .bench_runner import make_batches, measure
 from .conditions import device_name
 from .quiet import measure_quietness
 from .tuning import NOTHING, TunedDraft, choose_drafts
@@ -183,9 +184,11 @@ def run_tune(options: TuneOptions) -> None:
     examples = evenly(unseen or found.examples, options.num_answers)
     verdicts = tune(model, examples, options.batch_sizes)
     set_drafts(model, verdicts, {"quiet": not quietness.complaints()})
-    model.generation_config.save_pretrained(folder)
+    # `save_pretrained` would refuse what other settings of the checkpoint contradict, after all the work
+    file = folder / "generation_config.json"
+    model.generation_config.to_json_file(file, keys_to_pop=["compile_config"])
     console.print(verdict_table(verdicts))
-    console.print(f"Written to {folder / 'generation_config.json'}.")
+    console.print(f"Written to {file}.")
 
 
 def _check_folder(options: TuneOptions) -> Path:

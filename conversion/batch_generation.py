@@ -38,10 +38,10 @@ def generate_ids(
     generators, which is restored. `stop_string` ends a row without removing what follows in it.
     """
     length = max(len(ids) for ids in prompts)
-    pad_id = _pad_id(model, tokenizer, stop_ids)
-    input_ids = torch.tensor([[pad_id] * (length - len(ids)) + ids for ids in prompts])
+    pad = pad_id(model, tokenizer.pad_token_id, *stop_ids)
+    input_ids = torch.tensor([[pad] * (length - len(ids)) + ids for ids in prompts])
     mask = torch.tensor([[0] * (length - len(ids)) + [1] * len(ids) for ids in prompts])
-    config = _decoding_config(sampling, pad_id, stop_ids, stop_string)
+    config = _decoding_config(sampling, pad, stop_ids, stop_string)
     was_training = model.training
     model.eval()
     try:
@@ -59,7 +59,7 @@ def generate_ids(
 
 
 def _decoding_config(
-    sampling: Sampling, pad_id: int, stop_ids: list[int], stop_string: str | None
+    sampling: Sampling, pad: int, stop_ids: list[int], stop_string: str | None
 ) -> GenerationConfig:
     sample = sampling.temperature > 0
     return GenerationConfig(
@@ -69,16 +69,21 @@ def _decoding_config(
         temperature=sampling.temperature if sample else 1.0,
         top_p=sampling.top_p if sample else 1.0,
         top_k=0 if sample else 50,
-        pad_token_id=pad_id,
+        pad_token_id=pad,
         eos_token_id=stop_ids or None,
         stop_strings=stop_string,
     )
 
 
-def _pad_id(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, stop_ids: list[int]) -> int:
-    """Return an id to pad with. Any that the model embeds does: the attention mask hides it."""
+def pad_id(model: PreTrainedModel, *candidates: int | None) -> int:
+    """Return an id to pad with. Any that the model embeds does: the attention mask hides it.
+
+    Args:
+        model: its own padding id is taken if it embeds it; that of some checkpoints lies outside.
+        candidates: the ids to try next; 0 is the last resort.
+    """
     num_embeddings = model.get_input_embeddings().weight.shape[0]
-    for candidate in (model.generation_config.pad_token_id, tokenizer.pad_token_id, *stop_ids):
+    for candidate in (model.generation_config.pad_token_id, *candidates):
         if candidate is not None and 0 <= candidate < num_embeddings:
             return int(candidate)
     return 0

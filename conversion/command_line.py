@@ -5,7 +5,10 @@ returns None or the exit status. Its docstring is its help, and the lines after 
 """
 
 import difflib
+import errno
 import inspect
+import os
+import pickle
 import re
 import shutil
 import sys
@@ -14,18 +17,25 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, Field, fields
 from importlib import import_module
-from typing import Any, Literal, NoReturn, get_args, get_origin, get_type_hints
+from typing import Any, Literal, NoReturn, TextIO, get_args, get_origin, get_type_hints
 
 import jinja2
 from huggingface_hub.errors import HTTPError, StrictDataclassError
 from rich.console import Console
+from safetensors import SafetensorError
 from transformers import HfArgumentParser, TrainingArguments
 
 from modeling_lmtp import __version__
 
 from .options import is_argument, is_required, option_groups, own_fields
 
-console = Console(soft_wrap=True)
+
+class _Console(Console):
+    def on_broken_pipe(self) -> None:
+        raise  # `run` handles it; rich would exit with status 1
+
+
+console = _Console(soft_wrap=True)
 
 Command = Callable[..., int | None]
 ARGUMENTS_PAGE = (
@@ -40,8 +50,13 @@ USER_ERRORS = (
     StrictDataclassError,
     HTTPError,
     jinja2.TemplateError,
+    SafetensorError,
+    pickle.UnpicklingError,
+    EOFError,
+    MemoryError,
 )
-INTERRUPTED = 130  # what shells report for a process that Ctrl-C ended
+# What shells report for a process that Ctrl-C ended, and for one whose reader has gone
+INTERRUPTED, UNREAD = 130, 141
 
 
 class Parser(HfArgumentParser):
@@ -73,6 +88,24 @@ def run(commands: Mapping[str, tuple[str, str]], arguments: Sequence[str]) -> in
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # on an ASCII terminal write escapes rather than fail
             stream.reconfigure(errors="backslashreplace")
+    try:
+        status = _run(commands, arguments)
+        sys.stdout.flush()
+        return status
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return INTERRUPTED
+    except Exception as error:
+        if isinstance(error, BrokenPipeError) and _is_unread(sys.stdout):
+            return UNREAD
+        # Libraries written in Rust, such as tokenizers, raise a bare Exception
+        if not isinstance(error, USER_ERRORS) and type(error) is not Exception:
+            raise
+        _print_error(error)
+        return 1
+
+
+def _run(commands: Mapping[str, tuple[str, str]], arguments: Sequence[str]) -> int:
     name, *rest = arguments or ["--help"]
     if name in ("-h", "--help"):
         print(_commands_help(commands))
@@ -80,21 +113,24 @@ def run(commands: Mapping[str, tuple[str, str]], arguments: Sequence[str]) -> in
     if name == "--version":
         print(f"modeling-lmtp {__version__}")
         return 0
+    if name not in commands:
+        unknown = _unknown(f"There is no command {name!r}", name, list(commands))
+        raise ValueError(f"{unknown} See `lmtp --help`.")
+    command = find_command(commands[name][0])
+    if {"-h", "--help"} & set(rest):
+        print(command_help(name, command))
+        return 0
+    return command(*parse(name, command, rest)) or 0
+
+
+def _is_unread(stream: TextIO) -> bool:
+    """Return whether the reader of a stream has gone, as `head` does; then discard what is left."""
     try:
-        if name not in commands:
-            unknown = _unknown(f"There is no command {name!r}", name, list(commands))
-            raise ValueError(f"{unknown} See `lmtp --help`.")
-        command = find_command(commands[name][0])
-        if {"-h", "--help"} & set(rest):
-            print(command_help(name, command))
-            return 0
-        return command(*parse(name, command, rest)) or 0
-    except USER_ERRORS as error:
-        _print_error(error)
-        return 1
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return INTERRUPTED
+        print(file=stream, flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())  # Python flushes again at exit
+        return True
+    return False
 
 
 def find_command(place: str) -> Command:
@@ -287,12 +323,17 @@ def _rows(rows: Sequence[tuple[str, str]]) -> str:
 
 
 def _print_error(error: Exception) -> None:
-    message: object = error
+    """Print an error in one line to stderr."""
+    message = str(error) or type(error).__name__
     if isinstance(error, StrictDataclassError):  # wraps the message in the validator's name
-        message = error.__cause__
+        message = str(error.__cause__)
     elif isinstance(error, HTTPError) and not isinstance(error, OSError):  # there was no response
         message = f"The connection to the Hub failed: {error}"
     elif isinstance(error, jinja2.TemplateError):
         message = f"The chat template failed: {error}"
-    text = f"error: {message}"
+    elif isinstance(error, OSError) and error.errno == errno.ENOSPC:
+        message = f"{error}. Free some space on that disk and run the command again."
+    elif isinstance(error, MemoryError):
+        message = "The memory of this machine does not suffice. Try a smaller batch or model."
+    text = " ".join(f"error: {message}".split())
     Console(stderr=True).print(text, style="red", markup=False, highlight=False, soft_wrap=True)

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import torch
 from safetensors.torch import save_file
-from transformers import AutoConfig, GenerationConfig
+from transformers import GenerationConfig
 
 from modeling_lmtp.backbone_lmtp import unembedding_size
 from modeling_lmtp.leaps_lmtp import evenly_spaced_offsets
@@ -27,7 +27,7 @@ from .key_maps import (
     Place,
     their_name,
 )
-from .loading import adapter_config, load_lmtp, load_tokenizer_with_fallback
+from .loading import adapter_config, load_config, load_lmtp, load_tokenizer_with_fallback
 from .options import Dtype, Options
 from .saving import check_output_folder, new_folder, save_checkpoint, write_record
 from .vllm_serving import save_for_vllm
@@ -76,13 +76,11 @@ class Loaded:
     Args:
         model: the model.
         checkpoint: where its heads came from; for an adapter, the checkpoint that it was trained on.
-        revision: commit or branch of that checkpoint, if one was asked for.
         backbone: the folder or Hub id that replaced the backbone of a heads-only checkpoint.
     """
 
     model: LMTPForCausalLM
     checkpoint: str
-    revision: str | None = None
     backbone: str | None = None
 
 
@@ -116,7 +114,7 @@ def export_checkpoint(options: ExportOptions) -> list[str]:
         "to": options.to,
         "source": options.source,
         "checkpoint": loaded.checkpoint,
-        "checkpoint_revision": commit_of(loaded.model.config, loaded.revision or "main"),
+        "checkpoint_revision": commit_of(loaded.model.config),
     }
     if options.to in LAYOUTS:
         return save_heads(loaded.model, options.output, LAYOUTS[options.to], record)
@@ -142,8 +140,8 @@ def _load(options: ExportOptions) -> Loaded:
         revision = None if base else adapter.revision
         pinned: dict[str, Any] = {"revision": revision} if revision else {}
         model = load_lmtp(checkpoint, options.dtype, **pinned)
-        return Loaded(fold_in(model, source), checkpoint, revision)
-    config = AutoConfig.from_pretrained(source)
+        return Loaded(fold_in(model, source), checkpoint)
+    config = load_config(source)
     if config.model_type == "lmtp" and not config.heads_only:
         if options.to == "full":
             raise ValueError(

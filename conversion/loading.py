@@ -1,7 +1,10 @@
 """Loads models, tokenizers and prompts for the commands."""
 
+import json
+import sys
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, get_args
 
@@ -12,10 +15,12 @@ from transformers.tokenization_utils_base import TOKENIZER_CONFIG_FILE
 from transformers.utils import find_adapter_config_file, has_file
 
 from modeling_lmtp.modeling_lmtp import LMTPForCausalLM
+from modeling_lmtp.transformers_lmtp import keep_commit
 
 from .folding import fold_in
 from .options import Dtype
 from .prompts import read_prompts, render_prompt
+from .saving import read_json
 
 DTYPES = get_args(Dtype)
 
@@ -29,6 +34,55 @@ def best_device() -> torch.device:
     return torch.device("cpu")
 
 
+@contextmanager
+def reading(source: str | Path) -> Iterator[None]:
+    """Turn what libraries raise at a damaged or foreign file inside the block into one ValueError.
+
+    They raise many types, some of them bare `Exception`, often without naming the file.
+
+    Args:
+        source: the folder or Hub id that is read.
+
+    Raises:
+        ValueError: a file is damaged, or the repository brings code of its own that was not allowed.
+    """
+    try:
+        yield
+    except Exception as error:
+        if "trust_remote_code" in str(error):
+            raise ValueError(
+                f"{str(source)!r} brings code of its own, which was not allowed to run. Read that code; then "
+                "run the command in a terminal, where it asks, and answer y."
+            ) from error
+        is_clear = isinstance(error, ValueError | OSError | RuntimeError | ImportError)
+        if is_clear and not isinstance(error, json.JSONDecodeError | UnicodeDecodeError):
+            if isinstance(error, ValueError) and str(source) not in str(error):
+                raise ValueError(f"{str(source)!r} cannot be loaded: {error}") from error
+            raise
+        for path in sorted(Path(source).glob("*.json")) if Path(source).is_dir() else ():
+            read_json(path)  # raises if this is the file
+        raise ValueError(
+            f"{str(source)!r} cannot be read ({type(error).__name__}: {error}). One of its files is damaged, "
+            "or is for another release of Transformers: save or download it again."
+        ) from error
+
+
+def _trust() -> dict[str, bool]:
+    """Return the arguments that keep Transformers from asking about remote code where nobody answers."""
+    return {} if sys.stdin is not None and sys.stdin.isatty() else {"trust_remote_code": False}
+
+
+def load_config(source: str | Path, **options: Any) -> Any:
+    """Load a configuration; `options` are passed to `AutoConfig.from_pretrained`."""
+    with reading(source):
+        return AutoConfig.from_pretrained(source, **_trust(), **options)
+
+
+def _load_tokenizer(source: str | Path, **options: Any) -> PreTrainedTokenizerBase:
+    with reading(source):
+        return AutoTokenizer.from_pretrained(source, **_trust(), **options)
+
+
 def load_tokenizer(source: str | Path) -> PreTrainedTokenizerBase:
     """Load a tokenizer from a folder or the Hub.
 
@@ -36,8 +90,8 @@ def load_tokenizer(source: str | Path) -> PreTrainedTokenizerBase:
     """
     adapter = adapter_config(source)
     if adapter is None or has_file(source, TOKENIZER_CONFIG_FILE):
-        return AutoTokenizer.from_pretrained(source)
-    return AutoTokenizer.from_pretrained(adapter.base_model_name_or_path, **_revision(adapter))
+        return _load_tokenizer(source)
+    return _load_tokenizer(adapter.base_model_name_or_path, **_revision(adapter))
 
 
 def load_tokenizer_with_fallback(
@@ -55,14 +109,15 @@ def load_tokenizer_with_fallback(
     if base is not None:
         return load_tokenizer(base)
     revision = config.base_model_revision or "main"
-    return AutoTokenizer.from_pretrained(config.base_model_name_or_path, revision=revision)
+    return _load_tokenizer(config.base_model_name_or_path, revision=revision)
 
 
 def adapter_config(source: str | Path) -> PeftConfig | None:
     """Return the configuration of a PEFT adapter, or None if `source` is not an adapter."""
     if find_adapter_config_file(str(source)) is None:
         return None
-    return PeftConfig.from_pretrained(str(source))
+    with reading(source):
+        return PeftConfig.from_pretrained(str(source))
 
 
 def names_of(sources: Sequence[str]) -> list[str]:
@@ -82,7 +137,7 @@ def has_leap_heads(source: str | Path) -> bool:
     """Return whether a checkpoint, or the checkpoint that an adapter was trained on, has leap heads."""
     adapter = adapter_config(source)
     base = source if adapter is None else adapter.base_model_name_or_path
-    return bool(AutoConfig.from_pretrained(base, **_revision(adapter)).model_type == "lmtp")
+    return bool(load_config(base, **_revision(adapter)).model_type == "lmtp")
 
 
 def load_lmtp(
@@ -108,7 +163,10 @@ def load_lmtp(
             f"{str(base)!r} has no leap heads. Train some with `lmtp train {base} ANSWERS OUT`, or load "
             "it with LMTPForCausalLM.from_backbone, which adds untrained ones."
         )
-    model = LMTPForCausalLM.from_pretrained(base, dtype=dtype, **_revision(adapter), **options)
+    options = {**_trust(), **_revision(adapter), **options}
+    with reading(base):
+        model = LMTPForCausalLM.from_pretrained(base, dtype=dtype, **options)
+    keep_commit(model.config, options.get("revision") or "main")
     if adapter is not None:
         model = fold_in(model, str(source))
     return model.to(device or best_device()).eval()
@@ -123,7 +181,9 @@ def load_backbone(
 ) -> Any:
     """Load a plain causal language model in evaluation mode, by default onto the accelerator."""
     check_dtype(dtype)
-    model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
+    with reading(source):
+        model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **_trust())
+    keep_commit(model.config, "main")
     return model.to(device or best_device()).eval()
 
 

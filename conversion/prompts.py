@@ -88,7 +88,7 @@ def _damage(error: Exception, number: int) -> str:
 def _json_object(line: bytes, where: str) -> dict[str, Any]:
     try:
         row = json.loads(line)
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         hint = "" if line.endswith(b"\n") else " (the line is cut off: was its writer stopped?)"
         raise ValueError(f"{where}: not JSON: {error}{hint}") from error
     if not isinstance(row, dict):

@@ -15,7 +15,7 @@ from transformers.tokenization_utils_base import TOKENIZER_CONFIG_FILE
 from modeling_lmtp import LMTPForCausalLM, __version__
 
 from .command_line import console
-from .loading import load_tokenizer
+from .loading import load_tokenizer, reading
 from .options import Options
 from .prompts import render_prompt
 from .repository import CHECK_PROMPT, Form, check_repository, check_tokenizer, form_of
@@ -219,7 +219,8 @@ def _check(source: Path, updated: Path, form: Form, base_folder: Path | None) ->
         if path.is_file() and not is_code(path.name) and path.name != CONFIG:
             _link(path, updated / path.name)
     given = {"backbone": base_folder} if base_folder and form == "heads" else {}
-    model = LMTPForCausalLM.from_pretrained(updated, **given).eval()
+    with reading(updated):
+        model = LMTPForCausalLM.from_pretrained(updated, **given).eval()
     prompt_ids = PROMPT_IDS
     if (updated / TOKENIZER_CONFIG_FILE).exists():
         tokenizer = load_tokenizer(updated)

@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerBase
 from modeling_lmtp.backbone_lmtp import unembedding_size
 from modeling_lmtp.modeling_lmtp import LMTPForCausalLM
 
-from .loading import load_tokenizer, load_tokenizer_with_fallback
+from .loading import load_tokenizer, load_tokenizer_with_fallback, reading
 from .remote_check import generate_as_remote_code
 from .saving import PROVENANCE, file_sha256, read_json, versions
 
@@ -106,7 +106,8 @@ def assemble(
         model, config = _write_adapter(source, folder, base_model, base_revision, base_folder)
     else:
         given = {"backbone": base_folder} if base_folder and source_form == "heads" else {}
-        model = LMTPForCausalLM.from_pretrained(source, **given).eval()
+        with reading(source):
+            model = LMTPForCausalLM.from_pretrained(source, **given).eval()
         config = model.config
         tokenizer = load_tokenizer_with_fallback(source, config, base_folder)
         config.base_model_name_or_path = base_model or config.base_model_name_or_path
@@ -151,7 +152,8 @@ def _write_adapter(
     base_folder: Path | None,
 ) -> tuple[Any, Any]:
     """Copy an adapter and name its base model; return the adapted model and the base's configuration."""
-    adapter = PeftConfig.from_pretrained(str(source))
+    with reading(source):
+        adapter = PeftConfig.from_pretrained(str(source))
     named, pinned = adapter.base_model_name_or_path, adapter.revision
     adapter.base_model_name_or_path = check_hub_id(base_model or named, "--base_model")
     adapter.revision = base_revision or pinned
@@ -159,8 +161,11 @@ def _write_adapter(
     adapter.save_pretrained(folder)
     shutil.copy(source / "adapter_model.safetensors", folder)
     where = {"revision": adapter.revision} if base_folder is None else {}
-    base = LMTPForCausalLM.from_pretrained(base_folder or adapter.base_model_name_or_path, **where)
-    return PeftModel.from_pretrained(base, source).eval(), base.config
+    named = base_folder or adapter.base_model_name_or_path
+    with reading(named):
+        base = LMTPForCausalLM.from_pretrained(named, **where)
+    with reading(source):
+        return PeftModel.from_pretrained(base, source).eval(), base.config
 
 
 def _write_record(source: Path, folder: Path, form: Form, config: Any) -> None:

@@ -1,5 +1,6 @@
 """The `lmtp` command line: where each command is; it is imported when it is called."""
 
+import os
 import sys
 
 from modeling_lmtp.conversion.command_line import run
@@ -63,6 +64,9 @@ COMMANDS = {
 
 def main() -> None:
     """Run `lmtp` with the process's arguments, and exit with its status."""
+    if sys.stdin is not None and not sys.stdin.isatty():
+        # No command reads it, and a library that asks something would wait for an answer
+        os.dup2(os.open(os.devnull, os.O_RDONLY), sys.stdin.fileno())
     sys.exit(run(COMMANDS, sys.argv[1:]))
 
 

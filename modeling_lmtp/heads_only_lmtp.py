@@ -178,12 +178,18 @@ def _load_backbone(
                 "The checkpoint contains leap heads only, and does not name their backbone. Pass "
                 "backbone=, a model, id or folder."
             )
+        where = f", revision {revision}" if revision else ""
+        if not where and not Path(named).is_dir():
+            where = (
+                ", revision main, which may change: no commit is pinned. `lmtp publish --form heads "
+                "--base_revision COMMIT` pins one"
+            )
         logger.warning_once(
-            f"The checkpoint contains leap heads only; loading their backbone {named!r}, revision "
-            f"{revision or 'main (the checkpoint pins none)'}."
+            f"The checkpoint contains leap heads only; loading their backbone {named!r}{where}."
         )
         loaded_from = revision or "main"
         model = AutoModelForCausalLM.from_pretrained(named, revision=loaded_from, **options)
+        config.base_model_revision = commit_of(model.config, loaded_from) or revision
     check_backbone_sizes(config, model)
     commit = commit_of(model.config, loaded_from)
     if revision and commit and commit != revision:

@@ -13,6 +13,7 @@ import re
 from collections.abc import Callable, Collection, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -371,17 +372,35 @@ def commit_of(config: Any, revision: str | None = None) -> str | None:
     which keeps files in a folder named after their commit.
 
     Args:
-        config: names the repository.
-        revision: that it was loaded from. None gives None, because a guess might pin another commit.
+        config: names the repository, or a snapshot in the cache.
+        revision: that it was loaded from. If it is not known, the only commit in the cache counts; of
+            several none does, because a guess might pin another commit.
     """
     stored = getattr(config, "_commit_hash", None)
     if stored:
         return stored
     name = getattr(config, "name_or_path", None)
-    if not name or revision is None:
+    if not name:
         return None
-    try:
-        path = try_to_load_from_cache(name, "config.json", revision=revision)
-    except ValueError:  # a folder
-        return None
-    return path.replace("\\", "/").split("/")[-2] if isinstance(path, str) else None
+    snapshot = Path(name)
+    if not snapshot.is_dir():
+        try:
+            path = try_to_load_from_cache(name, "config.json", revision=revision)
+        except ValueError:  # no repository can have that name
+            return None
+        if not isinstance(path, str):
+            return None
+        snapshot = Path(path).parent
+        if revision is None and len(list(snapshot.parent.iterdir())) > 1:
+            return None
+    is_in_cache = snapshot.absolute().parent.name == "snapshots"
+    return snapshot.name if is_in_cache and re.fullmatch("[0-9a-f]{40}", snapshot.name) else None
+
+
+def keep_commit(config: Any, revision: str | None = None) -> None:
+    """Store in a configuration the commit that it was loaded from, as Transformers did until 5.19.
+
+    Args:
+        config, revision: see `commit_of`. Call it right after loading: a branch may move on.
+    """
+    config._commit_hash = commit_of(config, revision)

@@ -78,6 +78,8 @@ class AnswerTrainer(Trainer):
             **options,
         )
         self.add_callback(EvaluateBeforeSaving())
+        self.hidden_tokenizer = HiddenTokenizer(self)
+        self.add_callback(self.hidden_tokenizer)
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
         """Train the model, from the start or from a checkpoint.
@@ -97,7 +99,8 @@ class AnswerTrainer(Trainer):
             with self.args.main_process_first(local=False):
                 claim_run_folder(Path(self.args.output_dir), self.identity)
             resume_from_checkpoint = last_complete_checkpoint(self.args.output_dir)
-        return super().train(resume_from_checkpoint, **kwargs)
+        with self.hidden_tokenizer:
+            return super().train(resume_from_checkpoint, **kwargs)
 
     def evaluation_loop(
         self,
@@ -257,6 +260,31 @@ class EvaluateBeforeSaving(TrainerCallback):
         """Cancel the evaluation that Transformers requests here."""
         if args.eval_strategy == IntervalStrategy.EPOCH:
             control.should_evaluate = False
+
+
+class HiddenTokenizer(TrainerCallback):
+    """Hides the tokenizer from the Trainer until it trains, which else changes the model's settings.
+
+    It writes the tokenizer's special tokens into them: texts of the checkpoint would end elsewhere than the
+    backbone's, and a padding id that the backbone does not embed keeps the checkpoint from loading.
+    """
+
+    def __init__(self, trainer: Trainer) -> None:
+        self.trainer, self.tokenizer = trainer, trainer.processing_class
+
+    def __enter__(self) -> None:
+        """Hide the tokenizer."""
+        self.trainer.processing_class = None
+
+    def __exit__(self, *exception: object) -> None:
+        """Restore it, also if the Trainer failed before."""
+        self.trainer.processing_class = self.tokenizer
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Restore the tokenizer, to be saved with checkpoints."""
+        self.trainer.processing_class = self.tokenizer
 
 
 def prepare_training(

@@ -5,6 +5,7 @@ from typing import Annotated, ClassVar, Literal
 
 import torch
 from transformers import TrainingArguments
+from transformers.integrations import get_available_reporting_integrations
 
 from modeling_lmtp.conversion.options import HIDDEN, Options, Range, check_options
 
@@ -130,6 +131,12 @@ class AnswerTrainingArguments(OutputArguments):
         self.remove_unused_columns = False  # the collator needs all columns of our datasets
         self.logging_nan_inf_filter = False  # the trainers stop at a loss that is not finite
         super().__post_init__()
+        missing = sorted({*self.report_to} - {*get_available_reporting_integrations(), "flyte"})
+        if missing:  # the Trainer would say so only after the model is loaded and the answers are read
+            raise ValueError(
+                f"report_to: {', '.join(missing)} cannot be used here. Install the package (`pip install "
+                f"{' '.join(missing)}`), or report to none."
+            )
 
 
 @dataclass

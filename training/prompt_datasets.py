@@ -5,7 +5,9 @@ It needs the package `datasets`: `pip install 'modeling-lmtp[datasets]'`.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import gzip
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -58,14 +60,17 @@ def read_dataset_prompts(
             cannot be read.
         OSError: the dataset does not exist, or cannot be downloaded.
     """
-    dataset, split, revision = _load(source)
+    with _reading(source.name):
+        dataset, split, revision = _load(source)
     if source.field not in dataset.column_names:
         raise ValueError(
             f"field must be a column of the dataset {source.name!r}, one of "
             f"{', '.join(sorted(dataset.column_names))}, got {source.field!r}."
         )
     prompts = []
-    for number, value in enumerate(islice(dataset[source.field], limit)):
+    with _reading(source.name):  # values are decoded when they are read
+        values = list(islice(dataset[source.field], limit))
+    for number, value in enumerate(values):
         try:
             prompts.append(Prompt(_prompt_text(value, source.field)))
         except ValueError as error:
@@ -81,6 +86,20 @@ def read_dataset_prompts(
     }
 
 
+@contextmanager
+def _reading(name: str) -> Iterator[None]:
+    """Turn what `datasets` raises at damaged files, of many types, into a ValueError."""
+    try:
+        yield
+    except RuntimeError:  # the package is not installed
+        raise
+    except Exception as error:
+        if isinstance(error, OSError) and not isinstance(error, gzip.BadGzipFile):
+            raise
+        reason = str(error.__cause__ or error) or "it holds no rows"
+        raise ValueError(f"The dataset {name!r} cannot be read: {reason}") from error
+
+
 def _load(source: DatasetSource) -> tuple[Dataset, str | None, str | None]:
     """Return the dataset, and its split and revision if it has them."""
     try:
@@ -91,17 +110,12 @@ def _load(source: DatasetSource) -> tuple[Dataset, str | None, str | None]:
             "`pip install 'modeling-lmtp[datasets]'`."
         ) from error
     is_saved_dataset = any((Path(source.name) / name).exists() for name in _SAVE_TO_DISK_FILES)
-    try:
-        if is_saved_dataset:
-            return _select_split(datasets.load_from_disk(source.name), source)
-        builder = datasets.load_dataset_builder(**_location(source.name), name=source.config)
-        builder.download_and_prepare()
-        split = source.split or DEFAULT_SPLIT
-        return builder.as_dataset(split=split), split, builder.hash
-    # `load_from_disk` raises an IndexError for a dataset without rows
-    except (datasets.exceptions.DatasetsError, ValueError, IndexError) as error:
-        reason = error.__cause__ or error
-        raise ValueError(f"The dataset {source.name!r} cannot be read: {reason}") from error
+    if is_saved_dataset:
+        return _select_split(datasets.load_from_disk(source.name), source)
+    builder = datasets.load_dataset_builder(**_location(source.name), name=source.config)
+    builder.download_and_prepare()
+    split = source.split or DEFAULT_SPLIT
+    return builder.as_dataset(split=split), split, builder.hash
 
 
 def _location(name: str) -> dict[str, str]:

@@ -71,6 +71,33 @@ def test_rows_that_are_not_answers_are_refused(tmp_path, row, message):
         LeapTrainer(new_model(), settings(output_dir=str(tmp_path)), [row] * 4)
 
 
+@pytest.mark.parametrize("stage", ["leap", "joint"])
+def test_the_tokenizer_changes_no_setting_of_the_model(tmp_path, stage):
+    kinds = {
+        "leap": (LeapTrainer, LeapTrainingArguments),
+        "joint": (JointTrainer, JointTrainingArguments),
+    }
+    trainer_class, arguments_class = kinds[stage]
+    model = new_model()
+    model.generation_config.eos_token_id, model.generation_config.pad_token_id = [7, 9], 9
+    model.generation_config.bos_token_id = 8
+
+    def special_ids():
+        configs = model.config.get_text_config(), model.generation_config
+        names = ("bos_token_id", "eos_token_id", "pad_token_id")
+        return [getattr(config, name) for config in configs for name in names]
+
+    before = special_ids()
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_special_tokens({"pad_token": "[PAD]"})  # its id is one past the vocabulary
+    args = arguments_class(output_dir=str(tmp_path), max_steps=1, disable_tqdm=True)
+    trainer = trainer_class(model, args, examples(4), processing_class=tokenizer)
+    trainer.train()
+    assert special_ids() == before == [1, 2, 2, 8, [7, 9], 9]
+    [checkpoint] = tmp_path.glob("checkpoint-*")
+    assert (checkpoint / "tokenizer.json").exists()
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_evaluate_and_predict_return_the_held_out_metrics(tmp_path, dtype):
     model, held_out = new_model(dtype), examples(4, 1)

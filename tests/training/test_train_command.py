@@ -44,6 +44,16 @@ def test_the_log_is_saved_with_the_checkpoint(train):
     assert LMTPForCausalLM.from_pretrained(output).config.leap_offsets == (2, 3)
 
 
+@pytest.mark.parametrize("reporter", ["swanlab", "nonsense"])
+def test_a_reporter_that_is_not_installed_is_refused_before_the_work(train, monkeypatch, reporter):
+    monkeypatch.setattr("modeling_lmtp.training.train_command.load_tokenizer", None)
+    result, output = train("--report_to", reporter)
+    assert (result.exit_code, result.stdout) == (1, "")
+    assert result.stderr.startswith(f"error: report_to: {reporter} cannot be used here. Install")
+    assert result.stderr.count("\n") == 1
+    assert not list(output.parent.glob("*out*"))
+
+
 def no_room(*_):
     raise OSError(28, "No space left on device")
 
