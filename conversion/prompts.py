@@ -11,7 +11,7 @@ import json
 import re
 import zlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime
 from functools import lru_cache
 from pathlib import Path
@@ -34,10 +34,11 @@ class Example:
 
 @dataclass(frozen=True)
 class Prompt:
-    """One user turn, and the kind of prompt it is, if known."""
+    """One user turn, the kind of prompt it is, and the row that it was read from, if known."""
 
     text: str
     kind: str | None = None
+    source: str | None = field(default=None, compare=False)
 
 
 def refuse(error: ValueError) -> None:
@@ -114,7 +115,7 @@ def read_prompts(
     prompts = []
     for number, row in read_json_lines(path, on_bad_row):
         try:
-            prompts.append(_prompt(row, field))
+            prompts.append(_prompt(row, field, f"{path}:{number}"))
         except ValueError as error:
             on_bad_row(ValueError(f"{path}:{number}: {error}"))
     if not prompts:
@@ -122,7 +123,7 @@ def read_prompts(
     return prompts
 
 
-def _prompt(row: dict[str, Any], field: str) -> Prompt:
+def _prompt(row: dict[str, Any], field: str, source: str) -> Prompt:
     text, kind = row.get(field), row.get("kind")
     if not isinstance(text, str) or not text.strip():
         raise ValueError(
@@ -131,7 +132,7 @@ def _prompt(row: dict[str, Any], field: str) -> Prompt:
     if kind is not None and not isinstance(kind, str):
         raise ValueError(f"expected a string in field 'kind', got {kind!r}")
     text.encode()  # raises for half a surrogate pair, which tokenizers accept silently
-    return Prompt(text, kind)
+    return Prompt(text, kind, source)
 
 
 def render_prompt(

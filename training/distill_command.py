@@ -102,7 +102,8 @@ class PromptOptions(Options):
         default=None, metadata={"help": "Use the first N prompts of the file or dataset."}
     )
     bad_rows: BadRows = dataclasses.field(
-        default="refuse", metadata={"help": "How to treat rows without a valid prompt."}
+        default="refuse",
+        metadata={"help": "How to treat rows without a valid prompt, or without an answer of the server."},
     )
 
     def __post_init__(self) -> None:
@@ -216,7 +217,15 @@ def run_distillation(
     process_state(backend="gloo", timeout=timedelta(weeks=1))
     prompts, sources = on_main(prompt_options.read)
     if server is not None:
-        return distill_from_server(server, prompts, output, settings, model=source, sources=sources)
+        on_bad_row = BadRowHandler(prompt_options.bad_rows)
+        record = {"model": source, "sources": sources}
+        try:
+            return distill_from_server(
+                server, prompts, output, settings, on_bad_row=on_bad_row, **record
+            )
+        finally:
+            for note in on_bad_row.notes():
+                logger.warning(note)
     model, tokenizer = load_backbone(source, dtype), load_tokenizer(source)
     count = prompt_options.self_written
     if not count:

@@ -120,15 +120,18 @@ class AnswerFiles:
         """Return the file that process number `process` (from 0) appends to."""
         return part_path(self.output, process) if process else self.output
 
-    def close(self) -> Counts:
+    def close(self, num_skipped: int = 0) -> Counts:
         """Fold all parts into `output`, in order, write the manifest and return its counts.
 
+        Args:
+            num_skipped: how many answers were skipped; the next run tries them again.
+
         Raises:
-            RuntimeError: answers are missing although every process is done.
+            RuntimeError: more answers are missing although every process is done.
         """
         counts = Counts().plus(self._fold())
         self.write_manifest(counts)
-        if counts.rows < len(self.positions):
+        if counts.rows + num_skipped < len(self.positions):
             raise RuntimeError(
                 f"{self.output} lacks {len(self.positions) - counts.rows} answers. Write to a folder "
                 "that all processes share, and run again to resume."

@@ -14,6 +14,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import NoReturn
 
+from accelerate.utils import gather_object
 from tqdm import tqdm
 
 from modeling_lmtp.conversion.prompts import Prompt
@@ -33,7 +34,7 @@ class AnswerTask:
 
 
 Batch = list[AnswerTask]
-# Answers batches in any order, and yields the rows of each when it is done
+# Answers batches in any order, and yields the rows of each when it is done; a task without one is skipped
 Answerer = Callable[[list[Batch]], Iterable[list[Row]]]
 
 
@@ -151,8 +152,9 @@ def _answer_all(
             speed = (counts.tokens - before.tokens) / max(time.monotonic() - start, 1e-9)
             bar.set_postfix_str(f"{speed:.0f} tokens/s", refresh=False)
             bar.update(len(rows))
-    state.wait_for_everyone()  # every process holds its lock until all parts are folded
-    after = on_main(files.close)
+    # Also a barrier: every process holds its lock until all parts are folded
+    num_skipped = sum(gather_object([before.rows + num_missing - counts.rows]))
+    after = on_main(lambda: files.close(num_skipped))
     return DistillReport(
         output=files.output,
         rows=after.rows,

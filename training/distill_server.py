@@ -12,7 +12,7 @@ import json
 import logging
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from http.client import HTTPException
@@ -22,7 +22,7 @@ from threading import Event
 from typing import Any
 
 from modeling_lmtp.conversion.batch_generation import derived_seed
-from modeling_lmtp.conversion.prompts import Prompt
+from modeling_lmtp.conversion.prompts import Prompt, refuse
 from modeling_lmtp.conversion.saving import versions
 
 from .distill_files import AnswerFiles, Row
@@ -42,6 +42,8 @@ logger = logging.getLogger(__name__)
 # The settings that affect a server's answers; the server chooses its own batches
 SETTINGS = ("max_new_tokens", "temperature", "top_p", "num_answers", "seed")
 _MAX_WAIT = 60.0  # seconds between two attempts
+OF_THE_PROMPT = (400, 413, 422)  # statuses that may be due to one prompt
+NOT_ANSWERED = ("content_filter", "tool_calls", "function_call")  # finish reasons without a whole text
 
 
 @dataclass(frozen=True)
@@ -84,13 +86,14 @@ def distill_from_server(
     *,
     model: str | None = None,
     sources: dict[str, Any] | None = None,
+    on_bad_row: Callable[[ValueError], None] = refuse,
     progress: bool = True,
 ) -> DistillReport:
     """Let a server answer every prompt, and append the answers to `output` as `distill` does.
 
     Up to `settings.batch_size` requests run concurrently. A request is retried after connection errors,
     timeouts and the statuses 408, 429 and 5xx. Call it again with the same arguments to resume after a
-    stop or an error; existing answers are kept.
+    stop or an error; existing answers are kept, and skipped prompts are tried again.
 
     Args:
         server: the endpoint.
@@ -99,11 +102,14 @@ def distill_from_server(
         settings: how to generate the answers; only `SETTINGS` have an effect.
         model: the checkpoint that the server serves, for the manifest.
         sources: where the prompts come from, for the manifest.
+        on_bad_row: called with an error that names the prompt if the server has no answer to it: it
+            rejected or filtered it, called a tool, or sent no text. It may raise the error, as by
+            default, or return to skip the prompt.
         progress: show a progress bar.
 
     Raises:
         ValueError: there are no prompts, `output` does not end in .jsonl or belongs to another run, or
-            the server rejected a request or sent a malformed answer.
+            the server rejected a request, sent a malformed answer, or answered none of the prompts.
         ConnectionError: every attempt failed, because the server was unreachable or returned an error.
     """
     tasks, duplicates = plan_tasks(prompts, settings.num_answers, None)
@@ -117,16 +123,28 @@ def distill_from_server(
         "versions": [versions()],
     }
     files = AnswerFiles(output, manifest, [task.id for task in tasks], duplicates)
-    requests = _RequestPool(server, settings)
-    return answer_all(files, split_batches(tasks, 1), requests.answer, progress=progress)
+    requests = _RequestPool(server, settings, on_bad_row)
+    report = answer_all(files, split_batches(tasks, 1), requests.answer, progress=progress)
+    if not report.rows:
+        raise ValueError(
+            f"The server {server.url} answered none of the prompts. Check --server and --server_model."
+        )
+    return report
+
+
+class _NoAnswer(ValueError):
+    """The server has no answer to one prompt, while it may answer others."""
 
 
 class _RequestPool:
-    """The requests of one run, several of which run concurrently."""
+    """The requests of one run, several of which run concurrently; `on_bad_row` gets each `_NoAnswer`."""
 
-    def __init__(self, server: Server, settings: DistillSettings) -> None:
+    def __init__(
+        self, server: Server, settings: DistillSettings, on_bad_row: Callable[[ValueError], None]
+    ) -> None:
         self.server = server
         self.settings = settings
+        self.on_bad_row = on_bad_row
         self.stopping = Event()
 
     def answer(self, batches: list[Batch]) -> Iterator[list[Row]]:
@@ -140,7 +158,7 @@ class _RequestPool:
             try:
                 while running:
                     done, running = wait(running, return_when=FIRST_COMPLETED)
-                    failure = failure or next(filter(None, map(Future.exception, done)), None)
+                    failure = failure or self._first_failure(done)
                     if failure:
                         self.stopping.set()
                     else:
@@ -150,6 +168,17 @@ class _RequestPool:
                 self.stopping.set()
         if failure:
             raise failure
+
+    def _first_failure(self, done: Iterable[Future[Row]]) -> BaseException | None:
+        """Return an error that ends the run; a prompt without an answer does if `on_bad_row` raises."""
+        for error in filter(None, map(Future.exception, done)):
+            if not isinstance(error, _NoAnswer):
+                return error
+            try:
+                self.on_bad_row(error)
+            except ValueError as refusal:
+                return refusal
+        return None
 
     def _ask(self, task: AnswerTask) -> Row:
         payload = {
@@ -174,11 +203,7 @@ class _RequestPool:
             except urllib.error.HTTPError as error:
                 reason, retry_after = _describe(error), error.headers.get("Retry-After", "")
                 if error.code not in (408, 429) and error.code < 500:
-                    raise ValueError(
-                        f"The server {self.server.url} rejected the prompt {task.prompt.text[:80]!r}: "
-                        f"{reason}. Check --server (the URL must end in /v1), --server_model, "
-                        "OPENAI_API_KEY and the prompt's length, and run again to resume."
-                    ) from error
+                    raise _rejection(self.server, task, error.code, reason) from error
             except (OSError, HTTPException) as error:
                 reason, retry_after = f"{type(error).__name__}: {error}", ""
             backoff = self.server.backoff * 2 ** (attempt - 1)
@@ -221,6 +246,21 @@ def _describe(error: urllib.error.HTTPError) -> str:
     return f"HTTP {error.code} {error.reason}" + (f": {body}" if body else "")
 
 
+def _rejection(server: Server, task: AnswerTask, code: int, reason: str) -> ValueError:
+    """Return the error for a prompt that a server rejected, perhaps because it rejects every prompt."""
+    what = f"The server {server.url} rejected {_name(task)}: {reason}. Check"
+    options = "--server (the URL must end in /v1), --server_model, OPENAI_API_KEY"
+    if code in OF_THE_PROMPT:
+        return _NoAnswer(f"{what} the prompt's length, {options}")
+    return ValueError(f"{what} {options}, and run again to resume.")
+
+
+def _name(task: AnswerTask) -> str:
+    """Name a prompt by its row, if known, and its first words."""
+    row = f" of {task.prompt.source}" if task.prompt.source else ""
+    return f"the prompt{row} {task.prompt.text[:80]!r}"
+
+
 def _parse_answer(body: bytes, task: AnswerTask) -> Row:
     """Return the row fields of the server's reply; raise a ValueError if it is not an answer."""
     try:
@@ -229,21 +269,25 @@ def _parse_answer(body: bytes, task: AnswerTask) -> Row:
         message, reason = choice["message"], choice["finish_reason"]
         text, tokens = message["content"], reply["usage"]["completion_tokens"]
         reasoning = message.get("reasoning_content") or message.get("reasoning")
+        withheld = message.get("refusal") or message.get("tool_calls") or reason in NOT_ANSWERED
     except (ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
-        raise ValueError(_malformed_reply(body, task)) from error
+        raise _NoAnswer(_malformed_reply(body, task)) from error
     if reasoning:
         raise ValueError(
             "The server splits the reasoning off its answers, but heads must learn the whole text. Start "
             "it without a reasoning parser."
         )
     if not (isinstance(text, str) and isinstance(reason, str) and isinstance(tokens, int)):
-        raise ValueError(_malformed_reply(body, task))
+        raise _NoAnswer(_malformed_reply(body, task))
+    if withheld or not (text or reason == "stop"):  # a model may end at once
+        raise _NoAnswer(
+            f"The server withheld its answer to {_name(task)}: {body[:300].decode('utf-8', 'replace')!r}"
+        )
     return {"response": text, "finished": reason == "stop", "tokens": tokens}
 
 
 def _malformed_reply(body: bytes, task: AnswerTask) -> str:
     return (
-        f"The server's reply to the prompt {task.prompt.text[:80]!r} must be a chat completion with a "
-        "text, a finish_reason and usage.completion_tokens, got "
-        f"{body[:300].decode('utf-8', 'replace')!r}. Check --server, and run again to resume."
+        f"The server's reply to {_name(task)} must be a chat completion with a text, a finish_reason and "
+        f"usage.completion_tokens, got {body[:300].decode('utf-8', 'replace')!r}; check --server"
     )

@@ -72,7 +72,8 @@ def read_dataset_prompts(
         values = list(islice(dataset[source.field], limit))
     for number, value in enumerate(values):
         try:
-            prompts.append(Prompt(_prompt_text(value, source.field)))
+            text = _prompt_text(value, source.field)
+            prompts.append(Prompt(text, source=f"{source.name}, row {number}"))
         except ValueError as error:
             on_bad_row(ValueError(f"{source.name}, row {number}: {error}"))
     return prompts, {

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import logging
+import re
 import threading
 import time
 from contextlib import contextmanager
@@ -10,7 +12,7 @@ from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
-from commands import lmtp
+from commands import error_of, lmtp
 from tiny import tiny_tokenizer
 
 from modeling_lmtp.conversion.prompts import Prompt
@@ -246,12 +248,61 @@ PERMANENT = {
     "redirect": (status(302, Location="http://127.0.0.1:1/"), "rejected the prompt .*: HTTP 302"),
     "no JSON": (raw(b"<html>"), r"must be a chat completion .* got '<html>'"),
     "no object": (raw(b"[]"), r"must be a chat completion .* got '\[\]'"),
-    "no choices": (answers(choices=[]), "must be a chat completion"),
     "no usage": (answers(usage=None), "must be a chat completion"),
-    "no text": (answers(message={"content": None}), "must be a chat completion"),
     "no finish_reason": (answers(reason=None), "must be a chat completion"),
     "reasoning": (answers(message={"reasoning_content": "hm"}), "without a reasoning parser"),
 }
+
+
+OF_ONE_PROMPT = {
+    "null": (answers(message={"content": None}), "reply to the prompt.*must be a chat completion"),
+    "no content": (answers(message={"content": None, "tool_calls": []}), "must be a chat completion"),
+    "no choices": (answers(choices=[]), "must be a chat completion"),
+    "error with status 200": (raw(b'{"error": "overloaded"}'), "must be a chat completion"),
+    "tool call": (answers(message={"tool_calls": [{"id": "1"}]}), "withheld its answer to the prompt"),
+    "refusal": (answers(message={"refusal": "I may not"}), "withheld .*I may not"),
+    "filtered": (answers(reason="content_filter"), "withheld .*content_filter"),
+    "empty and cut off": (answers(message={"content": ""}, reason="length"), "withheld"),
+    "too long": (status(400, "maximum context length"), "rejected the prompt.*maximum context"),
+}
+
+
+@pytest.mark.parametrize("bad_rows", ["refuse", "skip"])
+@pytest.mark.parametrize("name", OF_ONE_PROMPT)
+def test_a_prompt_without_an_answer_is_named_and_can_be_skipped(
+    server, fake, tmp_path, monkeypatch, caplog, name, bad_rows
+):
+    fault, message = OF_ONE_PROMPT[name]
+    prompts, output = tmp_path / "p.jsonl", tmp_path / "out.jsonl"
+    prompts.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in TEXTS))
+    fake.faults = [None, fault]
+    monkeypatch.setattr("modeling_lmtp.training.distill_command.logger", logging.getLogger())
+    command = ["distill", "me/big", output, "--prompts", prompts, "--server", server.url]
+    result = lmtp(*command, "--batch_size", 1, "--bad_rows", bad_rows)
+    row = f"of {prompts}:3 'A spider asks'"  # the second longest
+    if bad_rows == "refuse":
+        assert result.exit_code == 1
+        said = result.stderr.splitlines()[-1]
+        assert "skip such rows with --bad_rows skip" in said
+        assert len(read_rows(output)) == 1
+    else:
+        assert result.exit_code == 0, result.output
+        said = caplog.text
+        assert "5 answers" in result.stdout
+    assert row in said
+    assert re.search(message, said)
+    assert lmtp(*command).exit_code == 0
+    assert sorted(row["prompt"] for row in read_rows(output)) == sorted(TEXTS)
+
+
+def test_a_server_that_answers_no_prompt_is_an_error_even_if_bad_rows_are_skipped(
+    server, fake, tmp_path
+):
+    fake.faults = [status(400)] * len(TEXTS)
+    prompts = tmp_path / "p.jsonl"
+    prompts.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in TEXTS))
+    command = ["distill", "me/big", tmp_path / "out.jsonl", "--prompts", prompts, "--bad_rows", "skip"]
+    assert "answered none of the prompts" in error_of(*command, "--server", server.url)
 
 
 @pytest.mark.parametrize("name", PERMANENT)
