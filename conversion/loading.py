@@ -51,8 +51,8 @@ def reading(source: str | Path) -> Iterator[None]:
     except Exception as error:
         if "trust_remote_code" in str(error):
             raise ValueError(
-                f"{str(source)!r} brings code of its own, which was not allowed to run. Read that code; then "
-                "run the command in a terminal, where it asks, and answer y."
+                f"{str(source)!r} brings code of its own, which was not allowed to run. Read that code; "
+                "then run the command in a terminal, where it asks, and answer y."
             ) from error
         is_clear = isinstance(error, ValueError | OSError | RuntimeError | ImportError)
         if is_clear and not isinstance(error, json.JSONDecodeError | UnicodeDecodeError):
@@ -62,8 +62,8 @@ def reading(source: str | Path) -> Iterator[None]:
         for path in sorted(Path(source).glob("*.json")) if Path(source).is_dir() else ():
             read_json(path)  # raises if this is the file
         raise ValueError(
-            f"{str(source)!r} cannot be read ({type(error).__name__}: {error}). One of its files is damaged, "
-            "or is for another release of Transformers: save or download it again."
+            f"{str(source)!r} cannot be read ({type(error).__name__}: {error}). One of its files is "
+            "damaged, or is for another release of Transformers: save or download it again."
         ) from error
 
 

@@ -132,7 +132,9 @@ class AnswerTrainingArguments(OutputArguments):
         self.logging_nan_inf_filter = False  # the trainers stop at a loss that is not finite
         super().__post_init__()
         missing = sorted({*self.report_to} - {*get_available_reporting_integrations(), "flyte"})
-        if missing:  # the Trainer would say so only after the model is loaded and the answers are read
+        if (
+            missing
+        ):  # the Trainer would say so only after the model is loaded and the answers are read
             raise ValueError(
                 f"report_to: {', '.join(missing)} cannot be used here. Install the package (`pip install "
                 f"{' '.join(missing)}`), or report to none."

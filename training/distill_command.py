@@ -103,7 +103,9 @@ class PromptOptions(Options):
     )
     bad_rows: BadRows = dataclasses.field(
         default="refuse",
-        metadata={"help": "How to treat rows without a valid prompt, or without an answer of the server."},
+        metadata={
+            "help": "How to treat rows without a valid prompt, or without an answer of the server."
+        },
     )
 
     def __post_init__(self) -> None:

@@ -43,7 +43,11 @@ logger = logging.getLogger(__name__)
 SETTINGS = ("max_new_tokens", "temperature", "top_p", "num_answers", "seed")
 _MAX_WAIT = 60.0  # seconds between two attempts
 OF_THE_PROMPT = (400, 413, 422)  # statuses that may be due to one prompt
-NOT_ANSWERED = ("content_filter", "tool_calls", "function_call")  # finish reasons without a whole text
+NOT_ANSWERED = (
+    "content_filter",
+    "tool_calls",
+    "function_call",
+)  # finish reasons without a whole text
 
 
 @dataclass(frozen=True)
@@ -132,12 +136,12 @@ def distill_from_server(
     return report
 
 
-class _NoAnswer(ValueError):
+class _NoAnswerError(ValueError):
     """The server has no answer to one prompt, while it may answer others."""
 
 
 class _RequestPool:
-    """The requests of one run, several of which run concurrently; `on_bad_row` gets each `_NoAnswer`."""
+    """The requests of one run, several of which run concurrently; `on_bad_row` gets each `_NoAnswerError`."""
 
     def __init__(
         self, server: Server, settings: DistillSettings, on_bad_row: Callable[[ValueError], None]
@@ -172,7 +176,7 @@ class _RequestPool:
     def _first_failure(self, done: Iterable[Future[Row]]) -> BaseException | None:
         """Return an error that ends the run; a prompt without an answer does if `on_bad_row` raises."""
         for error in filter(None, map(Future.exception, done)):
-            if not isinstance(error, _NoAnswer):
+            if not isinstance(error, _NoAnswerError):
                 return error
             try:
                 self.on_bad_row(error)
@@ -251,7 +255,7 @@ def _rejection(server: Server, task: AnswerTask, code: int, reason: str) -> Valu
     what = f"The server {server.url} rejected {_name(task)}: {reason}. Check"
     options = "--server (the URL must end in /v1), --server_model, OPENAI_API_KEY"
     if code in OF_THE_PROMPT:
-        return _NoAnswer(f"{what} the prompt's length, {options}")
+        return _NoAnswerError(f"{what} the prompt's length, {options}")
     return ValueError(f"{what} {options}, and run again to resume.")
 
 
@@ -271,16 +275,16 @@ def _parse_answer(body: bytes, task: AnswerTask) -> Row:
         reasoning = message.get("reasoning_content") or message.get("reasoning")
         withheld = message.get("refusal") or message.get("tool_calls") or reason in NOT_ANSWERED
     except (ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
-        raise _NoAnswer(_malformed_reply(body, task)) from error
+        raise _NoAnswerError(_malformed_reply(body, task)) from error
     if reasoning:
         raise ValueError(
             "The server splits the reasoning off its answers, but heads must learn the whole text. Start "
             "it without a reasoning parser."
         )
     if not (isinstance(text, str) and isinstance(reason, str) and isinstance(tokens, int)):
-        raise _NoAnswer(_malformed_reply(body, task))
+        raise _NoAnswerError(_malformed_reply(body, task))
     if withheld or not (text or reason == "stop"):  # a model may end at once
-        raise _NoAnswer(
+        raise _NoAnswerError(
             f"The server withheld its answer to {_name(task)}: {body[:300].decode('utf-8', 'replace')!r}"
         )
     return {"response": text, "finished": reason == "stop", "tokens": tokens}

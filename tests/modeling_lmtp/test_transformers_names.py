@@ -18,7 +18,7 @@ import torch
 from architectures import tiny_causal_lm
 from plain_decoding import warnings_said
 from tiny import tiny_llama
-from transformers import DynamicCache, GenerationMixin, LlamaForCausalLM
+from transformers import DynamicCache, GenerationMixin, LlamaConfig, LlamaForCausalLM
 
 import modeling_lmtp
 from modeling_lmtp import LMTPForCausalLM
@@ -28,6 +28,7 @@ from modeling_lmtp.transformers_lmtp import (
     check_release,
     commit_of,
     extend,
+    keep_commit,
     with_cache,
 )
 
@@ -274,9 +275,28 @@ def test_the_commit_is_read_from_the_hub_s_cache(tmp_path, monkeypatch):
     (repo / "refs" / "main").write_text(commit)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     assert commit_of(Named("me/base"), revision="main") == commit
-    assert commit_of(Named("me/base")) is None, "it may have been loaded from another revision"
+    assert commit_of(Named("me/base")) == commit, "it is the only one that can have been loaded"
+    assert commit_of(Named(str(repo / "snapshots" / commit))) == commit
     assert commit_of(Named("me/base"), revision=commit) == commit
     assert commit_of(Named("me/base"), revision="another") is None
     assert commit_of(Named("me/other"), revision="main") is None
     assert commit_of(Named(str(tmp_path)), revision="main") is None
     assert commit_of(Named(None), revision="main") is None
+    (repo / "snapshots" / ("f" * 40)).mkdir()
+    assert commit_of(Named("me/base")) is None, "it may have been loaded from another revision"
+
+
+def test_a_commit_that_is_kept_stays_when_the_branch_moves_on(tmp_path, monkeypatch):
+    repo, (first, second) = tmp_path / "models--me--base", ("a" * 40, "b" * 40)
+    for commit in (first, second):
+        (repo / "snapshots" / commit).mkdir(parents=True)
+        (repo / "snapshots" / commit / "config.json").write_text("{}")
+    (repo / "refs").mkdir()
+    (repo / "refs" / "main").write_text(first)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    config = LlamaConfig()
+    config.name_or_path = "me/base"
+    keep_commit(config, "main")
+    (repo / "refs" / "main").write_text(second)
+    assert commit_of(config, "main") == commit_of(config) == first
+    assert first not in config.to_json_string()

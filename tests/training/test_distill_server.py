@@ -256,10 +256,16 @@ PERMANENT = {
 
 OF_ONE_PROMPT = {
     "null": (answers(message={"content": None}), "reply to the prompt.*must be a chat completion"),
-    "no content": (answers(message={"content": None, "tool_calls": []}), "must be a chat completion"),
+    "no content": (
+        answers(message={"content": None, "tool_calls": []}),
+        "must be a chat completion",
+    ),
     "no choices": (answers(choices=[]), "must be a chat completion"),
     "error with status 200": (raw(b'{"error": "overloaded"}'), "must be a chat completion"),
-    "tool call": (answers(message={"tool_calls": [{"id": "1"}]}), "withheld its answer to the prompt"),
+    "tool call": (
+        answers(message={"tool_calls": [{"id": "1"}]}),
+        "withheld its answer to the prompt",
+    ),
     "refusal": (answers(message={"refusal": "I may not"}), "withheld .*I may not"),
     "filtered": (answers(reason="content_filter"), "withheld .*content_filter"),
     "empty and cut off": (answers(message={"content": ""}, reason="length"), "withheld"),
@@ -301,7 +307,15 @@ def test_a_server_that_answers_no_prompt_is_an_error_even_if_bad_rows_are_skippe
     fake.faults = [status(400)] * len(TEXTS)
     prompts = tmp_path / "p.jsonl"
     prompts.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in TEXTS))
-    command = ["distill", "me/big", tmp_path / "out.jsonl", "--prompts", prompts, "--bad_rows", "skip"]
+    command = [
+        "distill",
+        "me/big",
+        tmp_path / "out.jsonl",
+        "--prompts",
+        prompts,
+        "--bad_rows",
+        "skip",
+    ]
     assert "answered none of the prompts" in error_of(*command, "--server", server.url)
 
 
