@@ -8,6 +8,7 @@ from typing import Any
 
 from .saving import read_json
 
+BENCH = "lmtp bench"
 FIGURES = ("tokens_per_step", "step_cost", "speed_up")
 OF_EACH_ROW = ("prompts", "decoding", "dtype", "mode", "batch_size")
 OF_ALL_ROWS = ("device", "threads", "max_new_tokens", "versions")
@@ -35,14 +36,14 @@ def read_measured(path: Path, config: Any) -> MeasuredTable:
         config: the `LMTPConfig` of the checkpoint that the file must be about.
 
     Raises:
-        ValueError: the file has no rows, a condition or a figure is missing, the rows are of a sweep, or
-            the figures are of another model; the message says which.
+        ValueError: the file has no rows, a condition or a figure is missing, or the figures are of
+            another model; the message says which.
     """
     record = read_json(path)
     conditions, rows = record.get("conditions", {}), record.get("rows", [])
     measured = [row for row in rows if row.get("decoding") != "plain"]  # plain is the baseline
-    if not measured:
-        raise ValueError(f"{path} has no rows of figures. Write it with `lmtp bench`.")
+    if not measured or record.get("command", BENCH) != BENCH:  # scripts write rows of other kinds
+        raise ValueError(f"{path} has no rows of figures. Write it with `{BENCH}`.")
     _check_model(path, conditions, config)
     missing = [name for name in OF_ALL_ROWS if _lacks(conditions, name)]
     if missing:
@@ -62,11 +63,6 @@ def _row(path: Path, number: int, row: dict[str, Any]) -> dict[str, str]:
     missing = [name for name in (*OF_EACH_ROW, *FIGURES) if _lacks(row, name)]
     if missing:
         raise ValueError(f"{path}, row {number}: missing: {', '.join(missing)}.")
-    if row.get("at") is not None:
-        raise ValueError(
-            f"{path}, row {number} is one point of a sweep ({row.get('sweep')} {row['at']}), for which the "
-            "card's table has no column. Pass a file that `lmtp bench` wrote."
-        )
     figures = {name: f"{_number(path, number, name, row[name]):.2f}" for name in FIGURES}
     return {**{name: str(row[name]) for name in OF_EACH_ROW}, **figures}
 

@@ -141,7 +141,7 @@ class _NoAnswerError(ValueError):
 
 
 class _RequestPool:
-    """The requests of one run, several of which run concurrently; `on_bad_row` gets each `_NoAnswerError`."""
+    """The requests of one run, several of which run concurrently."""
 
     def __init__(
         self, server: Server, settings: DistillSettings, on_bad_row: Callable[[ValueError], None]

@@ -113,6 +113,25 @@ def test_a_text_that_differs_is_an_error_in_float32():
     assert wrong[-1]["errors"] == sum(row["errors"] for row in wrong[:-1])
 
 
+@pytest.mark.parametrize("pad", [-1, 320, None])
+def test_rows_that_end_are_padded_with_a_token_that_the_model_embeds(pad):
+    model = tiny_model()
+    model.generation_config.pad_token_id = pad
+    [batch, *_] = batches(2)
+    first = model.generate(
+        batch.input_ids, attention_mask=batch.attention_mask, do_sample=False, max_new_tokens=2,
+        pad_token_id=0, eos_token_id=None,
+    )  # fmt: skip
+    model.generation_config.eos_token_id = first[0, -1].item()  # the other row goes on
+    methods = [plain_method(model), Method("chain", model, {"use_lmtp": "strict"})]
+    measured = measure(
+        methods, [batch], "greedy", max_new_tokens=NEW_TOKENS, rounds=1, progress=False
+    )
+    lengths = sorted(len(text) for text in measured[0].runs[0][0].texts)
+    assert lengths == [2, NEW_TOKENS]
+    assert [(result.num_compared, result.num_equal) for result in measured] == [(2, 2)] * 2
+
+
 def test_ways_take_turns(monkeypatch):
     model, order = tiny_model(), []
 

@@ -338,6 +338,24 @@ def test_the_command_tunes_a_folder(tmp_path, monkeypatch):
     assert "batch_sizes must be at least 1, got 0." in negative
 
 
+def test_settings_that_contradict_each_other_do_not_keep_drafts_from_being_written(
+    tmp_path, monkeypatch
+):
+    checkpoint = write_checkpoint(tmp_path / "checkpoint", leap_offsets=(2,))
+    file = checkpoint / "generation_config.json"
+    before = {**json.loads(file.read_text()), "pad_token_id": -1, "temperature": 0.5}
+    file.write_text(json.dumps(before))
+    answers = tmp_path / "answers.jsonl"
+    answers.write_text(json.dumps({"prompt": "the sea", "response": "and the wind"}) + "\n")
+    monkeypatch.setattr(tune_run, "tune", lambda *_: {})
+    result = lmtp("tune", checkpoint, "--answers", answers)
+    assert result.exit_code == 0, result.output
+    after = json.loads(file.read_text())
+    assert after.pop("draft_by_batch_size") == {}
+    assert after.pop("draft_conditions")
+    assert after == before
+
+
 def test_an_adapter_is_not_tuned(tmp_path):
     (tmp_path / "adapter_config.json").write_text('{"peft_type": "LORA"}')
     error = error_of("tune", tmp_path, "--answers", tmp_path / "answers.jsonl")

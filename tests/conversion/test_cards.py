@@ -167,15 +167,6 @@ def test_rows_of_either_mode_are_told_apart(full, tmp_path):
     assert "| maths | tree of 8 | bfloat16 | sampling | 1 | 1.81 | 1.20 | 1.20 |" in text
 
 
-@pytest.mark.parametrize("at", [0, 128])
-def test_a_sweep_is_no_table_of_a_card(full, tmp_path, at):
-    conditions, rows = {**CONDITIONS, "sweep": "context"}, [{**ROW, "at": None}, {**ROW, "at": at}]
-    message = rf"bench\.json, row 2 is one point of a sweep \(context {at}\)"
-    with pytest.raises(ValueError, match=message):
-        card_of(full, results(tmp_path, conditions, rows))
-    card_of(full, results(tmp_path, CONDITIONS, rows[:1]))
-
-
 @pytest.mark.parametrize("value", ["fast", True, float("nan"), {"max": 2.0}], ids=str)
 def test_a_figure_is_a_number(full, tmp_path, value):
     path = results(tmp_path, rows=[{**ROW, "speed_up": value}])
@@ -187,10 +178,14 @@ def test_a_figure_is_a_number(full, tmp_path, value):
     ("content", "message"),
     [
         ({"conditions": CONDITIONS, "rows": [PLAIN]}, "has no rows of figures"),
+        (
+            {"command": "sweep.py", "conditions": CONDITIONS, "rows": [ROW]},
+            "has no rows of figures. Write it with `lmtp bench`",
+        ),
         ({"conditions": {**CONDITIONS, "leap_offsets": [2, 5]}, "rows": [ROW]}, "another model"),
         ([], "must hold a JSON object, got a list"),
     ],
-    ids=["only plain decoding", "another model", "no object"],
+    ids=["only plain decoding", "another command", "another model", "no object"],
 )
 def test_results_that_do_not_fit_are_refused(full, tmp_path, content, message):
     (tmp_path / "bench.json").write_text(json.dumps(content))

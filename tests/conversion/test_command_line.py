@@ -7,10 +7,13 @@ import subprocess
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Annotated, ClassVar, Literal
 
+import jinja2
 import pytest
 from commands import error_of, lmtp
+from safetensors import SafetensorError
 from transformers import TrainingArguments
 
 from modeling_lmtp import __version__
@@ -158,24 +161,74 @@ def test_the_status_is_what_the_command_returns(lmtp_travel):
     assert lmtp_travel("A", "B", "--vehicle", "boat", "--seats", "3") == 3
 
 
-@pytest.mark.parametrize("error", [ValueError, OSError, RuntimeError, ImportError])
-def test_errors_of_the_user_have_no_traceback_and_bugs_do(monkeypatch, capsys, error):
-    def fail(trip: Trip) -> None:
-        """Fail."""
-        raise error("It is late.")
+@pytest.fixture
+def lmtp_fail(monkeypatch):
+    """Run a command that raises this error, and return its exit status."""
 
-    monkeypatch.setattr(command_line, "find_command", lambda place: fail)
-    arguments = ["fail", "A", "B", "--vehicle", "boat"]
-    assert run({"fail": ("here:fail", "Fail.")}, arguments) == 1
-    assert capsys.readouterr().err == "error: It is late.\n"
+    def run_failing(error):
+        def fail(trip: Trip) -> None:
+            """Fail."""
+            raise error
 
-    def stumble(trip: Trip) -> None:
-        """Stumble."""
-        raise TypeError("a bug")
+        monkeypatch.setattr(command_line, "find_command", lambda place: fail)
+        return run({"fail": ("here:fail", "Fail.")}, ["fail", "A", "B", "--vehicle", "boat"])
 
-    monkeypatch.setattr(command_line, "find_command", lambda place: stumble)
+    return run_failing
+
+
+OF_THE_USER = [
+    *(ValueError, OSError, RuntimeError, ImportError, EOFError, SafetensorError, UnpicklingError),
+    Exception,  # what tokenizers raises
+]
+
+
+@pytest.mark.parametrize("error", OF_THE_USER)
+def test_errors_of_the_user_have_no_traceback(lmtp_fail, capsys, error):
+    assert lmtp_fail(error("It is late,\n\n  and [dark].")) == 1
+    assert capsys.readouterr().err == "error: It is late, and [dark].\n"
+
+
+def test_bugs_have_a_traceback(lmtp_fail):
     with pytest.raises(TypeError, match="a bug"):
-        run({"fail": ("here:fail", "Fail.")}, arguments)
+        lmtp_fail(TypeError("a bug"))
+
+
+EXPLAINED = {
+    "no message": (EOFError(), "EOFError"),
+    "full disk": (
+        OSError(28, "No space left on device", "out"),
+        "[Errno 28] No space left on device: 'out'. Free some space on that disk and run the command "
+        "again.",
+    ),
+    "memory": (
+        MemoryError(),
+        "The memory of this machine does not suffice. Try a smaller batch or model.",
+    ),
+    "template": (jinja2.UndefinedError("no role"), "The chat template failed: no role"),
+}
+
+
+@pytest.mark.parametrize(("error", "message"), EXPLAINED.values(), ids=EXPLAINED)
+def test_an_error_says_what_it_means(lmtp_fail, capsys, error, message):
+    assert lmtp_fail(error) == 1
+    assert capsys.readouterr().err == f"error: {message}\n"
+
+
+@pytest.mark.parametrize("printing", ["print('text')", "command_line.console.print('text')"])
+def test_a_reader_that_has_gone_ends_a_command_in_silence(printing):
+    script = f"""
+import sys
+from modeling_lmtp.conversion import command_line
+command_line._run = lambda *_: [{printing} for _ in range(9999)] and 0
+sys.exit(command_line.run({{}}, []))
+"""
+    reading, writing = os.pipe()
+    os.close(reading)
+    done = subprocess.run(
+        [sys.executable, "-c", script], stdout=writing, stderr=subprocess.PIPE, check=False
+    )
+    os.close(writing)
+    assert (done.returncode, done.stderr) == (141, b"")
 
 
 def test_an_interrupted_command_has_the_status_of_shells(monkeypatch, capsys):

@@ -8,7 +8,7 @@ import pytest
 import torch
 from commands import error_of, lmtp
 from foreign_checkpoints import medusa_heads
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from tiny import tiny_llama, tiny_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
@@ -84,6 +84,46 @@ def test_merged_it_is_a_full_checkpoint(adapter, tmp_path):
     assert record["source"] == str(folder / "adapter")
     assert (record["checkpoint"], record["base_model"]) == (str(folder / "base"), "some/backbone")
     assert AutoTokenizer.from_pretrained(tmp_path / "merged").get_vocab()
+
+
+STORED = {"told to": {}, "targeted": {"target_modules": ["q_proj", "embed_tokens"]}}
+
+
+def save_with_embeddings(folder, base, num_tokens=None, **settings):
+    """Save an adapter that stores changed embeddings, and return what it answers."""
+    model = LMTPForCausalLM.from_pretrained(base)
+    if num_tokens is not None:
+        model.resize_token_embeddings(num_tokens, mean_resizing=False)
+    settings = {"target_modules": ["q_proj"], "init_lora_weights": False, **settings}
+    torch.manual_seed(0)
+    adapted = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **settings)).eval()
+    with torch.no_grad():
+        model.get_input_embeddings().weight.add_(0.1)
+    adapted.save_pretrained(folder, save_embedding_layers=True)
+    return outputs(adapted)
+
+
+@pytest.mark.parametrize("settings", STORED.values(), ids=STORED)
+def test_embeddings_that_an_adapter_stores_are_merged(tmp_path, settings):
+    new_checkpoint(tmp_path / "base")
+    expected = save_with_embeddings(tmp_path / "adapter", tmp_path / "base", **settings)
+    export(tmp_path / "adapter", tmp_path / "merged", "full")
+    model = LMTPForCausalLM.from_pretrained(tmp_path / "merged").eval()
+    assert_equal(outputs(model), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_embeddings_of_a_resized_vocabulary_ask_for_a_resized_checkpoint(tmp_path):
+    base = new_checkpoint(tmp_path / "base")
+    expected = save_with_embeddings(tmp_path / "adapter", tmp_path / "base", 330)
+    advice = r"embeddings of 330 tokens, and the checkpoint has 320.*embeddings\(330\)\), save it.*--base"
+    with pytest.raises(ValueError, match=advice):
+        export(tmp_path / "adapter", tmp_path / "merged", "full")
+    base.resize_token_embeddings(330, mean_resizing=False)
+    base.save_pretrained(tmp_path / "resized")
+    tiny_tokenizer().save_pretrained(tmp_path / "resized")
+    export(tmp_path / "adapter", tmp_path / "merged", "full", base=str(tmp_path / "resized"))
+    model = LMTPForCausalLM.from_pretrained(tmp_path / "merged").eval()
+    assert_equal(outputs(model), expected, rtol=1e-4, atol=1e-4)
 
 
 def test_without_heads_it_is_a_plain_backbone(adapter, tmp_path):

@@ -30,6 +30,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:.*pin_memory.*:UserWarning"),
     # PEFT asks the real Hub whether the vocabulary was resized
     pytest.mark.filterwarnings("ignore:Unable to fetch remote file:UserWarning"),
+    pytest.mark.filterwarnings("ignore:Could not find a config file in:UserWarning"),
 ]
 ROWS = [{"prompt": f"Question {i}?", "response": "The sea and the wind."} for i in range(4)]
 ONE_STEP = ["--held_out", 1, "--max_steps", 1]
