@@ -2,6 +2,7 @@
 
 import re
 import warnings
+from typing import Any
 
 import torch
 from peft import PeftModel, get_peft_model_state_dict
@@ -50,7 +51,7 @@ def fold_in(model: LMTPForCausalLM, source: str) -> LMTPForCausalLM:
 
 def _check_vocabulary(model: LMTPForCausalLM, source: str, stored: dict[str, torch.Tensor]) -> None:
     """Raise a ValueError if an adapter stores embeddings of another number of tokens."""
-    embeddings = (model.get_input_embeddings(), model.get_output_embeddings())
+    embeddings: Any = (model.get_input_embeddings(), model.get_output_embeddings())
     names = [name for name, module in model.named_modules() if module in embeddings]
     weights = [f"base_model.model.{n}{part}.weight" for n in names for part in ("", ".base_layer")]
     sizes = {len(stored[weight]) for weight in weights if weight in stored}

@@ -48,11 +48,6 @@ class ForeignHeads:
     notes: tuple[str, ...]
 
     @property
-    def has_unembeddings(self) -> bool:
-        """Whether each head has its own unembedding."""
-        return _ours(UNEMBEDDING, 0) in self.tensors
-
-    @property
     def hidden_size(self) -> int:
         """`H`."""
         return self.tensors[_ours(WEIGHT, 0, 0)].shape[0]

@@ -91,7 +91,7 @@ def load_tokenizer(source: str | Path) -> PreTrainedTokenizerBase:
     adapter = adapter_config(source)
     if adapter is None or has_file(source, TOKENIZER_CONFIG_FILE):
         return _load_tokenizer(source)
-    return _load_tokenizer(adapter.base_model_name_or_path, **_revision(adapter))
+    return _load_tokenizer(_base_of(source, adapter), **_revision(adapter))
 
 
 def load_tokenizer_with_fallback(
@@ -120,6 +120,18 @@ def adapter_config(source: str | Path) -> PeftConfig | None:
         return PeftConfig.from_pretrained(str(source))
 
 
+def _base_of(source: str | Path, adapter: PeftConfig | None) -> str | Path:
+    """Return the checkpoint that an adapter was trained on, or `source` itself if it is no adapter."""
+    if adapter is None:
+        return source
+    if not adapter.base_model_name_or_path:
+        raise ValueError(
+            f"The adapter {str(source)!r} does not name its checkpoint. Set base_model_name_or_path in its "
+            "adapter_config.json."
+        )
+    return adapter.base_model_name_or_path
+
+
 def names_of(sources: Sequence[str]) -> list[str]:
     """Name each checkpoint after its folder, or all by their full paths if two folders share a name.
 
@@ -136,7 +148,7 @@ def names_of(sources: Sequence[str]) -> list[str]:
 def has_leap_heads(source: str | Path) -> bool:
     """Return whether a checkpoint, or the checkpoint that an adapter was trained on, has leap heads."""
     adapter = adapter_config(source)
-    base = source if adapter is None else adapter.base_model_name_or_path
+    base = _base_of(source, adapter)
     return bool(load_config(base, **_revision(adapter)).model_type == "lmtp")
 
 
@@ -157,7 +169,7 @@ def load_lmtp(
     """
     check_dtype(dtype)
     adapter = adapter_config(source)
-    base = source if adapter is None else adapter.base_model_name_or_path
+    base = _base_of(source, adapter)
     if not has_leap_heads(source):
         raise ValueError(
             f"{str(base)!r} has no leap heads. Train some with `lmtp train {base} ANSWERS OUT`, or load "

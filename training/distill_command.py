@@ -220,7 +220,7 @@ def run_distillation(
     prompts, sources = on_main(prompt_options.read)
     if server is not None:
         on_bad_row = BadRowHandler(prompt_options.bad_rows)
-        record = {"model": source, "sources": sources}
+        record: dict[str, Any] = {"model": source, "sources": sources}
         try:
             return distill_from_server(
                 server, prompts, output, settings, on_bad_row=on_bad_row, **record

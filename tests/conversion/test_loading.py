@@ -11,7 +11,12 @@ import pytest
 from commands import error_of
 from tiny import tiny_llama, tiny_tokenizer
 
-from modeling_lmtp.conversion.loading import load_backbone, load_config, load_tokenizer
+from modeling_lmtp.conversion.loading import (
+    load_backbone,
+    load_config,
+    load_lmtp,
+    load_tokenizer,
+)
 
 DAMAGED = {
     "tokenizer.json without its parts": (load_tokenizer, "tokenizer.json", b"{}"),
@@ -52,6 +57,13 @@ def test_a_backbone_without_a_tokenizer_is_named(backbone):
         path.unlink()
     with pytest.raises((ValueError, OSError), match=str(backbone)):
         load_tokenizer(backbone)
+
+
+def test_an_adapter_that_names_no_checkpoint_is_refused(tmp_path):
+    (tmp_path / "adapter_config.json").write_text('{"peft_type": "LORA"}')
+    for load in (load_tokenizer, load_lmtp):
+        with pytest.raises(ValueError, match=r"does not name its checkpoint\. Set base_model_name"):
+            load(tmp_path)
 
 
 def bring_code(folder):
