@@ -209,14 +209,8 @@ def plan(model: Any, settings: LMTPSettings, drafter: Drafter | None, call: Call
     backbone, generation_config = model.backbone, call.generation_config
     refuse_other_modes(generation_config)
     support = _support(backbone, call)
-    num_rows = call.input_ids.shape[0]
-    settings = settings.for_batch(num_rows)
-    if drafter is None and settings.drafts_nothing(model.horizon):
-        raise PlainDecoding(
-            f"the settings draft no candidates at batch size {num_rows} (`lmtp tune` writes so where "
-            "drafting cannot win)",
-            by_choice=True,
-        )
+    if drafter is None and settings.drafts_nothing():
+        raise PlainDecoding("the settings draft no candidates", by_choice=True)
     acceptor = _acceptor(settings, support, call)
     drafter = drafter or model.new_drafter(settings, support.tier)
     if isinstance(cache_of(call.model_kwargs), StaticCache):
