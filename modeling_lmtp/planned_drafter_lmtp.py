@@ -137,7 +137,8 @@ class PlannedDrafter(Drafter):
         if self.lookup is not None:
             proposals = self.lookup.propose(input_ids, hidden_states, max_depth)
         draft = self._best(memory, proposals)
-        if self.heads is None or not memory.heads_are_due:
+        use = memory.head_use(draft.expected)
+        if self.heads is None or not use.is_due():
             return proposals, draft
         start = self.planner.clock()
         # A row's candidate must be worth its share of the cost of a token in every row
@@ -149,7 +150,8 @@ class PlannedDrafter(Drafter):
         with_heads = self._best(memory, proposals)
         seconds = self.planner.clock() - start
         spent = memory.rate * seconds / (memory.costs.seconds or seconds)
-        memory.observe_draft(seconds, with_heads.worth - draft.worth - spent)
+        memory.observe_draft(seconds)
+        use.observe(with_heads.worth - draft.worth - spent)
         return proposals, with_heads
 
     def _best(self, memory: BatchMemory, proposals: list[list[Proposal]]) -> Draft:

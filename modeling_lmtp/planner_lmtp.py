@@ -24,7 +24,8 @@ MAX_PASSES = 9  # of one size, the latest of which count
 # At first, this many steps are plain; then one in so many until `MAX_PASSES` are known, then one in ten
 # times as many
 MIN_PLAIN, PLAIN_INTERVAL = 3, 48
-MAX_REST = 64  # steps between two drafts of heads that do not pay
+MAX_REST = 32  # steps between two drafts of heads that do not pay
+EXPECTED_EDGES = (0.3, 1.0, 3.0)  # of the buckets of what is accepted per row without heads
 
 
 class AcceptanceRates:
@@ -135,6 +136,25 @@ class PassCosts:
         return found + plain * per_token * (size - other)
 
 
+class HeadUse:
+    """Whether drafting with heads pays; while it does not, they are asked ever more seldom."""
+
+    def __init__(self) -> None:
+        self._gain = 0.0
+        self._rest = self._waited = 0
+
+    def is_due(self) -> bool:
+        """Return whether heads should draft in this step."""
+        self._waited += 1
+        return self._waited > self._rest
+
+    def observe(self, gain: float) -> None:
+        """Record a draft that is expected to improve its step by `gain` tokens, its cost subtracted."""
+        self._gain += (0.1 if self._rest == 0 else 0.5) * (gain - self._gain)
+        self._waited = 0
+        self._rest = 0 if self._gain >= 0 else min(MAX_REST, 2 * self._rest + 1)
+
+
 class BatchMemory:
     """What is known of the steps of batches of one size.
 
@@ -143,6 +163,7 @@ class BatchMemory:
 
     Attributes:
         costs: of passes.
+        head_uses: whether heads pay, by how many candidates are expected to be accepted without them.
         rate: emitted tokens per plain step's time; the speed that a further candidate must not lower.
         correction: how many tokens are accepted for each one expected.
     """
@@ -150,11 +171,11 @@ class BatchMemory:
     def __init__(self, num_rows: int) -> None:
         self.costs = PassCosts(num_rows)
         self.num_rows = num_rows
+        self.head_uses = [HeadUse() for _ in range(1 + len(EXPECTED_EDGES))]
         self._tokens = self._cost = 0.0
         self._accepted = self._expected = 4.0
         self._draft_seconds: deque[float] = deque(maxlen=MAX_PASSES)
-        self._gain = 0.0
-        self._rest = self._waited = self._since_plain = 0
+        self._since_plain = 0
 
     @property
     def rate(self) -> float:
@@ -183,24 +204,13 @@ class BatchMemory:
         interval = PLAIN_INTERVAL if num_passes < MAX_PASSES else 10 * PLAIN_INTERVAL
         return num_passes < MIN_PLAIN or self._since_plain > interval
 
-    @property
-    def heads_are_due(self) -> bool:
-        """Whether heads should draft in this step; while they do not pay, seldom."""
-        self._waited += 1
-        return self._waited > self._rest
+    def head_use(self, expected: float) -> HeadUse:
+        """Return whether heads pay where that many candidates would be accepted without them."""
+        return self.head_uses[bisect_right(EXPECTED_EDGES, expected / self.num_rows)]
 
-    def observe_draft(self, seconds: float, gain: float) -> None:
-        """Record a draft with heads.
-
-        Args:
-            seconds: that it took.
-            gain: by how many tokens it is expected to improve the step, its cost subtracted.
-        """
+    def observe_draft(self, seconds: float) -> None:
+        """Record how long heads took to draft."""
         self._draft_seconds.append(seconds)
-        weight = 0.1 if self._rest == 0 else 0.5
-        self._gain += weight * (gain - self._gain)
-        self._waited = 0
-        self._rest = 0 if self._gain >= 0 else min(MAX_REST, 2 * self._rest + 1)
 
     def observe_step(
         self,

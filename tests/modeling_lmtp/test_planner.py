@@ -15,6 +15,7 @@ from modeling_lmtp.planner_lmtp import (
     AcceptanceRates,
     BatchMemory,
     DraftPlanner,
+    HeadUse,
     PassCosts,
 )
 
@@ -164,25 +165,36 @@ def test_plain_steps_are_measured_first_and_again_until_they_are_known():
 
 
 def test_heads_that_do_not_pay_are_asked_ever_more_seldom():
-    memory, asked = BatchMemory(1), []
-    memory.observe_step(1, 0.04, 0.0, 1, 0.0)
-    for step in range(2000):
-        if memory.heads_are_due:
+    use, asked = HeadUse(), []
+    for step in range(1000):
+        if use.is_due():
             asked.append(step)
-            memory.observe_draft(0.004, -0.1)
-    assert 15 < len(asked) < 60
+            use.observe(-0.1)
+    assert asked[:4] == [0, 2, 6, 14]
     assert asked[-1] - asked[-2] == 1 + MAX_REST
-    assert memory.draft_cost == pytest.approx(0.1, rel=0.05)
 
 
 def test_heads_that_pay_again_are_asked_in_every_step():
+    use = HeadUse()
+    for _ in range(5):
+        use.observe(-0.1)
+    assert not use.is_due()
+    use.observe(1.0)
+    assert use.is_due()
+
+
+def test_heads_may_pay_only_where_copies_do_not():
+    memory = BatchMemory(2)
+    assert memory.head_use(0.1) is memory.head_use(0.5)
+    assert memory.head_use(0.1) is not memory.head_use(8.0)
+
+
+def test_a_draft_costs_what_it_took_lately():
     memory = BatchMemory(1)
-    for gain in [-0.1] * 5:
-        memory.observe_draft(0.004, gain)
-    assert not memory.heads_are_due
-    for _ in range(4):
-        memory.observe_draft(0.004, 1.0)
-    assert memory.heads_are_due
+    assert memory.draft_cost == 0
+    memory.observe_step(1, 0.04, 0.0, 1, 0.0)
+    memory.observe_draft(0.004)
+    assert memory.draft_cost == pytest.approx(0.1, rel=0.05)
 
 
 def test_batches_of_other_sizes_and_conditions_are_known_apart():
