@@ -20,7 +20,7 @@ from typing import NamedTuple
 import torch
 
 from .drafting_lmtp import Candidates, Drafter, Proposal, ProposingDrafter, tree_from_paths
-from .planner_lmtp import PASS_SIZES, AcceptanceRates, BatchMemory, DraftPlanner
+from .planner_lmtp import MAX_RATE, PASS_SIZES, AcceptanceRates, BatchMemory, DraftPlanner
 from .tree_lmtp import MAX_NODES
 
 Path = tuple[int, ...]
@@ -150,7 +150,6 @@ class PlannedDrafter(Drafter):
         with_heads = self._best(memory, proposals)
         seconds = self.planner.clock() - start
         spent = memory.rate * seconds / (memory.costs.seconds or seconds)
-        memory.observe_draft(seconds)
         use.observe(with_heads.worth - draft.worth - spent)
         return proposals, with_heads
 
@@ -184,8 +183,8 @@ class PlannedDrafter(Drafter):
 def path_values(rates: AcceptanceRates, proposals: Sequence[Proposal]) -> dict[Path, float]:
     """Return the probability that each proposed path is accepted.
 
-    Where several sources propose a token, the most confident one counts. The tokens after one path
-    exclude each other, so their rates are scaled down to a sum of 1.
+    A path that several sources propose is wrong only if all of them are, as if they erred independently.
+    The tokens after one path exclude each other, so their rates are scaled down to a sum of 1.
 
     Args:
         rates: by source.
@@ -193,8 +192,8 @@ def path_values(rates: AcceptanceRates, proposals: Sequence[Proposal]) -> dict[P
     """
     conditional: dict[Path, float] = {}
     for path, source, probability in proposals:
-        rate = rates.rate(source, probability)
-        conditional[path] = max(rate, conditional.get(path, 0.0))
+        wrong = 1 - rates.rate(source, probability)
+        conditional[path] = min(MAX_RATE, 1 - wrong * (1 - conditional.get(path, 0.0)))
     totals: dict[Path, float] = defaultdict(float)
     for path, rate in conditional.items():
         totals[path[:-1]] += rate

@@ -80,7 +80,7 @@ class PassCosts:
 
     def observe(self, size: int, seconds: float) -> None:
         """Record a pass over `size` tokens per row."""
-        size = self._known_size(size)
+        size, seconds = self._known_size(size), max(seconds, 1e-9)
         if self._base is None:
             self._base = seconds / self._prior(size)
         ratio, level = seconds / self._base, self._level(size)
@@ -174,7 +174,6 @@ class BatchMemory:
         self.head_uses = [HeadUse() for _ in range(1 + len(EXPECTED_EDGES))]
         self._tokens = self._cost = 0.0
         self._accepted = self._expected = 4.0
-        self._draft_seconds: deque[float] = deque(maxlen=MAX_PASSES)
         self._since_plain = 0
 
     @property
@@ -190,14 +189,6 @@ class BatchMemory:
         return min(1.25, self._accepted / self._expected)
 
     @property
-    def draft_cost(self) -> float:
-        """The cost of a draft with heads, in plain passes."""
-        seconds = self.costs.seconds
-        if not self._draft_seconds or not seconds:
-            return 0.0
-        return median_low(self._draft_seconds) / seconds
-
-    @property
     def must_be_plain(self) -> bool:
         """Whether too little is known of plain steps, with which all others are compared."""
         num_passes = self.costs.num_passes(1)
@@ -207,10 +198,6 @@ class BatchMemory:
     def head_use(self, expected: float) -> HeadUse:
         """Return whether heads pay where that many candidates would be accepted without them."""
         return self.head_uses[bisect_right(EXPECTED_EDGES, expected / self.num_rows)]
-
-    def observe_draft(self, seconds: float) -> None:
-        """Record how long heads took to draft."""
-        self._draft_seconds.append(seconds)
 
     def observe_step(
         self,

@@ -32,10 +32,10 @@ def test_a_path_s_value_is_the_product_of_its_rates():
     assert values == pytest.approx(expected)
 
 
-def test_of_two_sources_the_more_confident_one_counts():
+def test_what_two_sources_propose_is_likelier_than_each_of_them_says():
     proposals = [Proposal((5,), "lookup", 0.4), Proposal((5,), 1, 0.7), Proposal((5, 2), 2, 0.5)]
     values = path_values(AcceptanceRates(), proposals)
-    assert values == pytest.approx({(5,): 0.7, (5, 2): 0.35})
+    assert values == pytest.approx({(5,): 1 - 0.6 * 0.3, (5, 2): 0.41})
 
 
 def test_tokens_after_one_path_exclude_each_other():

@@ -189,14 +189,6 @@ def test_heads_may_pay_only_where_copies_do_not():
     assert memory.head_use(0.1) is not memory.head_use(8.0)
 
 
-def test_a_draft_costs_what_it_took_lately():
-    memory = BatchMemory(1)
-    assert memory.draft_cost == 0
-    memory.observe_step(1, 0.04, 0.0, 1, 0.0)
-    memory.observe_draft(0.004)
-    assert memory.draft_cost == pytest.approx(0.1, rel=0.05)
-
-
 def test_batches_of_other_sizes_and_conditions_are_known_apart():
     planner = DraftPlanner()
     assert planner.batch(1, "cpu") is planner.batch(1, "cpu")
