@@ -166,7 +166,7 @@ def _row(
 
 def ways_of(model: LMTPForCausalLM) -> dict[str, dict[str, Any]]:
     """Return what `generate` is told, by name; each always drafts as many candidates."""
-    return {**drafts_to_try(model), "dynamic tree": {"draft_nodes": 8}}
+    return {**drafts_to_try(model), "planned": {}}
 
 
 def main() -> None:
