@@ -151,7 +151,7 @@ def verify_exactness(
     seed: int = 0,
     progress: bool = True,
 ) -> dict[str, Comparison]:
-    """Decode each prompt both ways, greedily and sampling: with a chain, a tree, planned drafts, and as saved.
+    """Decode each prompt both ways, greedily and sampling: with a chain, a tree, a plan, and as saved.
 
     Args:
         model: the checkpoint, in evaluation mode; float32 is where equality is promised.
