@@ -48,11 +48,11 @@ INPUTS = {
     },
 }
 DRAFTS = {
-    "chain": {},
+    "chain": {"draft_length": 4},
     "tree": {"draft_tree": [(0,), (1,), (2,), (0, 0), (0, 1), (1, 0), (0, 0, 0)]},
-    "dynamic tree": {"draft_nodes": 9},
-    "lookup and chain": {"prompt_lookup_num_tokens": 5},
-    "lookup and dynamic tree": {"prompt_lookup_num_tokens": 5, "draft_nodes": 9},
+    "planned": {},
+    "lookup and chain": {"prompt_lookup_num_tokens": 5, "draft_length": 4},
+    "planned, few nodes": {"prompt_lookup_num_tokens": 5, "draft_nodes": 9},
 }
 CHOICES = {"greedy": {"do_sample": False}, "sampled": {"do_sample": True, "top_k": 5}}
 
@@ -109,7 +109,7 @@ def test_texts_are_those_of_a_dynamic_cache(architecture, choice, draft, inputs)
 
 
 @pytest.mark.parametrize("context", [2, "path"])
-@pytest.mark.parametrize("draft", ["tree", "dynamic tree"])
+@pytest.mark.parametrize("draft", ["tree", "planned"])
 def test_heads_that_see_tokens_draft_as_with_a_dynamic_cache(context, draft):
     options = {**DRAFTS[draft], "use_lmtp": True, "max_new_tokens": 20, "do_sample": False}
     model = twelve("llama", context)
@@ -178,9 +178,9 @@ def test_a_pass_is_as_wide_as_the_largest_draft():
     assert widths == {
         "chain": 5,
         "tree": 8,
-        "dynamic tree": 10,
+        "planned": 16,
         "lookup and chain": 10,
-        "lookup and dynamic tree": 15,
+        "planned, few nodes": 10,
     }
 
 
@@ -216,7 +216,7 @@ def test_slots_are_copied_to_the_end_of_their_row():
     states = numbers + torch.tensor([0.0, 100.0])[:, None, None, None]
     for layer in range(2):
         cache.update(states[:, :, :4], -states[:, :, :4], layer)
-    slots = StaticSlots(cache, 2, num_nodes=4, attention_mask=None)
+    slots = StaticSlots(cache, 2, attention_mask=None)
     slots.keep_paths([[0], [0]], 1)
     for paths in ([[0, 2, 3], [0]], [[0], [0, 3]]):
         for layer in range(2):
@@ -270,7 +270,7 @@ def compiler():
 
 
 @pytest.mark.parametrize("inputs", INPUTS.values(), ids=INPUTS.keys())
-@pytest.mark.parametrize("draft", ["chain", "lookup and dynamic tree"])
+@pytest.mark.parametrize("draft", ["chain", "planned, few nodes"])
 def test_a_pass_is_compiled_once(compiler, draft, inputs):
     model = twelve("llama")
     options = {**DRAFTS[draft], **STATIC, "do_sample": False, "max_new_tokens": 20}
