@@ -366,6 +366,11 @@ class ForwardDrafter(Drafter):
         self._has_forward_state = False
         self.drafter.reset()
 
+    def observe(self, tokens: Sequence[Sequence[int]]) -> None:
+        """Let the drafter learn from the steps that it drafted for."""
+        if not self._has_forward_state:
+            self.drafter.observe(tokens)
+
     def draft(
         self, input_ids: torch.Tensor, hidden_states: torch.Tensor, max_depth: int
     ) -> Candidates:

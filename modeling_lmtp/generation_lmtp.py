@@ -225,9 +225,10 @@ class LMTPGenerationMixin(GenerationMixin):
     @property
     def draft_planner(self) -> DraftPlanner:
         """What planned drafts have learned on this model."""
-        if "_draft_planner" not in self.__dict__:
-            self._draft_planner = DraftPlanner()
-        return self._draft_planner
+        planner: DraftPlanner | None = getattr(self, "_draft_planner", None)
+        if planner is None:
+            planner = self._draft_planner = DraftPlanner()
+        return planner
 
     def draft_heads(self) -> DraftHeads:
         """Return the parts of this model that drafters use."""

@@ -4,12 +4,12 @@ Both are learned as decoding goes, and live with the model. Neither affects the 
 are verified, see `planned_drafter_lmtp`.
 """
 
-import time
 from bisect import bisect_left, bisect_right
 from collections import deque
 from collections.abc import Callable, Hashable
 from itertools import pairwise
 from statistics import median_low
+from time import perf_counter
 
 # Tokens of a pass per row, root included. Few sizes, because each has a cost of its own to learn, and
 # because kernels and graphs are prepared for each of them
@@ -233,7 +233,7 @@ class DraftPlanner:
         clock: returns seconds.
     """
 
-    def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
+    def __init__(self, clock: Callable[[], float] = perf_counter) -> None:
         self.clock = clock
         self.rates = AcceptanceRates()
         self._batches: dict[Hashable, BatchMemory] = {}
