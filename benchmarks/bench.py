@@ -21,6 +21,7 @@ from modeling_lmtp.conversion.options import Dtype, Options, Range
 from modeling_lmtp.conversion.prompts import read_prompts, render_prompt
 from modeling_lmtp.conversion.saving import check_output_file, file_sha256
 from modeling_lmtp.modeling_lmtp import LMTPForCausalLM
+from modeling_lmtp.settings_lmtp import DEFAULT_NODES
 from modeling_lmtp.tree_lmtp import MAX_NODES
 
 from .bench_methods import Method, choose_methods, methods_to_compare
@@ -82,7 +83,7 @@ class BenchSettings(Options):
         default=None, metadata={"help": "Take the first N prompts of each kind; all by default."}
     )
     draft_nodes: Annotated[int, Range(ge=0, le=MAX_NODES - 1)] = field(
-        default=8, metadata={"help": "Candidates of the dynamic tree."}
+        default=DEFAULT_NODES, metadata={"help": "The most candidates of a planned draft."}
     )
     lookup_tokens: Annotated[int, Range(ge=1)] = field(
         default=10, metadata={"help": "Candidates of prompt lookup."}
@@ -103,7 +104,7 @@ def bench(options: BenchOptions, settings: BenchSettings) -> int:
 
     Examples:
       lmtp bench OUT --prompts prompts.jsonl --output result.json --picture result.png
-      lmtp bench OUT --prompts prompts.jsonl --per_kind 8 --only chain "dynamic tree"
+      lmtp bench OUT --prompts prompts.jsonl --per_kind 8 --only chain planned
       lmtp bench OUT --prompts prompts.jsonl --batch_sizes 1 4 16 --dtypes float32 bfloat16
     """
     for path in (options.output, options.picture):

@@ -7,7 +7,7 @@ from typing import Any
 from modeling_lmtp.drafting_lmtp import PromptLookupDrafter
 from modeling_lmtp.leaps_lmtp import drafts
 from modeling_lmtp.modeling_lmtp import LMTPForCausalLM
-from modeling_lmtp.settings_lmtp import STRICT
+from modeling_lmtp.settings_lmtp import DEFAULT_NODES, STRICT
 from modeling_lmtp.support_lmtp import Tier, decoding_tier
 
 from .exactness import drafts_to_try, saved_shape
@@ -44,7 +44,7 @@ def methods_to_compare(
     others: Mapping[str, LMTPForCausalLM] | None = None,
     assistant: Any = None,
     *,
-    draft_nodes: int = 8,
+    draft_nodes: int = DEFAULT_NODES,
     lookup_tokens: int = 10,
 ) -> list[Method]:
     """List the methods that decode with a model, and with other heads on its backbone.
@@ -53,7 +53,7 @@ def methods_to_compare(
         model: the checkpoint.
         others: models with the same backbone, by name.
         assistant: a small model for Transformers' assisted decoding.
-        draft_nodes: candidates of a dynamic tree.
+        draft_nodes: the largest number of candidates of a planned draft.
         lookup_tokens: candidates of prompt lookup.
     """
     in_transformers = {"use_lmtp": False, "prompt_lookup_num_tokens": lookup_tokens}
@@ -67,23 +67,20 @@ def methods_to_compare(
     if assistant is not None:
         assisted = {"use_lmtp": False, "assistant_model": assistant}
         methods.append(Method("assistant", model, assisted, **theirs))
-    methods += _with_heads(model, "", draft_nodes, lookup_tokens)
+    methods += _with_heads(model, "", draft_nodes)
     for name, other in (others or {}).items():
-        methods += _with_heads(other, f"{name}: ", draft_nodes, lookup_tokens)
+        methods += _with_heads(other, f"{name}: ", draft_nodes)
     return methods
 
 
-def _with_heads(
-    model: LMTPForCausalLM, prefix: str, draft_nodes: int, lookup_tokens: int
-) -> list[Method]:
+def _with_heads(model: LMTPForCausalLM, prefix: str, draft_nodes: int) -> list[Method]:
     tried: dict[str, dict[str, Any]] = {
         "chain": {"draft_length": len(drafts(model.config.leap_offsets))}
     }
     if decoding_tier(model.backbone) is Tier.TREE:
         tried["static tree"] = drafts_to_try(model)["tree"]
-        tried["dynamic tree"] = {"draft_nodes": draft_nodes}
-    widest = tried.get("dynamic tree", tried["chain"])
-    tried["heads and prompt lookup"] = {**widest, "prompt_lookup_num_tokens": lookup_tokens}
+    tried["planned, heads alone"] = {"draft_nodes": draft_nodes, "prompt_lookup_num_tokens": 0}
+    tried["planned"] = {"draft_nodes": draft_nodes}
     if saved_shape(model):
         tried["as saved"] = {}
     return [

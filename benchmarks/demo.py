@@ -190,12 +190,10 @@ def _print_figures(comparisons: dict[str, Comparison]) -> None:
 def _write_figures(
     path: Path, checkpoint: Path, comparisons: dict[str, Comparison], made_from: dict[str, Any]
 ) -> None:
-    settings = read_json(checkpoint / "generation_config.json")
     record = {
         "command": "lmtp demo",
         "made_from": made_from,
         "max_new_tokens": NEW_TOKENS,
-        "draft": settings.get("draft_by_batch_size", {}).get("1"),
         "device": best_device().type,
         "threads": torch.get_num_threads(),
         "batch_size": 1,

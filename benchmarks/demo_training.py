@@ -19,7 +19,6 @@ from modeling_lmtp.training.self_written import self_written_prompts
 from modeling_lmtp.training.train_command import add_heads
 
 from .smollm2 import HUB_REPOSITORY
-from .tune_run import set_drafts, tune, verdict_table
 
 
 @dataclass(frozen=True)
@@ -78,11 +77,7 @@ def train_checkpoint(
     trainer = LeapTrainer(model, args, train, held_out)
     trainer.train(resume_from_checkpoint=True)
     report = trainer.head_report(held_out)
-    console.print("Finding the fastest draft on this device:")
-    verdicts = tune(model, held_out, (1,))
-    set_drafts(model, verdicts, {})
     model.generation_config.do_sample = False
-    console.print(verdict_table(verdicts))
     record: dict[str, Any] = {
         "command": "lmtp demo --train",
         "recipe": asdict(recipe),

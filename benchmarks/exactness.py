@@ -20,7 +20,7 @@ from modeling_lmtp.conversion.options import Dtype, Options, Range
 from modeling_lmtp.conversion.saving import check_output_file
 from modeling_lmtp.leaps_lmtp import drafts
 from modeling_lmtp.modeling_lmtp import LMTPForCausalLM
-from modeling_lmtp.settings_lmtp import DRAFT_SHAPES
+from modeling_lmtp.settings_lmtp import DEFAULT_NODES, DRAFT_SHAPES
 from modeling_lmtp.support_lmtp import Support, Tier, decoding_support, decoding_tier
 from modeling_lmtp.transformers_lmtp import attention_implementation
 from modeling_lmtp.tree_lmtp import DraftTree, grow_tree
@@ -130,9 +130,9 @@ def saved_shape(model: LMTPForCausalLM) -> dict[str, Any]:
 
 
 def all_drafts(model: LMTPForCausalLM) -> dict[str, dict[str, Any]]:
-    """Return `drafts_to_try`, and the draft of the checkpoint's `generation_config` if it has one."""
+    """Return `drafts_to_try`, planned drafts, and the draft that the `generation_config` pins, if any."""
     saved: dict[str, dict[str, Any]] = {"as saved": {}} if saved_shape(model) else {}
-    return {**drafts_to_try(model), **saved}
+    return {**drafts_to_try(model), "planned": {"draft_nodes": DEFAULT_NODES}, **saved}
 
 
 def _tree(model: LMTPForCausalLM, horizon: int) -> DraftTree:
@@ -151,7 +151,7 @@ def verify_exactness(
     seed: int = 0,
     progress: bool = True,
 ) -> dict[str, Comparison]:
-    """Decode each prompt both ways, greedily and sampling: with a chain, with a tree, and as saved.
+    """Decode each prompt both ways, greedily and sampling: with a chain, a tree, a plan, and as saved.
 
     Args:
         model: the checkpoint, in evaluation mode; float32 is where equality is promised.

@@ -174,7 +174,7 @@ def plain_settings(settings: GenerationConfig) -> GenerationConfig:
     plain, settings_of_lmtp = GenerationConfig(), {field.name for field in fields(LMTPSettings)}
 
     def is_lmtp(name: str) -> bool:
-        # Checkpoints also record how their draft was chosen, as draft_conditions
+        # Checkpoints of version 0.1 also have draft_by_batch_size, draft_conditions and others
         known = name in settings_of_lmtp or name.startswith("draft_")
         return known and not hasattr(plain, name)
 

@@ -39,10 +39,6 @@ COMMANDS = {
         "modeling_lmtp.benchmarks.analyzing:analyze",
         "Show how far ahead heads predict, and which schedule to use.",
     ),
-    "tune": (
-        "modeling_lmtp.benchmarks.tune_run:run_tune",
-        "Find the draft that is fastest on this device.",
-    ),
     "export": (
         "modeling_lmtp.conversion.exporting:export",
         "Save a checkpoint merged, as a plain backbone, or for vLLM and Medusa engines.",

@@ -139,6 +139,7 @@ class Decoder:
         while True:
             try:
                 paths = self.acceptor.accept(candidates, logits, rows.indices)
+                self.drafter.observe([path.tokens for path in paths])
                 if outputs is not None:
                     recorder.add(outputs, rows.indices, paths)
                 self.emitted.emit(rows.indices, paths)

@@ -5,8 +5,9 @@ Shapes: `B` batch, `L` known tokens, `S` known states, `H` hidden size, `N` cand
 
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
 import torch
 from torch.nn.functional import pad
@@ -131,6 +132,13 @@ class Drafter(ABC):
     def reset(self) -> None:  # noqa: B027 (most drafters keep nothing)
         """Forget earlier texts; runs once per call of `generate`, before the first draft."""
 
+    def observe(self, tokens: Sequence[Sequence[int]]) -> None:  # noqa: B027 (most do not learn)
+        """Learn from the step that verified the last draft.
+
+        Args:
+            tokens: what each row emitted: the accepted candidates, then the bonus token.
+        """
+
     @abstractmethod
     def draft(
         self, input_ids: torch.Tensor, hidden_states: torch.Tensor, max_depth: int
@@ -147,7 +155,40 @@ class Drafter(ABC):
         """
 
 
-class PromptLookupDrafter(Drafter):
+class Proposal(NamedTuple):
+    """A candidate, and how likely the drafter that proposes it considers it.
+
+    Args:
+        path: the tokens from the root to it.
+        source: what proposes it; the candidates of one source are calibrated together.
+        probability: that it is right if its parent is.
+    """
+
+    path: tuple[int, ...]
+    source: Hashable
+    probability: float
+
+
+class ProposingDrafter(Drafter):
+    """A drafter that says how likely each of its candidates is, so that the best ones can be verified."""
+
+    @abstractmethod
+    def propose(
+        self,
+        input_ids: torch.Tensor,
+        hidden_states: torch.Tensor,
+        max_depth: int,
+        min_value: float = 0.0,
+    ) -> list[list[Proposal]]:
+        """Return each row's proposals, parents before their children.
+
+        Args:
+            input_ids, hidden_states, max_depth: see `draft`.
+            min_value: leave out what hangs below paths that are less probable.
+        """
+
+
+class PromptLookupDrafter(ProposingDrafter):
     """Proposes the tokens that followed an earlier occurrence of the n-gram at the end of the text.
 
     This is prompt lookup decoding, or n-gram speculation. It runs no model, and pays off where the output
@@ -177,14 +218,38 @@ class PromptLookupDrafter(Drafter):
         self, input_ids: torch.Tensor, hidden_states: torch.Tensor, max_depth: int
     ) -> Candidates:
         """Propose one chain per row, empty where nothing matches."""
-        length = min(self.num_tokens, max_depth)
-        if length == 0 or input_ids.shape[1] < 2:
-            return Candidates.none(input_ids)
-        sizes, tokens = self._continuations(input_ids, length)
-        both = torch.cat([sizes, tokens], dim=1).tolist()  # one transfer to the host
-        chains = [row[1 : 1 + COPIED_PER_MATCH * row[0]] for row in both]
+        chains = [
+            tokens[: COPIED_PER_MATCH * size] for size, tokens in self._copies(input_ids, max_depth)
+        ]
         trees = [DraftTree.chain(len(chain)) for chain in chains]
         return Candidates.from_rows(trees, chains, input_ids)
+
+    def propose(
+        self,
+        input_ids: torch.Tensor,
+        hidden_states: torch.Tensor,
+        max_depth: int,
+        min_value: float = 0.0,
+    ) -> list[list[Proposal]]:
+        """Propose one chain per row. A copy that is right so far is as good as a longer match."""
+        return [
+            [
+                Proposal(
+                    tuple(tokens[: 1 + distance]), "lookup", _copy_probability(size + distance)
+                )
+                for distance in range(len(tokens))
+            ]
+            for size, tokens in self._copies(input_ids, max_depth)
+        ]
+
+    def _copies(self, input_ids: torch.Tensor, max_depth: int) -> list[tuple[int, list[int]]]:
+        """Return, per row, the size of the longest match and the tokens that followed it."""
+        length = min(self.num_tokens, max_depth)
+        if length == 0 or input_ids.shape[1] < 2:
+            return [(0, [])] * input_ids.shape[0]
+        sizes, tokens = self._continuations(input_ids, length)
+        both = torch.cat([sizes, tokens], dim=1).tolist()  # one transfer to the host
+        return [(row[0], row[1:] if row[0] else []) for row in both]
 
     def _continuations(
         self, input_ids: torch.Tensor, length: int
@@ -209,6 +274,11 @@ class PromptLookupDrafter(Drafter):
         return sizes.gather(1, end), input_ids.gather(1, end + 1 + steps)
 
 
+def _copy_probability(match: int) -> float:
+    """Return how likely the token after a match of that many tokens is, before anything is observed."""
+    return 1 - 0.7 / match
+
+
 class MergedDrafter(Drafter):
     """Merges the candidates of several drafters into one tree, verified in one pass.
 
@@ -228,6 +298,11 @@ class MergedDrafter(Drafter):
         """Reset every drafter."""
         for drafter in self.drafters:
             drafter.reset()
+
+    def observe(self, tokens: Sequence[Sequence[int]]) -> None:
+        """Let every drafter learn."""
+        for drafter in self.drafters:
+            drafter.observe(tokens)
 
     def draft(
         self, input_ids: torch.Tensor, hidden_states: torch.Tensor, max_depth: int
@@ -290,6 +365,11 @@ class ForwardDrafter(Drafter):
         """Start with a plain pass."""
         self._has_forward_state = False
         self.drafter.reset()
+
+    def observe(self, tokens: Sequence[Sequence[int]]) -> None:
+        """Let the drafter learn from the steps that it drafted for."""
+        if not self._has_forward_state:
+            self.drafter.observe(tokens)
 
     def draft(
         self, input_ids: torch.Tensor, hidden_states: torch.Tensor, max_depth: int

@@ -24,6 +24,9 @@ from .drafting_lmtp import Drafter, MergedDrafter
 from .leap_drafter_lmtp import DraftHeads
 from .leaps_lmtp import PATH, drafts
 from .outputs_lmtp import with_acceptance_lengths
+from .path_drafter_lmtp import proposing_drafter
+from .planned_drafter_lmtp import PlannedDrafter
+from .planner_lmtp import DraftPlanner
 from .planning_lmtp import (
     Call,
     PlainDecoding,
@@ -64,8 +67,8 @@ class LMTPGenerationMixin(GenerationMixin):
             inputs, generation_config, logits_processor, stopping_criteria, args, kwargs: everything that
                 the backbone's `generate` takes.
             use_lmtp: draft with the leap heads. This and the other settings of `LMTPSettings`
-                (`draft_tree`, `draft_length`, `draft_nodes`, `prompt_lookup_num_tokens`, …) may be stored
-                in `generation_config` instead. Settings that draft nothing decode plainly.
+                (`draft_nodes`, `prompt_lookup_num_tokens`, `draft_tree`, …) may be stored in
+                `generation_config` instead. Settings that draft nothing decode plainly.
             drafter: proposes the candidates in place of leap heads and prompt lookup. It may propose chains
                 only, if the model cannot verify trees. `ForwardDrafter(model.new_drafter())` is the paper's
                 ablation F-MTP, see `drafting_lmtp`.
@@ -197,24 +200,35 @@ class LMTPGenerationMixin(GenerationMixin):
         """Return a drafter that uses the leap heads, and prompt lookup if the settings ask for it.
 
         Args:
-            settings: for one batch size; by default, a chain of all that the heads can draft.
+            settings: by default, those of a call that sets none.
             tier: what the backbone can verify; by default, that is tried out.
         """
         settings = settings or LMTPSettings()
-        tier = tier or decoding_support(self.backbone).tier
-        shape = settings.shape(self.horizon)
-        if tier is not Tier.TREE:
+        takes_trees = (tier or decoding_support(self.backbone).tier) is Tier.TREE
+        shape, lookup = settings.shape(), settings.prompt_lookup()
+        if shape is None:
+            heads = proposing_drafter(self.draft_heads(), settings.max_nodes)
+            return PlannedDrafter(
+                self.draft_planner, heads, lookup, settings.max_nodes, takes_trees
+            )
+        if not (takes_trees or shape.is_chain):
             chain = shape.to_chain(self.horizon)
-            if not shape.is_chain:
-                logger.warning_once(
-                    f"{type(self.backbone).__name__} with "
-                    f"{attention_implementation(self.backbone.config)!r} attention cannot verify a draft "
-                    f"tree exactly; a chain of {chain.length} candidates is drafted instead."
-                )
+            logger.warning_once(
+                f"{type(self.backbone).__name__} with "
+                f"{attention_implementation(self.backbone.config)!r} attention cannot verify a draft "
+                f"tree exactly; a chain of {chain.length} candidates is drafted instead."
+            )
             shape = chain
         drafter: Drafter = shape.new_drafter(self.draft_heads())
-        lookup = settings.prompt_lookup()
-        return drafter if lookup is None else MergedDrafter([lookup, drafter], tier is Tier.TREE)
+        return drafter if lookup is None else MergedDrafter([lookup, drafter], takes_trees)
+
+    @property
+    def draft_planner(self) -> DraftPlanner:
+        """What planned drafts have learned on this model."""
+        planner: DraftPlanner | None = getattr(self, "_draft_planner", None)
+        if planner is None:
+            planner = self._draft_planner = DraftPlanner()
+        return planner
 
     def draft_heads(self) -> DraftHeads:
         """Return the parts of this model that drafters use."""

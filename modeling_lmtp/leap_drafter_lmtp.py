@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from .drafting_lmtp import Candidates, Drafter
+from .drafting_lmtp import Candidates, Drafter, Proposal, ProposingDrafter
 from .heads_lmtp import LeapHeads
 from .leaps_lmtp import draftable, drafts, embed_context, num_draft_states
 from .tree_lmtp import MAX_CHILDREN, DraftTree, grow_tree
@@ -134,50 +134,51 @@ class LeapHeadDrafter(Drafter):
         ]
 
 
-class DynamicLeapHeadDrafter(LeapHeadDrafter):
-    """Grows a new tree for every state, of the paths that the heads consider most likely there.
-
-    A path's value is the product of its tokens' probabilities, as if the heads were independent.
+class ProposingLeapHeadDrafter(LeapHeadDrafter, ProposingDrafter):
+    """Proposes the paths that the heads consider most likely, as if they were independent.
 
     Args:
         heads: the model's heads.
         num_nodes: at most that many candidates per row and step.
-        threshold: draft no path that is less probable.
     """
 
-    def __init__(self, heads: DraftHeads, num_nodes: int, threshold: float = 0.0) -> None:
+    def __init__(self, heads: DraftHeads, num_nodes: int) -> None:
         # A tree is no deeper than it has nodes
         super().__init__(heads, DraftTree.chain(min(heads.horizon, num_nodes)))
         self.num_nodes = self.max_nodes = num_nodes
-        self.threshold = threshold
 
-    def draft(
-        self, input_ids: torch.Tensor, hidden_states: torch.Tensor, max_depth: int
-    ) -> Candidates:
+    def propose(
+        self,
+        input_ids: torch.Tensor,
+        hidden_states: torch.Tensor,
+        max_depth: int,
+        min_value: float = 0.0,
+    ) -> list[list[Proposal]]:
         """Grow a tree per row."""
         depth = self._depth(hidden_states, max_depth)
-        if depth == 0 or self.num_nodes == 0:
-            return Candidates.none(input_ids)
+        if depth == 0:
+            return [[] for _ in range(input_ids.shape[0])]
         probabilities = self._logits(input_ids, hidden_states, depth).float().softmax(dim=-1)
         best = probabilities.topk(min(MAX_CHILDREN, probabilities.shape[-1]), dim=-1)
-        trees = [
-            grow_tree(accuracies, self.num_nodes, self.threshold)
-            for accuracies in best.values.tolist()
+        token_ids = self.heads.to_token_ids(best.indices).tolist()
+        return [
+            _proposals(grow_tree(values, self.num_nodes, min_value), values, tokens)
+            for values, tokens in zip(best.values.tolist(), token_ids, strict=True)
         ]
-        return candidates_from_ranks(
-            trees, self.heads.to_token_ids(best.indices).tolist(), input_ids
+
+
+def _proposals(
+    tree: DraftTree, probabilities: Sequence[Sequence[float]], token_ids: Sequence[Sequence[int]]
+) -> list[Proposal]:
+    """Return the nodes of a tree, given the values and tokens of each distance's ranks."""
+    return [
+        Proposal(
+            tuple(token_ids[distance][rank] for distance, rank in enumerate(path)),
+            len(path),
+            probabilities[len(path) - 1][path[-1]],
         )
-
-
-def candidates_from_ranks(
-    trees: Sequence[DraftTree], ranked: Sequence[Sequence[Sequence[int]]], input_ids: torch.Tensor
-) -> Candidates:
-    """Fill trees with tokens: `ranked[b][a - 1][r]` is row `b`'s rank-`r` token for distance `a`."""
-    rows = [
-        [tokens[depth - 1][rank] for depth, rank in zip(tree.depths[1:], tree.ranks, strict=True)]
-        for tree, tokens in zip(trees, ranked, strict=True)
+        for path in tree.paths
     ]
-    return Candidates.from_rows(trees, rows, input_ids)
 
 
 def _head_inputs(

@@ -13,12 +13,12 @@ from typing import NamedTuple
 
 import torch
 
-from .drafting_lmtp import Candidates, tree_from_paths
-from .leap_drafter_lmtp import DraftHeads, LeapHeadDrafter
+from .drafting_lmtp import Candidates, Proposal, ProposingDrafter
+from .leap_drafter_lmtp import DraftHeads, LeapHeadDrafter, ProposingLeapHeadDrafter
 from .leaps_lmtp import embed_context
 from .tree_lmtp import MAX_CHILDREN, DraftTree
 
-MAX_PARENTS = 8  # nodes per level that a dynamic tree expands; bounds the cost of a head's pass
+MAX_PARENTS = 8  # paths per level that are expanded; bounds the cost of a head's pass
 
 
 class PathDrafter(LeapHeadDrafter):
@@ -101,74 +101,95 @@ def _levels(tree: DraftTree, device: torch.device) -> list[_Level]:
     return levels
 
 
-class DynamicPathDrafter(PathDrafter):
-    """Grows a new tree for every state, of the paths that the heads consider most likely there.
+class ProposingPathDrafter(PathDrafter, ProposingDrafter):
+    """Proposes the paths that the heads consider most likely, found by beam search over the levels.
 
-    A path's value is the product of its tokens' probabilities, each given the tokens before it. With up to
-    `MAX_PARENTS` nodes these are the best of all paths. A larger tree may miss some, because only the best
-    `MAX_PARENTS` paths of each level are expanded.
+    A path's value is the product of its tokens' probabilities, each given the tokens before it. Only the
+    best `MAX_PARENTS` paths of each level are expanded.
 
     Args:
         heads: path-grounded heads.
-        num_nodes: at most that many candidates per row and step.
-        threshold: draft no path that is less probable.
+        num_nodes: at most that many candidates per row, level and step.
     """
 
-    def __init__(self, heads: DraftHeads, num_nodes: int, threshold: float = 0.0) -> None:
+    def __init__(self, heads: DraftHeads, num_nodes: int) -> None:
         # A tree is no deeper than it has nodes
         super().__init__(heads, DraftTree.chain(min(heads.horizon, num_nodes)))
         self.num_nodes = self.max_nodes = num_nodes
         # A level that has children leaves at least one of the nodes to them
         self.num_parents = min(MAX_PARENTS, max(1, num_nodes - 1))
-        self.min_value = math.log(threshold) if threshold else -math.inf
 
-    def draft(
-        self, input_ids: torch.Tensor, hidden_states: torch.Tensor, max_depth: int
-    ) -> Candidates:
-        """Grow a tree per row by beam search over the levels, and keep the best paths of all levels."""
-        depth = self._depth(hidden_states, max_depth)
-        if depth == 0:
-            return Candidates.none(input_ids)
+    def propose(
+        self,
+        input_ids: torch.Tensor,
+        hidden_states: torch.Tensor,
+        max_depth: int,
+        min_value: float = 0.0,
+    ) -> list[list[Proposal]]:
+        """Search row by row; the levels move to the host together."""
         batch_size = input_ids.shape[0]
         paths = input_ids.new_zeros((batch_size, 1, 0))
         values = torch.zeros((batch_size, 1), device=input_ids.device)
         levels: list[tuple[torch.Tensor, torch.Tensor]] = []
-        for distance in range(1, depth + 1):
-            logits = self._level_logits(distance, input_ids, hidden_states, paths).float()
-            best = logits.log_softmax(dim=-1).topk(min(MAX_CHILDREN, logits.shape[-1]), dim=-1)
-            child_values = (values[..., None] + best.values).flatten(1)
-            top = child_values.topk(min(self.num_nodes, child_values.shape[1]), dim=-1)
-            parents = top.indices // best.indices.shape[-1]
-            tokens = self.heads.to_token_ids(best.indices).flatten(1).gather(1, top.indices)
-            to_parents = paths.gather(1, parents[..., None].expand(-1, -1, distance - 1))
-            children = torch.cat([to_parents, tokens[..., None]], dim=-1)
-            levels.append((top.values, children))
-            values, paths = top.values[:, : self.num_parents], children[:, : self.num_parents]
-        grown = [tree_from_paths(self._best(scored)) for scored in _on_host(levels)]
-        return Candidates.from_rows(
-            [tree for tree, _ in grown], [token_ids for _, token_ids in grown], input_ids
-        )
+        for distance in range(1, self._depth(hidden_states, max_depth) + 1):
+            num_parents = self._num_parents(values, min_value)
+            if num_parents == 0:
+                break
+            values, paths = values[:, :num_parents], paths[:, :num_parents]
+            logits = self._level_logits(distance, input_ids, hidden_states, paths)
+            best = logits.topk(min(MAX_CHILDREN, logits.shape[-1]), dim=-1)
+            # Only the best tokens' probabilities are of use, so the others are summed and not computed
+            likely = best.values.float() - logits.float().logsumexp(dim=-1, keepdim=True)
+            children = (values[..., None] + likely).flatten(1)
+            top = children.topk(min(self.num_nodes, children.shape[1]), dim=-1)
+            tokens = self.heads.to_token_ids(best.indices.flatten(1).gather(1, top.indices))
+            parents = (top.indices // best.indices.shape[-1])[..., None].expand(
+                -1, -1, distance - 1
+            )
+            paths = torch.cat([paths.gather(1, parents), tokens[..., None]], dim=-1)
+            values = top.values
+            levels.append((likely.flatten(1).gather(1, top.indices), paths))
+        return _on_host(levels, batch_size)
 
-    def _best(self, scored: list[tuple[float, tuple[int, ...]]]) -> list[tuple[int, ...]]:
-        """Return the most likely paths. None is likelier than its parent, so they form a tree."""
-        likely = [item for item in scored if item[0] >= self.min_value]
-        likely.sort(key=lambda item: (-item[0], len(item[1])))
-        return [path for _, path in likely[: self.num_nodes]]
+    def _num_parents(self, values: torch.Tensor, min_value: float) -> int:
+        """Return how many paths of a level, given their log probabilities `(B, n)`, to expand.
+
+        On the CPU, these are the ones that are likely enough. Elsewhere that would make the host wait.
+        """
+        num_parents = min(self.num_parents, values.shape[1])
+        if values.device.type != "cpu" or min_value <= 0:
+            return num_parents
+        likely = (values >= math.log(min_value)).sum(dim=1).max()
+        return min(num_parents, int(likely))
 
 
 def _on_host(
-    levels: list[tuple[torch.Tensor, torch.Tensor]],
-) -> list[list[tuple[float, tuple[int, ...]]]]:
-    """Return each row's values and paths, moving all levels to the host in two transfers.
+    levels: list[tuple[torch.Tensor, torch.Tensor]], batch_size: int
+) -> list[list[Proposal]]:
+    """Return each row's proposals, moving all levels to the host in two transfers.
 
     Args:
-        levels: per distance, values `(B, n)` and paths `(B, n, distance)`; `n` may differ.
+        levels: per distance, log probabilities `(B, n)` and paths `(B, n, distance)`; `n` may differ.
+        batch_size: `B`.
     """
+    if not levels:
+        return [[] for _ in range(batch_size)]
     shapes = [paths.shape[1:] for _, paths in levels]
-    all_values = torch.cat([values for values, _ in levels], dim=1).tolist()
+    all_likely = torch.cat([likely for likely, _ in levels], dim=1).exp().tolist()
     all_tokens = torch.cat([paths.flatten(1) for _, paths in levels], dim=1).tolist()
     rows = []
-    for values, tokens in zip(all_values, map(iter, all_tokens), strict=True):
-        paths = [tuple(islice(tokens, depth)) for count, depth in shapes for _ in range(count)]
-        rows.append(list(zip(values, paths, strict=True)))
+    for probabilities, tokens in zip(map(iter, all_likely), map(iter, all_tokens), strict=True):
+        rows.append([
+            Proposal(tuple(islice(tokens, depth)), depth, next(probabilities))
+            for count, depth in shapes
+            for _ in range(count)
+        ])  # fmt: skip
     return rows
+
+
+def proposing_drafter(heads: DraftHeads, num_nodes: int) -> ProposingDrafter | None:
+    """Return the drafter that proposes what these heads consider likely; None without heads."""
+    if heads.horizon == 0:
+        return None
+    kind = ProposingPathDrafter if heads.is_path_grounded else ProposingLeapHeadDrafter
+    return kind(heads, num_nodes)

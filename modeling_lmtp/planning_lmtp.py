@@ -9,7 +9,7 @@ Shapes: `B` rows, `L` prompt length.
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -32,6 +32,8 @@ from .verification_lmtp import Verifier
 
 logger = logging.get_logger(__name__)
 
+# A planned draft over a static cache is padded to its bound, so that is low unless the call sets it
+STATIC_NODES = 15
 OTHER_STRATEGIES = ("assistant_model", "custom_generate", "use_mtp", "token_healing")
 
 
@@ -209,17 +211,14 @@ def plan(model: Any, settings: LMTPSettings, drafter: Drafter | None, call: Call
     backbone, generation_config = model.backbone, call.generation_config
     refuse_other_modes(generation_config)
     support = _support(backbone, call)
-    num_rows = call.input_ids.shape[0]
-    settings = settings.for_batch(num_rows)
-    if drafter is None and settings.drafts_nothing(model.horizon):
-        raise PlainDecoding(
-            f"the settings draft no candidates at batch size {num_rows} (`lmtp tune` writes so where "
-            "drafting cannot win)",
-            by_choice=True,
-        )
+    if drafter is None and settings.drafts_nothing():
+        raise PlainDecoding("the settings draft no candidates", by_choice=True)
     acceptor = _acceptor(settings, support, call)
+    is_static = isinstance(cache_of(call.model_kwargs), StaticCache)
+    if is_static and settings.draft_nodes is None:
+        settings = replace(settings, draft_nodes=STATIC_NODES)
     drafter = drafter or model.new_drafter(settings, support.tier)
-    if isinstance(cache_of(call.model_kwargs), StaticCache):
+    if is_static:
         verifier: Verifier = _static_verifier(model, drafter.max_nodes, call)
     else:
         verifier = Verifier(backbone, support.tier is Tier.TREE, model.run_pass)
@@ -278,7 +277,8 @@ def _static_verifier(model: Any, max_nodes: int, call: Call) -> Verifier:
     compiled = compiled_pass(
         model.backbone, model.config.head_input, call.generation_config, call.model_kwargs
     )
-    return StaticVerifier(model.backbone, max_nodes, compiled or model.run_pass)
+    run = compiled or model.run_pass
+    return StaticVerifier(model.backbone, max_nodes, run, has_one_size=compiled is not None)
 
 
 def _acceptor(settings: LMTPSettings, support: Support, call: Call) -> Acceptor:

@@ -76,7 +76,6 @@ class StaticSlots(CacheSlots):
     Args:
         cache: holds the prompts.
         num_rows: `B`.
-        num_nodes: `Q`.
         attention_mask: of the prompts, `(B, L)`, 0 at padding, or None.
 
     Attributes:
@@ -89,11 +88,9 @@ class StaticSlots(CacheSlots):
         self,
         cache: Cache,
         num_rows: int,
-        num_nodes: int,
         attention_mask: torch.Tensor | None = None,
     ) -> None:
         super().__init__(cache, int(cache.get_seq_length()))
-        self.num_nodes = num_nodes
         self.start = self.num_prompt_slots - 1  # the prompt's last token is the first root
         self.lengths = [self.start] * num_rows
         self.active_rows = list(range(num_rows))
@@ -166,30 +163,38 @@ class StaticSlots(CacheSlots):
         """Return which slots each node sees, `(B, Q, C)`, given which nodes it sees, `(B, Q, Q)`."""
         lengths = torch.tensor(self.lengths, device=self._slots.device)
         known = self._is_token & (self._slots < lengths[:, None])
-        visible = known[:, None].repeat(1, self.num_nodes, 1)
-        visible[..., self.start : self.start + self.num_nodes] = visible_nodes
+        num_nodes = visible_nodes.shape[1]
+        visible = known[:, None].repeat(1, num_nodes, 1)
+        visible[..., self.start : self.start + num_nodes] = visible_nodes
         return visible
 
 
 class StaticVerifier(Verifier):
-    """Verifies drafts over a static cache; each pass has `B` rows of `Q` nodes.
+    """Verifies drafts over a static cache; each pass has `B` rows of `Q` nodes, or of the root alone.
 
     Args:
         backbone: takes trees.
         max_nodes: `N`.
         run: see `Verifier`; may be compiled.
+        has_one_size: whether passes without candidates are padded to `Q` nodes as well, so that a compiled
+            pass has one shape.
     """
 
     def __init__(
-        self, backbone: PreTrainedModel, max_nodes: int, run: RunPass | None = None
+        self,
+        backbone: PreTrainedModel,
+        max_nodes: int,
+        run: RunPass | None = None,
+        has_one_size: bool = True,
     ) -> None:
         super().__init__(backbone, run=run)
         self.num_nodes = 1 + max_nodes
+        self.has_one_size = has_one_size
 
     def slots(self, model_kwargs: dict[str, Any], num_rows: int, num_tokens: int) -> CacheSlots:
         """Return the slots of each row, which later passes verify in."""
         mask = model_kwargs.get("attention_mask")
-        self.static_slots = StaticSlots(cache_of(model_kwargs), num_rows, self.num_nodes, mask)
+        self.static_slots = StaticSlots(cache_of(model_kwargs), num_rows, mask)
         return self.static_slots
 
     def verify(
@@ -219,7 +224,8 @@ class StaticVerifier(Verifier):
                 f"{self.num_nodes - 1}, and a pass over a static cache has room for no more."
             )
         slots = self.static_slots
-        padded = self._pad(candidates)
+        num_nodes = self.num_nodes if candidates.num_nodes or self.has_one_size else 1
+        padded = self._pad(candidates, num_nodes)
         nodes = torch.cat([slots.scatter_rows(input_ids[:, -1:]), padded.token_ids], dim=-1)
         depths, visible = self.layout(padded, nodes.device)
         # A placeholder for the mask, so that Transformers does not make one
@@ -227,7 +233,7 @@ class StaticVerifier(Verifier):
             **self._for_all_rows(model_kwargs, depths),
             "attention_mask": visible[:, None],
         }
-        inputs = next_inputs(self.backbone, nodes, self.num_nodes, all_kwargs)
+        inputs = next_inputs(self.backbone, nodes, num_nodes, all_kwargs)
         inputs["attention_mask"] = self.masks.from_slots(slots.visible(visible), slots.cache)
         outputs, states = self.run(inputs)
         outputs.logits = slots.gather_rows(outputs.logits)
@@ -235,12 +241,12 @@ class StaticVerifier(Verifier):
             outputs.hidden_states = tuple(map(slots.gather_rows, outputs.hidden_states))
         return Verification(outputs, None if states is None else slots.gather_rows(states))
 
-    def _pad(self, candidates: Candidates) -> Candidates:
-        """Pad the candidates of `A` rows to `B` rows of `N` tokens."""
+    def _pad(self, candidates: Candidates, num_nodes: int) -> Candidates:
+        """Pad the candidates of `A` rows to `B` rows of `num_nodes` tokens, root included."""
         trees = [DraftTree()] * len(self.static_slots.lengths)
         for row, tree in zip(self.static_slots.active_rows, candidates.trees, strict=True):
             trees[row] = tree
-        missing = self.num_nodes - 1 - candidates.num_nodes
+        missing = num_nodes - 1 - candidates.num_nodes
         token_ids = self.static_slots.scatter_rows(pad(candidates.token_ids, (0, missing)))
         return Candidates(tuple(trees), token_ids)
 
@@ -252,7 +258,7 @@ class StaticVerifier(Verifier):
             if name == "position_ids" and value is not None:
                 scattered[name] = scatter(value, dim=-2) + depths
             elif name.endswith("token_type_ids") and value is not None:  # as the last token's
-                scattered[name] = scatter(value[:, -1:]).expand(-1, self.num_nodes)
+                scattered[name] = scatter(value[:, -1:]).expand(-1, depths.shape[1])
             elif torch.is_tensor(value) and value.ndim > 1:
                 scattered[name] = scatter(value)
             else:

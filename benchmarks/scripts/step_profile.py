@@ -40,6 +40,7 @@ from modeling_lmtp.verification_lmtp import Verifier
 
 PROMPTS = Path(__file__).parents[1] / "held_out.jsonl"
 WARM_STEPS = 3
+PLANNED_NODES = 7
 PARTS: dict[str, tuple[type, str]] = {
     "draft": (Decoder, "_draft"),
     "verify": (Verifier, "verify"),
@@ -165,8 +166,8 @@ def _row(
 
 
 def ways_of(model: LMTPForCausalLM) -> dict[str, dict[str, Any]]:
-    """Return what `generate` is told, by name; each always drafts as many candidates."""
-    return {**drafts_to_try(model), "dynamic tree": {"draft_nodes": 8}}
+    """Return what `generate` is told, by name; of planned steps, those with a full draft count."""
+    return {**drafts_to_try(model), "planned": {"draft_nodes": PLANNED_NODES}}
 
 
 def main() -> None:

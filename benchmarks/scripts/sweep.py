@@ -1,10 +1,10 @@
 """Measures decoding methods at several context lengths, output lengths or tree sizes, like `lmtp bench`.
 
     python benchmarks/scripts/sweep.py CHECKPOINT context OUTPUT.json --prompts benchmarks/held_out.jsonl \
-        --per_kind 1 --rounds 1 --max_new_tokens 48 --only "as saved"
+        --per_kind 1 --rounds 1 --max_new_tokens 48 --only planned
 
 `context` repeats the prompts to that many tokens, `output` generates that many past any end token, `nodes`
-drafts a dynamic tree of that many candidates. The rows name the value as `at`; `speed.py` tabulates them.
+drafts at most that many candidates. The rows name the value as `at`; `speed.py` tabulates them.
 """
 
 import json
@@ -69,8 +69,8 @@ def point(
     if sweep == "output":
         return methods, prompts, replace(settings, max_new_tokens=at, stop_at_end=False)
     options = {"use_lmtp": STRICT, "draft_nodes": at}
-    tree = Method("dynamic tree", methods[0].model, options)
-    return [methods[0], tree], prompts, replace(settings, draft_nodes=at)
+    planned = Method("planned", methods[0].model, options)
+    return [methods[0], planned], prompts, replace(settings, draft_nodes=at)
 
 
 def sweep(options: SweepOptions, settings: BenchSettings) -> None:

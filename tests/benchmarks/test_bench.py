@@ -86,7 +86,7 @@ def test_every_way_gives_plain_decodings_text(size, mode):
     )  # fmt: skip
     names = {result.method.name for result in measured}
     assert ({"assistant", "prompt lookup (Transformers)"} <= names) == (size == 1)
-    assert {"plain", "chain", "static tree", "dynamic tree", "prompt lookup"} <= names
+    assert {"plain", "chain", "static tree", "planned", "prompt lookup"} <= names
     for result in measured:
         if not result.method.is_ours and mode == "sampling":
             continue  # Transformers' own speculation draws otherwise

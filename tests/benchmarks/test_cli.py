@@ -97,14 +97,14 @@ def test_verify_finds_equal_texts_and_writes_the_figures(folder, checkpoint, tmp
 
 def test_verify_tries_what_the_checkpoint_drafts(folder, checkpoint, tmp_path):
     model = LMTPForCausalLM.from_pretrained(checkpoint)
-    model.generation_config.draft_by_batch_size = {"1": {"draft_nodes": 5}}
+    model.generation_config.draft_nodes = 5
     model.save_pretrained(tmp_path / "tuned")
     tiny_tokenizer().save_pretrained(tmp_path / "tuned")
     arguments = ["--prompts", folder / "prompts.jsonl", "--num_prompts", 1, "--max_new_tokens", 8]
     result = lmtp("verify", tmp_path / "tuned", *arguments, "--output", tmp_path / "figures.json")
     assert result.exit_code == 0, result.output
     record = json.loads((tmp_path / "figures.json").read_text())
-    assert record["drafts"]["as saved"] == {"draft_by_batch_size": {"1": {"draft_nodes": 5}}}
+    assert record["drafts"]["as saved"] == {"draft_nodes": 5}
     assert record["results"]["sampling, as saved"]["equal"] == 1
 
 

@@ -44,8 +44,8 @@ def test_a_profile_has_the_parts_of_full_steps():
     model.generate(prompt, use_lmtp=True, max_new_tokens=4)
     with torch.no_grad():
         rows = step_profile.profile(model, [prompt], step_profile.ways_of(model), 40, 1)
-    assert [row["way"] for row in rows] == ["chain", "tree", "dynamic tree"]
-    assert [row["tokens"] for row in rows] == [4, 13, 9]
+    assert [row["way"] for row in rows] == ["chain", "tree", "planned"]
+    assert [row["tokens"] for row in rows] == [4, 13, 8]
     for row in rows:
         parts = ("pass", "draft", "arrange", "walk", "commit", "emit")
         assert row["steps"] > 0

@@ -86,7 +86,7 @@ def test_l_mtp_generates_what_plain_decoding_generates(demo, request):
     assert set(results) == {
         f"{mode}, {draft}"
         for mode in ("greedy", "sampling")
-        for draft in ("chain", "tree", "as saved")
+        for draft in ("chain", "tree", "planned")
     }
     for name, result in results.items():
         assert result.num_equal == len(result.pairs) == 3, name

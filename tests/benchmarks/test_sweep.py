@@ -49,7 +49,7 @@ def test_a_sweep_is_measured(script, tmp_path):
     record = json.loads(output.read_text())
     rows = [row for row in record["rows"] if row["prompts"] == "all"]
     assert [(row["at"], row["decoding"]) for row in rows] == [
-        (2, "plain"), (2, "dynamic tree"), (3, "plain"), (3, "dynamic tree"),
+        (2, "plain"), (2, "planned"), (3, "plain"), (3, "planned"),
     ]  # fmt: skip
     assert record["conditions"]["sweep"] == "nodes"
-    assert "dynamic tree" in load_script("speed").bench_tables(record)
+    assert "planned" in load_script("speed").bench_tables(record)

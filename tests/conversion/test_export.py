@@ -14,7 +14,6 @@ from tiny import tiny_llama, tiny_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from modeling_lmtp import LMTPForCausalLM
-from modeling_lmtp.benchmarks.tune_run import set_drafts
 from modeling_lmtp.conversion.converting import CheckOptions, ConvertOptions, convert_heads
 from modeling_lmtp.conversion.exporting import ExportOptions, export_checkpoint
 from modeling_lmtp.training.adapters import add_adapters
@@ -152,9 +151,10 @@ def test_a_backbone_comes_out_of_a_checkpoint_as_it_went_in(tmp_path):
     assert "lmtp" not in (tmp_path / "plain" / "config.json").read_text()
 
 
-def test_what_tune_has_written_stays_out_of_a_plain_backbone(tmp_path):
+def test_draft_settings_of_0_1_stay_out_of_a_plain_backbone(tmp_path):
     model = new_checkpoint(tmp_path / "checkpoint")
-    set_drafts(model, {}, {"quiet": True})
+    model.generation_config.draft_by_batch_size = {"1": {"draft_nodes": 8}}
+    model.generation_config.draft_conditions = {"quiet": True}
     assert "draft_by_batch_size" in tuned_names(model)
     model.save_pretrained(tmp_path / "checkpoint")
     export(tmp_path / "checkpoint", tmp_path / "plain", "plain")

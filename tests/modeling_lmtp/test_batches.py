@@ -203,6 +203,7 @@ def test_several_sequences_may_be_drawn_per_prompt():
     assert output.sequences.tolist() == plain.tolist()
     assert max(length for row in output.acceptance_lengths for length in row) == 5
 
+    options["draft_length"] = 4  # so that both calls draw as many tokens per step
     output = generate(model, use_lmtp=True, **options)
     assert output.sequences[:, :LENGTH].tolist() == plain[:, :LENGTH].tolist()
     assert len({tuple(row) for row in output.sequences.tolist()}) == 3 * NUM_ROWS
@@ -211,22 +212,19 @@ def test_several_sequences_may_be_drawn_per_prompt():
 
 
 DRAFTS = {
-    "a chain": {},
+    "a chain": {"draft_length": 4},
     "a short chain": {"draft_length": 2},
     "a tree": {"draft_tree": [(0,), (1,), (0, 0), (0, 1), (1, 0), (0, 0, 0), (0, 0, 0, 0)]},
-    "a tree grown per row": {"draft_nodes": 9},
-    "trees of different sizes": {"draft_nodes": 9, "draft_threshold": 0.02},
-    "prompt look-up": {"prompt_lookup_num_tokens": 4},
-    "a grown tree and look-up": {
-        **{"draft_nodes": 9, "prompt_lookup_num_tokens": 4},
-    },
+    "planned": {},
+    "planned, heads alone": {"prompt_lookup_num_tokens": 0},
+    "a chain and look-up": {"draft_length": 4, "prompt_lookup_num_tokens": 4},
 }
 
 
 @pytest.mark.parametrize("ends", [False, True], ids=["to the length", "with ends"])
 @pytest.mark.parametrize(
     ("architecture", "draft"),
-    [("mistral", draft) for draft in DRAFTS] + [("bloom", "a chain"), ("bloom", "prompt look-up")],
+    [("mistral", draft) for draft in DRAFTS] + [("bloom", "a chain"), ("bloom", "planned")],
 )
 def test_leap_heads_draft_for_all_rows(architecture, draft, ends):
     # Twelve tokens, so that random heads, and repetitions, are right now and then
@@ -240,7 +238,8 @@ def test_leap_heads_draft_for_all_rows(architecture, draft, ends):
     plain = generate(model.backbone, inputs, **options).sequences
     output = generate(model, inputs, use_lmtp=True, **options, **DRAFTS[draft])
     assert output.sequences.tolist() == plain.tolist()
-    assert max(length for row in output.acceptance_lengths for length in row) > 1
+    if "planned" not in draft:  # which may find that rows seldom gain together
+        assert max(length for row in output.acceptance_lengths for length in row) > 1
 
 
 @pytest.mark.parametrize("cache", ["dynamic", "static"])

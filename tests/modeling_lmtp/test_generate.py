@@ -145,13 +145,13 @@ def test_a_window_is_left_far_behind(architecture, shape, right):
 def test_nothing_leaks_from_one_call_to_the_next(architecture):
     model = wrapped(architecture, leap_offsets=(2, 3, 5))
     prompts = [PROMPT, torch.tensor([[60, 2, 31, 8, 8, 8, 90, 14]])]
+    options = {**GREEDY, "max_new_tokens": 20, "draft_length": 4}
     fresh = [
-        leap(wrapped(architecture, leap_offsets=(2, 3, 5)), prompt, max_new_tokens=20, **GREEDY)
-        for prompt in prompts
+        leap(wrapped(architecture, leap_offsets=(2, 3, 5)), prompt, **options) for prompt in prompts
     ]
     for _ in range(2):
         for prompt, expected in zip(prompts, fresh, strict=True):
-            output = leap(model, prompt, max_new_tokens=20, **GREEDY)
+            output = leap(model, prompt, **options)
             assert output.sequences.tolist() == expected.sequences.tolist()
             assert output.acceptance_lengths[0] == expected.acceptance_lengths[0]
 

@@ -358,6 +358,7 @@ def test_settings_may_stand_in_the_generation_config():
     generate(model, use_lmtp=True, max_new_tokens=1)  # so that what fits is found out
     assert drafted_depths(model) == {1}
     model.generation_config.use_lmtp = True
+    model.generation_config.draft_length = 3
     assert drafted_depths(model) == {3, 2, 1}  # three candidates do not fit into four tokens
     assert drafted_depths(model, use_lmtp=False) == {1}
     model.generation_config.draft_length = 1

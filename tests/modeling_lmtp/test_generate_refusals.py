@@ -60,21 +60,17 @@ REFUSED = {
     "negative length": ({"draft_length": -1}, "draft_length must be from 0 to 63, got -1."),
     "length of another type": ({"draft_length": 2.0}, "draft_length must be an integer, got 2.0"),
     "nodes": ({"draft_nodes": 64}, "draft_nodes must be from 0 to 63, got 64."),
-    "draft threshold": (
-        {"draft_nodes": 8, "draft_threshold": 1.0},
-        "draft_threshold must be at least 0 and below 1, got 1.0.",
+    "a setting of 0.1": (
+        {"draft_nodes": 8, "draft_threshold": 0.1},
+        "['draft_threshold'] are no longer settings. Drafts are now planned",
     ),
-    "draft threshold alone": (
-        {"draft_threshold": 0.1},
-        "draft_threshold has no effect without draft_nodes: set both.",
-    ),
-    "draft threshold of a chain": (
-        {"draft_by_batch_size": {"1": {"draft_length": 2, "draft_threshold": 0.1}}},
-        "(draft_threshold beside draft_nodes only); got {'draft_length': 2, 'draft_threshold': 0.1}.",
+    "settings by batch size": (
+        {"draft_by_batch_size": {"1": {"draft_length": 2}}},
+        "['draft_by_batch_size'] are no longer settings. Drafts are now planned",
     ),
     "tree and length": (
         {"draft_tree": [(0,)], "draft_length": 1},
-        "Pass only one of ('draft_tree', 'draft_length', 'draft_nodes', 'draft_by_batch_size'), got "
+        "Pass only one of ('draft_tree', 'draft_length', 'draft_nodes'), got "
         "{'draft_tree': [(0,)], 'draft_length': 1}.",
     ),
     "tree of numbers": (
@@ -84,18 +80,6 @@ REFUSED = {
     "rank beyond the vocabulary": (
         {"draft_tree": [(0,), (96,)]},
         "draft_tree has rank 96, but these leap heads choose among 96 tokens, so ranks go from 0 to 95",
-    ),
-    "threshold of another type": (
-        {"draft_nodes": 8, "draft_threshold": "x"},
-        "draft_threshold must be a number, got 'x'.",
-    ),
-    "list of batch sizes": (
-        {"draft_by_batch_size": [1, 8]},
-        "draft_by_batch_size must map batch sizes to draft settings, such as",
-    ),
-    "batch size alone": (
-        {"draft_by_batch_size": "1"},
-        "draft_by_batch_size must map batch sizes to draft settings, such as",
     ),
     "look-up of a part": (
         {"prompt_lookup_num_tokens": 2.5},
@@ -109,13 +93,9 @@ REFUSED = {
         {"prompt_lookup_num_tokens": 3, "max_matching_ngram_size": 2.0},
         "max_matching_ngram_size must be an integer, got 2.0.",
     ),
-    "look-up of another type for a batch size": (
-        {"draft_by_batch_size": {"2": {"prompt_lookup_num_tokens": "4"}}},
-        "prompt_lookup_num_tokens must be an integer, got '4'.",
-    ),
-    "look-up of nothing": (
-        {"prompt_lookup_num_tokens": 0},
-        "prompt_lookup_num_tokens must be from 1 to 63, got 0.",
+    "look-up of fewer than nothing": (
+        {"prompt_lookup_num_tokens": -1},
+        "prompt_lookup_num_tokens must be from 0 to 63, got -1.",
     ),
     "n-grams": (
         {"prompt_lookup_num_tokens": 3, "max_matching_ngram_size": 0},
@@ -138,12 +118,14 @@ def test_a_rank_beyond_the_draft_vocabulary_is_refused():
         model.generate(PROMPT, draft_tree=[[0], [3]], max_new_tokens=4, use_lmtp=True)
 
 
-def test_batch_sizes_may_be_written_in_any_way(model):
+def test_settings_of_0_1_in_a_checkpoint_are_ignored():
+    model = LMTPForCausalLM.from_backbone(tiny_causal_lm("llama"))
     options = {"do_sample": False, "max_new_tokens": 6, "use_lmtp": True}
-    plain = model.generate(PROMPT, **options, draft_length=2)
-    for table in ({"01": {"draft_length": 2}}, {1: {"draft_length": 2}}):
-        output = model.generate(PROMPT, **options, draft_by_batch_size=table)
-        assert output.tolist() == plain.tolist()
+    expected = model.generate(PROMPT, **options)
+    model.generation_config.draft_by_batch_size = {"1": {"draft_length": 0}}
+    model.generation_config.draft_threshold = 0.99
+    model.generation_config.draft_conditions = {"device": "another"}
+    assert model.generate(PROMPT, **options).tolist() == expected.tolist()
 
 
 @pytest.mark.parametrize(("options", "message"), REFUSED.values(), ids=REFUSED.keys())
@@ -238,12 +220,11 @@ def test_a_model_that_verifies_chains_only_drafts_a_chain_and_says_so(caplog):
 @pytest.mark.parametrize(
     ("settings", "num_candidates"),
     [
-        ({"draft_nodes": 0, "prompt_lookup_num_tokens": 2}, 2),
+        ({"draft_length": 0, "prompt_lookup_num_tokens": 2}, 2),
         ({"draft_nodes": 1}, 1),
         ({"draft_nodes": 2}, 2),
-        ({"draft_nodes": 9}, 6),
+        ({"draft_length": 6}, 6),
         ({"draft_tree": [(0,), (1,), (0, 0)]}, 2),
-        ({}, 6),
     ],
     ids=str,
 )
@@ -269,7 +250,7 @@ def test_a_chain_is_no_longer_than_the_draft_that_was_asked_for(
     sizes.clear()
     assert model.generate(prompt, use_lmtp=True, **settings, **options).tolist() == plain.tolist()
     assert max(sizes) == num_candidates
-    cut = settings.get("draft_nodes", 0) > 1 or "draft_tree" in settings
+    cut = "draft_tree" in settings
     warning = (
         f"cannot verify a draft tree exactly; a chain of {num_candidates} candidates is drafted"
     )

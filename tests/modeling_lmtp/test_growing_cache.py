@@ -115,7 +115,9 @@ def test_the_cache_goes_back_as_plain_decoding_leaves_it(rows):
 
 
 @pytest.mark.parametrize("context", [0, 2, "path"], ids=str)
-@pytest.mark.parametrize("draft", [{}, {"draft_tree": [[0], [1], [0, 0]]}], ids=["chain", "tree"])
+@pytest.mark.parametrize(
+    "draft", [{"draft_length": 3}, {"draft_tree": [[0], [1], [0, 0]]}], ids=["chain", "tree"]
+)
 def test_a_greedy_step_needs_one_round_trip_to_the_host(monkeypatch, context, draft):
     model = LMTPForCausalLM.from_backbone(
         tiny_llama(vocab_size=64), leap_offsets=(2, 3, 4), head_context=context

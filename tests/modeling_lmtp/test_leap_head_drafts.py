@@ -10,9 +10,9 @@ from architectures import tiny_causal_lm
 
 from modeling_lmtp import LMTPForCausalLM
 from modeling_lmtp.drafting_lmtp import Drafter
-from modeling_lmtp.settings_lmtp import Chain, LMTPSettings
+from modeling_lmtp.settings_lmtp import LMTPSettings
 from modeling_lmtp.support_lmtp import Tier
-from modeling_lmtp.tree_lmtp import MAX_NODES, DraftTree
+from modeling_lmtp.tree_lmtp import DraftTree
 
 PATHS = [(0,), (1,), (2,), (0, 0), (0, 1), (2, 0), (2, 3), (0, 0, 0), (2, 3, 1), (2, 3, 1, 0)]
 EVENLY_SPACED = {(3, 5, 7): 2, (2, 3, 4): 1, (4, 7): 3}  # offsets: k
@@ -117,26 +117,17 @@ def test_every_draft_is_what_the_formulas_give(offsets, shape, prompt, share_lm_
         assert max(lengths) >= 2
 
 
-def test_no_tree_asks_for_all_that_the_heads_can_draft():
-    model = wrapped((2, 3, 5), share_lm_head=True)
-    options = {"do_sample": False, "max_new_tokens": 20, "return_dict_in_generate": True}
-    prompt = torch.tensor(PROMPTS[5])
-    default = model.generate(prompt, use_lmtp=True, **options)
-    chain = model.generate(prompt, use_lmtp=True, draft_length=4, **options)
-    assert default.acceptance_lengths[0] == chain.acceptance_lengths[0]
-
-
-def test_a_model_without_leap_heads_decodes_one_token_per_pass():
+def test_a_model_without_leap_heads_and_without_copies_decodes_one_token_per_pass():
     model = wrapped((), share_lm_head=True)
     prompt = torch.tensor(PROMPTS[5])
     output = model.generate(
-        prompt, use_lmtp=True, do_sample=False, max_new_tokens=9, return_dict_in_generate=True
+        prompt,
+        use_lmtp=True,
+        prompt_lookup_num_tokens=0,
+        do_sample=False,
+        max_new_tokens=9,
+        return_dict_in_generate=True,
     )
     plain = model.generate(prompt, do_sample=False, max_new_tokens=9)
     assert output.sequences.tolist() == plain.tolist()
     assert output.acceptance_lengths[0] == [1] * 8
-
-
-def test_heads_that_reach_further_than_a_draft_may_are_asked_for_what_it_holds():
-    assert LMTPSettings().shape(horizon=99) == Chain(MAX_NODES - 1)
-    assert LMTPSettings().shape(horizon=4) == Chain(4)

@@ -14,7 +14,7 @@ from torch.nn.functional import cross_entropy
 from modeling_lmtp import LMTPConfig, LMTPForCausalLM
 from modeling_lmtp.leap_drafter_lmtp import LeapHeadDrafter
 from modeling_lmtp.leaps_lmtp import context_widths, drafts
-from modeling_lmtp.path_drafter_lmtp import MAX_PARENTS, DynamicPathDrafter, PathDrafter
+from modeling_lmtp.path_drafter_lmtp import MAX_PARENTS, PathDrafter, ProposingPathDrafter
 from modeling_lmtp.settings_lmtp import LMTPSettings
 from modeling_lmtp.support_lmtp import Tier
 from modeling_lmtp.training.evaluation import draft_ranks, simulated_steps, tokens_per_step
@@ -53,6 +53,22 @@ def wrapped(
 
 def drafter_of(model, **settings) -> LeapHeadDrafter:
     return model.new_drafter(LMTPSettings(**settings), Tier.TREE)
+
+
+def proposed(model, num_nodes: int, input_ids: torch.Tensor, depth: int, min_value: float = 0.0):
+    """What the heads propose, and for each row the value of each path."""
+    drafter = ProposingPathDrafter(model.draft_heads(), num_nodes)
+    with torch.no_grad():
+        states = states_of(model, input_ids)[:, :-1][:, -drafter.num_states :]
+    rows = drafter.propose(input_ids, states, depth, min_value)
+    values = []
+    for row in rows:
+        value = {(): 1.0}
+        for path, _, probability in row:
+            value[path] = value[path[:-1]] * probability
+        del value[()]
+        values.append(value)
+    return rows, values
 
 
 def token_of(model, row: int) -> int:
@@ -205,20 +221,18 @@ def best_texts(model, input_ids, depth: int, num_nodes: int) -> dict[tuple[int, 
     ids=["one node", "two nodes", "four nodes", "few nodes", "two tokens", "little room"],
 )
 @every_offsets
-def test_a_dynamic_tree_holds_the_likeliest_of_all_texts(offsets, ids, num_nodes, depth):
+def test_proposals_hold_the_likeliest_of_all_texts(offsets, ids, num_nodes, depth):
     model = wrapped(offsets, draft_token_ids=ids)
     depth = min(depth, offsets[-1] - 1)
-    drafter = drafter_of(model, draft_nodes=num_nodes)
-    assert type(drafter) is DynamicPathDrafter
     input_ids = torch.cat([PROMPT, PROMPT.flip(1)])
-    with torch.no_grad():
-        states = states_of(model, input_ids)[:, :-1][:, -drafter.num_states :]
-    candidates = drafter.draft(input_ids, states, depth)
-    for row, tree in enumerate(candidates.trees):
-        texts = texts_of(tree, candidates.token_ids[row].tolist())
-        assert len(texts) == len(set(texts)) == min(num_nodes, len(ids) ** (depth + 1) - 2)
-        assert set(texts) == best_texts(model, input_ids[row : row + 1], depth, num_nodes).keys()
-    assert len(set(candidates.trees)) > 1 or depth == 2 or num_nodes <= 4  # rows' own
+    rows, values = proposed(model, num_nodes, input_ids, depth)
+    for row, value in enumerate(values):
+        assert len(rows[row]) == len(value)  # no text twice
+        best = best_texts(model, input_ids[row : row + 1], depth, num_nodes)
+        likeliest = sorted(value, key=value.__getitem__, reverse=True)[:num_nodes]
+        assert set(likeliest) == best.keys()
+        for text in likeliest:
+            assert math.log(value[text]) == pytest.approx(best[text], abs=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -226,9 +240,7 @@ def test_a_dynamic_tree_holds_the_likeliest_of_all_texts(offsets, ids, num_nodes
     [(1, [1]), (2, [1, 1]), (4, [1, 3, 3, 3]), (9, [1, 8, 8, 8]), (30, [1, 8, 8, 8])],
     ids=str,
 )
-def test_a_dynamic_tree_asks_no_head_for_more_than_may_become_nodes(
-    monkeypatch, num_nodes, paths_per_level
-):
+def test_no_head_is_asked_for_more_than_may_become_nodes(monkeypatch, num_nodes, paths_per_level):
     model, asked, level_logits = wrapped(), [], PathDrafter._level_logits
 
     def noting(self, distance, input_ids, hidden_states, paths):
@@ -236,55 +248,42 @@ def test_a_dynamic_tree_asks_no_head_for_more_than_may_become_nodes(
         return level_logits(self, distance, input_ids, hidden_states, paths)
 
     monkeypatch.setattr(PathDrafter, "_level_logits", noting)
-    with torch.no_grad():
-        states = states_of(model, PROMPT)[:, :-1]
-    drafter_of(model, draft_nodes=num_nodes).draft(PROMPT, states, 9)
+    proposed(model, num_nodes, PROMPT, 9)
     assert asked == paths_per_level
 
 
-def test_a_dynamic_tree_holds_no_path_below_its_threshold():
-    model = wrapped(draft_token_ids=(2, 3, 5, 7, 11))
-    with torch.no_grad():
-        states = states_of(model, PROMPT)[:, :-1]
-    best = best_texts(model, PROMPT, 3, 8)
-    threshold = math.exp(sum(list(best.values())[3:5]) / 2)  # between the fourth and the fifth
-    drafter = drafter_of(model, draft_nodes=8, draft_threshold=threshold)
-    candidates = drafter.draft(PROMPT, states[:, -drafter.num_states :], 3)
-    [tree] = candidates.trees
-    assert set(texts_of(tree, candidates.token_ids[0].tolist())) == set(list(best)[:4])
-    strict = drafter_of(model, draft_nodes=8, draft_threshold=0.99)
-    assert strict.draft(PROMPT, states[:, -strict.num_states :], 3).num_nodes == 0
+def test_no_head_is_asked_for_what_follows_an_unlikely_path(monkeypatch):
+    model, asked, level_logits = wrapped(), [], PathDrafter._level_logits
 
+    def noting(self, distance, input_ids, hidden_states, paths):
+        asked.append(paths[0].tolist())
+        return level_logits(self, distance, input_ids, hidden_states, paths)
 
-def test_a_dynamic_tree_s_siblings_are_ordered_by_likelihood():
-    model = wrapped(draft_token_ids=DRAFT_IDS)
-    with torch.no_grad():
-        states = states_of(model, PROMPT)[:, :-1]
-    candidates = drafter_of(model, draft_nodes=30).draft(PROMPT, states, 4)
-    [tree] = candidates.trees
-    texts = [(), *texts_of(tree, candidates.token_ids[0].tolist())]
-    for parent, children in enumerate(tree.children):
-        logits = candidates_by_text(model, PROMPT, texts[parent]) if children else ()
-        values = [float(logits[DRAFT_IDS.index(texts[child][-1])]) for child in children]
-        assert values == sorted(values, reverse=True)
+    monkeypatch.setattr(PathDrafter, "_level_logits", noting)
+    _, [value] = proposed(model, 8, PROMPT, 9)
+    bound = sorted(v for path, v in value.items() if len(path) == 1)[-2]
+    asked.clear()
+    proposed(model, 8, PROMPT, 9, min_value=bound)
+    assert [len(paths) for paths in asked[:2]] == [1, 2]
+    assert all(value[tuple(path)] >= bound for paths in asked[1:] for path in paths)
+    asked.clear()
+    proposed(model, 8, PROMPT, 9, min_value=0.999)
+    assert len(asked) == 1
 
 
 @pytest.mark.parametrize("room", [0, 1, 3, 9])
-def test_a_dynamic_tree_is_no_deeper_than_there_is_room(room):
-    model = wrapped()
-    with torch.no_grad():
-        states = states_of(model, PROMPT)[:, :-1]
-    candidates = drafter_of(model, draft_nodes=20).draft(PROMPT, states, room)
-    assert max(tree.depth for tree in candidates.trees) == min(room, 4)
+def test_proposals_are_no_deeper_than_there_is_room(room):
+    _, [value] = proposed(wrapped(), 20, PROMPT, room)
+    assert max(map(len, value), default=0) == min(room, 4)
 
 
 # What is generated
 
 DRAFTS = {
-    "chain": {},
+    "chain": {"draft_length": 4},
     "tree": {"draft_tree": PATHS},
-    "dynamic tree": {"draft_nodes": 12},
-    "dynamic tree with a threshold": {"draft_nodes": 12, "draft_threshold": 0.02},
+    "planned": {},
+    "planned, heads alone": {"draft_nodes": 12, "prompt_lookup_num_tokens": 0},
     "lookup": {"prompt_lookup_num_tokens": 4, "draft_tree": PATHS},
 }
 

@@ -74,7 +74,7 @@ def assert_same(ours, theirs):
     torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("draft", [{}, {"draft_nodes": 8}], ids=["chain", "dynamic tree"])
+@pytest.mark.parametrize("draft", [{"draft_length": 2}, {}], ids=["chain", "planned"])
 def test_an_adapted_model_generates_the_same_with_and_without_leap_heads(adapted, draft):
     model, fresh = adapted
     plain = generate(model)
@@ -89,9 +89,10 @@ def test_what_decodes_is_what_was_trained(adapted):
     assert all((a - b).abs().max() > 0.1 for a, b in zip(trained, untrained, strict=True))
     with model.disable_adapter():
         assert_same(leap_logits(model), untrained)
-    steps = generate(model, use_lmtp=True, return_dict_in_generate=True).acceptance_lengths
+    options = {"use_lmtp": True, "draft_length": 2, "return_dict_in_generate": True}
+    steps = generate(model, **options).acceptance_lengths
     merged = model_copy(model, fresh).merge_and_unload()
-    assert generate(merged, use_lmtp=True, return_dict_in_generate=True).acceptance_lengths == steps
+    assert generate(merged, **options).acceptance_lengths == steps
 
 
 def model_copy(model, fresh):

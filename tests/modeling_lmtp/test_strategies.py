@@ -1,4 +1,4 @@
-"""Ways to draft: dynamic trees, prompt lookup, drafters merged, forward decoding, typical acceptance."""
+"""Ways to draft: planned drafts, prompt lookup, drafters merged, forward decoding, typical acceptance."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from modeling_lmtp.drafting_lmtp import (
     PromptLookupDrafter,
     merge_trees,
 )
-from modeling_lmtp.leap_drafter_lmtp import DynamicLeapHeadDrafter
+from modeling_lmtp.leap_drafter_lmtp import ProposingLeapHeadDrafter
 from modeling_lmtp.settings_lmtp import LMTPSettings
 from modeling_lmtp.support_lmtp import Tier
 from modeling_lmtp.tree_lmtp import MAX_NODES, DraftTree
@@ -46,11 +46,11 @@ def generate(model, prompt: torch.Tensor = PROMPT, mask: torch.Tensor | None = N
 
 STRATEGIES = {
     "static tree": {"draft_tree": [(0,), (1,), (2,), (0, 0), (0, 1), (1, 0), (0, 0, 0)]},
-    "dynamic tree": {"draft_nodes": 9},
-    "dynamic tree with a threshold": {"draft_nodes": 9, "draft_threshold": 0.02},
-    "lookup": {"prompt_lookup_num_tokens": 5},
+    "planned": {},
+    "planned, heads alone": {"draft_nodes": 9, "prompt_lookup_num_tokens": 0},
+    "lookup and chain": {"prompt_lookup_num_tokens": 5, "draft_length": 2},
     "lookup and chain of none": {"prompt_lookup_num_tokens": 5, "draft_length": 0},
-    "lookup and dynamic tree": {"prompt_lookup_num_tokens": 5, "draft_nodes": 9},
+    "planned, with short copies": {"prompt_lookup_num_tokens": 5, "draft_nodes": 9},
 }
 
 
@@ -71,9 +71,11 @@ def test_strategies_may_stand_in_the_generation_config(settings):
     model = wrapped()
     expected = generate(model, use_lmtp=True, **settings, **GREEDY)
     config = GenerationConfig(use_lmtp=True, **settings, **GREEDY)
+    model._draft_planner = None  # or it would know more than in the call before
     in_call = generate(model, generation_config=config)
     for name, value in {"use_lmtp": True, **settings}.items():
         setattr(model.generation_config, name, value)
+    model._draft_planner = None
     in_model = generate(model, **GREEDY)
     for output in (in_call, in_model):
         assert output.sequences.tolist() == expected.sequences.tolist()
@@ -82,20 +84,22 @@ def test_strategies_may_stand_in_the_generation_config(settings):
     assert without.sequences.tolist() == expected.sequences.tolist()
 
 
-# Dynamic trees
+# Proposals
 
 
-@pytest.mark.parametrize("threshold", [None, 0.1, 0.99])
-def test_a_dynamic_tree_holds_the_paths_most_probable_for_this_state(threshold):
-    model = wrapped()
-    drafter = model.new_drafter(LMTPSettings(draft_nodes=7, draft_threshold=threshold), Tier.TREE)
-    assert isinstance(drafter, DynamicLeapHeadDrafter)
+def proposals_of(model, num_nodes: int, depth: int, min_value: float = 0.0):
+    drafter = ProposingLeapHeadDrafter(model.draft_heads(), num_nodes)
     hidden_states = torch.randn(3, 3, 32, generator=torch.Generator().manual_seed(1))
     input_ids = small(torch.arange(24).reshape(3, 8))
-    candidates = drafter.draft(input_ids, hidden_states, max_depth=3)
     with torch.no_grad():
         probabilities = drafter._logits(input_ids, hidden_states, 3).softmax(-1)
-    for row, tree in enumerate(candidates.trees):
+        return probabilities, drafter.propose(input_ids, hidden_states, depth, min_value)
+
+
+@pytest.mark.parametrize("min_value", [0.0, 0.1, 0.99])
+def test_heads_propose_the_paths_most_probable_for_this_state(min_value):
+    probabilities, rows = proposals_of(wrapped(), 7, 3, min_value)
+    for row, proposals in enumerate(rows):
         value = {
             tokens: torch.stack([probabilities[row, a, token] for a, token in enumerate(tokens)])
             .prod()
@@ -104,10 +108,11 @@ def test_a_dynamic_tree_holds_the_paths_most_probable_for_this_state(threshold):
             for tokens in itertools.product(range(12), repeat=depth)
         }
         best = sorted(value, key=value.__getitem__, reverse=True)[:7]
-        best = [tokens for tokens in best if value[tokens] >= (threshold or 0)]
-        tokens = candidates.token_ids[row].tolist()[: tree.num_nodes]
-        assert set(token_paths(tree, tokens)) == set(best)
-    assert len(set(candidates.trees)) > 1 or threshold == 0.99  # rows have trees of their own
+        best = [tokens for tokens in best if value[tokens] >= min_value]
+        assert {proposal.path for proposal in proposals} == set(best)
+        for path, _, probability in proposals:
+            expected = float(probabilities[row, len(path) - 1, path[-1]])
+            assert probability == pytest.approx(expected)
 
 
 def token_paths(tree: DraftTree, token_ids: list[int]) -> list[tuple[int, ...]]:
@@ -117,12 +122,11 @@ def token_paths(tree: DraftTree, token_ids: list[int]) -> list[tuple[int, ...]]:
     return paths[1:]
 
 
-def test_a_dynamic_tree_is_no_deeper_than_there_is_room():
-    drafter = wrapped().new_drafter(LMTPSettings(draft_nodes=30), Tier.TREE)
-    hidden_states = torch.randn(1, 3, 32)
-    for room, depth in ((0, 0), (1, 1), (2, 2), (9, 4)):
-        candidates = drafter.draft(small(PROMPT), hidden_states, room)
-        assert max(tree.depth for tree in candidates.trees) == depth
+@pytest.mark.parametrize(("room", "depth"), [(0, 0), (1, 1), (2, 2), (9, 4)])
+def test_proposals_are_no_deeper_than_there_is_room(room, depth):
+    _, rows = proposals_of(wrapped(), 30, room)
+    paths = [proposal.path for row in rows for proposal in row]
+    assert max(map(len, paths), default=0) == depth
 
 
 # Prompt lookup
@@ -184,11 +188,11 @@ def test_rows_are_looked_up_apart_and_padded():
     assert candidates.token_ids[2].tolist() == [6, 6]
 
 
-@pytest.mark.parametrize("settings", [{}, {"draft_nodes": 6}], ids=["chain", "dynamic tree"])
+@pytest.mark.parametrize("settings", [{"draft_length": 3}, {}], ids=["chain", "planned"])
 def test_lookup_makes_a_text_that_repeats_itself_cheaper(settings):
     model = wrapped()
     options = {**GREEDY, "max_new_tokens": 200, "use_lmtp": True, **settings}
-    alone = generate(model, **options)
+    alone = generate(model, prompt_lookup_num_tokens=0, **options)
     together = generate(model, prompt_lookup_num_tokens=8, **options)
     assert together.sequences.tolist() == alone.sequences.tolist()
     assert len(together.acceptance_lengths[0]) < len(alone.acceptance_lengths[0])
@@ -265,17 +269,20 @@ def test_merged_drafters_see_all_the_states_they_ask_for():
 
 
 @pytest.mark.parametrize("context", [0, "path"])
-@pytest.mark.parametrize("settings", [{}, {"draft_nodes": 9}], ids=["chain", "dynamic tree"])
-def test_merging_waits_for_the_device_no_more_than_its_drafters(monkeypatch, settings, context):
+def test_merging_waits_for_the_device_no_more_than_its_drafters(monkeypatch, context):
     model = wrapped(head_context=context)
-    apart = LMTPSettings(**settings), LMTPSettings(draft_length=0, prompt_lookup_num_tokens=5)
+    apart = (
+        LMTPSettings(draft_length=3),
+        LMTPSettings(draft_length=0, prompt_lookup_num_tokens=5),
+    )
     drafters = [model.new_drafter(own, Tier.TREE) for own in apart]
-    merged = model.new_drafter(LMTPSettings(**settings, prompt_lookup_num_tokens=5), Tier.TREE)
+    together = LMTPSettings(draft_length=3, prompt_lookup_num_tokens=5)
+    merged = model.new_drafter(together, Tier.TREE)
     prompt, hidden_states = small(PROMPT), torch.randn(1, 3, 32)
     trips = count_round_trips(monkeypatch)
     for drafter in drafters:
         assert drafter.draft(prompt, hidden_states, 9).num_nodes
-    needed = len(trips) + (not settings)  # a chain's tokens have not been on the host yet
+    needed = len(trips) + 1  # a chain's tokens have not been on the host yet
     trips.clear()
     candidates = merged.draft(prompt, hidden_states, 9)
     assert len(trips) == needed
@@ -310,7 +317,7 @@ def test_forward_decoding_runs_a_plain_pass_before_each_draft():
 
 @pytest.mark.parametrize("batch", [False, True], ids=["one", "batch"])
 @pytest.mark.parametrize("architecture", ["llama", "gemma2", "bloom", "lfm2"])
-@pytest.mark.parametrize("settings", [{}, {"draft_nodes": 9}], ids=["chain", "dynamic tree"])
+@pytest.mark.parametrize("settings", [{"draft_length": 3}, {}], ids=["chain", "planned"])
 def test_forward_decoding_with_the_model_s_own_heads_emits_plain_tokens(
     architecture, settings, batch
 ):
@@ -366,7 +373,7 @@ def test_typical_acceptance_takes_what_the_formula_lets_pass():
 def test_typical_acceptance_accepts_more_than_the_exact_rule(batch):
     model = wrapped()
     prompt, mask = (BATCH, BATCH_MASK) if batch else (PROMPT, None)
-    options = {**GREEDY, "draft_nodes": 12, "use_lmtp": True}
+    options = {**GREEDY, "draft_tree": STRATEGIES["static tree"]["draft_tree"], "use_lmtp": True}
     exact = generate(model, prompt, mask, **options)
     typical = generate(
         model, prompt, mask, **options, acceptance_rule="typical", posterior_threshold=0.01

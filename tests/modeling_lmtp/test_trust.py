@@ -37,7 +37,10 @@ ALLOWED_NAMES = {
     "importlib": {"import_module"},  # of Transformers' own modules, see below
     "pathlib": {"Path"},  # in signatures
     "safetensors": {"SafetensorError"},
+    "bisect": {"bisect_left", "bisect_right"},
+    "statistics": {"median_low"},
     "threading": {"get_ident"},
+    "time": {"perf_counter"},
     "torch": {"nn"},
 }
 FORBIDDEN_CALLS = {

@@ -1,0 +1,230 @@
+"""Planned drafts: of all candidates that are proposed, those that are worth their cost.
+
+A step over a draft of `N` candidates per row emits `B + Σ p` tokens on average, where `p` is the
+probability that a candidate is accepted, and costs a pass over `1 + N` tokens per row. Where `ρ` tokens
+are emitted in the time of a plain step, the best draft is the one that maximizes
+
+    B + Σ p - ρ · cost(1 + N).
+
+Where no draft is better than none, the step is plain. `p` and the costs are learned, see `planner_lmtp`.
+
+Shapes: `B` batch, `L` known tokens, `S` known states, `H` hidden size, `N` candidates.
+"""
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import NamedTuple
+
+import torch
+
+from .drafting_lmtp import Candidates, Drafter, Proposal, ProposingDrafter, tree_from_paths
+from .planner_lmtp import MAX_RATE, PASS_SIZES, AcceptanceRates, BatchMemory, DraftPlanner
+from .tree_lmtp import MAX_NODES
+
+Path = tuple[int, ...]
+
+
+class Draft(NamedTuple):
+    """The candidates of one step and what they are worth.
+
+    Args:
+        paths: per row, of the candidates to verify.
+        expected: how many of them will be accepted.
+        worth: `B + Σ p - ρ · cost`.
+    """
+
+    paths: list[list[Path]]
+    expected: float
+    worth: float
+
+
+@dataclass
+class PlannedStep:
+    """A step that is being verified.
+
+    Args:
+        memory: of batches of its size.
+        proposals: per row.
+        expected: how many candidates will be accepted.
+        size: the tokens per row of its pass.
+        draft_seconds: that drafting took.
+        began: when drafting had ended.
+    """
+
+    memory: BatchMemory
+    proposals: list[list[Proposal]]
+    expected: float
+    size: int
+    draft_seconds: float
+    began: float
+
+
+class PlannedDrafter(Drafter):
+    """Verifies as many of the proposed candidates as pay for themselves, perhaps none.
+
+    Args:
+        planner: what the model's earlier drafts have shown.
+        heads: proposes by the leap heads, if there are any.
+        lookup: proposes by prompt lookup, if that is on.
+        max_nodes: the largest number of candidates per row.
+        takes_trees: whether trees can be verified, or chains only.
+    """
+
+    def __init__(
+        self,
+        planner: DraftPlanner,
+        heads: ProposingDrafter | None,
+        lookup: ProposingDrafter | None,
+        max_nodes: int = MAX_NODES - 1,
+        takes_trees: bool = True,
+    ) -> None:
+        self.planner = planner
+        self.heads = heads
+        self.lookup = lookup
+        self.max_nodes = max_nodes
+        self.takes_trees = takes_trees
+        self.num_states = 1 if heads is None else heads.num_states
+        self._step: PlannedStep | None = None
+
+    def reset(self) -> None:
+        """Forget the last step, but not what it has shown."""
+        self._step = None
+
+    def draft(
+        self, input_ids: torch.Tensor, hidden_states: torch.Tensor, max_depth: int
+    ) -> Candidates:
+        """Propose what is worth its cost."""
+        start = self.planner.clock()
+        conditions = hidden_states.device, hidden_states.dtype, self.max_nodes, self.takes_trees
+        memory = self.planner.batch(input_ids.shape[0], conditions)
+        proposals: list[list[Proposal]] = [[] for _ in range(input_ids.shape[0])]
+        draft = Draft([[] for _ in proposals], 0.0, 0.0)
+        if max_depth > 0 and not memory.must_be_plain:
+            proposals, draft = self._plan(memory, input_ids, hidden_states, max_depth)
+        candidates = _candidates(draft.paths, input_ids)
+        end = self.planner.clock()
+        size = 1 + candidates.num_nodes
+        self._step = PlannedStep(memory, proposals, draft.expected, size, end - start, end)
+        return candidates
+
+    def observe(self, tokens: Sequence[Sequence[int]]) -> None:
+        """Learn how long the pass took, and which proposals were right."""
+        if self._step is None:
+            return
+        step, self._step = self._step, None
+        step.memory.observe_step(
+            step.size,
+            self.planner.clock() - step.began,
+            step.draft_seconds,
+            sum(map(len, tokens)),
+            step.expected,
+        )
+        for proposals, emitted in zip(step.proposals, tokens, strict=True):
+            _count(self.planner.rates, proposals, tuple(emitted))
+
+    def _plan(
+        self,
+        memory: BatchMemory,
+        input_ids: torch.Tensor,
+        hidden_states: torch.Tensor,
+        max_depth: int,
+    ) -> tuple[list[list[Proposal]], Draft]:
+        """Return each row's proposals, and the best draft of them."""
+        num_rows = input_ids.shape[0]
+        proposals: list[list[Proposal]] = [[] for _ in range(num_rows)]
+        if self.lookup is not None:
+            proposals = self.lookup.propose(input_ids, hidden_states, max_depth)
+        draft = self._best(memory, proposals)
+        use = memory.head_use(draft.expected)
+        if self.heads is None or not use.is_due():
+            return proposals, draft
+        start = self.planner.clock()
+        # A row's candidate must be worth its share of the cost of a token in every row
+        least = memory.rate * memory.costs.cost_per_token(self.max_nodes) / memory.correction
+        by_heads = self.heads.propose(
+            input_ids, hidden_states, max_depth, min(0.5, 0.5 * least / num_rows)
+        )
+        proposals = [[*row, *more] for row, more in zip(proposals, by_heads, strict=True)]
+        with_heads = self._best(memory, proposals)
+        seconds = self.planner.clock() - start
+        spent = memory.rate * seconds / (memory.costs.seconds or seconds)
+        use.observe(with_heads.worth - draft.worth - spent)
+        return proposals, with_heads
+
+    def _best(self, memory: BatchMemory, proposals: list[list[Proposal]]) -> Draft:
+        """Return the draft that is worth most, of these proposals per row."""
+        rows = []
+        for row in proposals:
+            values = path_values(self.planner.rates, row)
+            if not self.takes_trees:
+                values = best_chain(values)
+            # No path is likelier than its parent, so the first ones form a tree
+            rows.append(sorted(values.items(), key=lambda item: (-item[1], len(item[0]))))
+        longest = min(self.max_nodes, max(map(len, rows)))
+        gains = [0.0] * (1 + longest)
+        for row in rows:
+            sums = [0.0, *accumulate(value for _, value in row)]
+            for count in range(1, 1 + longest):
+                gains[count] += sums[min(count, len(row))]
+        counts = [size - 1 for size in PASS_SIZES if size <= longest]
+        worths = {
+            count: memory.num_rows
+            + memory.correction * gains[count]
+            - memory.rate * memory.costs.cost(1 + count)
+            for count in [*counts, longest]
+        }
+        count = max(worths, key=lambda count: (worths[count], -count))
+        paths = [[path for path, _ in row[:count]] for row in rows]
+        return Draft(paths, gains[count], worths[count])
+
+
+def path_values(rates: AcceptanceRates, proposals: Sequence[Proposal]) -> dict[Path, float]:
+    """Return the probability that each proposed path is accepted.
+
+    A path that several sources propose is wrong only if all of them are, as if they erred independently.
+    The tokens after one path exclude each other, so their rates are scaled down to a sum of 1.
+
+    Args:
+        rates: by source.
+        proposals: of one row; with each path, its parent is among them.
+    """
+    conditional: dict[Path, float] = {}
+    for path, source, probability in proposals:
+        wrong = 1 - rates.rate(source, probability)
+        conditional[path] = min(MAX_RATE, 1 - wrong * (1 - conditional.get(path, 0.0)))
+    totals: dict[Path, float] = defaultdict(float)
+    for path, rate in conditional.items():
+        totals[path[:-1]] += rate
+    values: dict[Path, float] = {(): 1.0}
+    for path in sorted(conditional, key=len):
+        parent = path[:-1]
+        values[path] = values[parent] * conditional[path] / max(1.0, totals[parent])
+    del values[()]
+    return values
+
+
+def best_chain(values: dict[Path, float]) -> dict[Path, float]:
+    """Return the path along which most tokens are expected to be accepted, with its prefixes."""
+    sums: dict[Path, float] = {(): 0.0}
+    for path in sorted(values, key=len):
+        sums[path] = sums[path[:-1]] + values[path]
+    best = max(sums, key=lambda path: sums[path])
+    prefixes = [best[:length] for length in range(1, 1 + len(best))]
+    return {path: values[path] for path in prefixes}
+
+
+def _count(rates: AcceptanceRates, proposals: Sequence[Proposal], emitted: Path) -> None:
+    """Count the proposals whose parent was right, verified or not, given the tokens that followed."""
+    for path, source, probability in proposals:
+        depth = len(path)
+        if depth <= len(emitted) and path[:-1] == emitted[: depth - 1]:
+            rates.observe(source, probability, path[-1] == emitted[depth - 1])
+
+
+def _candidates(paths: Sequence[Sequence[Path]], input_ids: torch.Tensor) -> Candidates:
+    if not any(paths):
+        return Candidates.none(input_ids)
+    grown = [tree_from_paths(row) for row in paths]
+    return Candidates.from_rows([tree for tree, _ in grown], [ids for _, ids in grown], input_ids)

@@ -1,0 +1,246 @@
+"""What a planned draft knows: how often candidates are accepted, and what verifying them costs.
+
+Both are learned as decoding goes, and live with the model. Neither affects the text, only which candidates
+are verified, see `planned_drafter_lmtp`.
+"""
+
+from bisect import bisect_left, bisect_right
+from collections import deque
+from collections.abc import Callable, Hashable
+from itertools import pairwise
+from statistics import median_low
+from time import perf_counter
+
+# Tokens of a pass per row, root included. Few sizes, because each has a cost of its own to learn, and
+# because kernels and graphs are prepared for each of them
+PASS_SIZES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
+# Before anything is known: what one more token per row adds to a pass, in passes of one token
+PRIOR_TOKEN_COST = 0.02
+PRIOR_STRENGTH = 8.0  # how many observations a drafter's own probability counts for
+MEMORY = 256  # observations after which an earlier one counts for a third
+EDGES = (0.02, 0.05, 0.1, 0.2, 0.35, 0.5, 0.65, 0.8, 0.9, 0.96)  # of the buckets of probabilities
+MAX_RATE = 0.98
+MAX_PASSES = 9  # of one size, the latest of which count
+# At first, this many steps are plain; then one in so many until `MAX_PASSES` are known, then one in ten
+# times as many
+MIN_PLAIN, PLAIN_INTERVAL = 3, 48
+MAX_REST = 32  # steps between two drafts of heads that do not pay
+EXPECTED_EDGES = (0.3, 1.0, 3.0)  # of the buckets of what is accepted per row without heads
+
+
+class AcceptanceRates:
+    """Calibrated conditional acceptance rates: how often a candidate is right if its parent is.
+
+    Candidates are counted by their source and by the bucket of the probability that it stated. The
+    stated probability counts as `PRIOR_STRENGTH` observations, so that a rate is known from the start.
+    """
+
+    def __init__(self) -> None:
+        self._counts: dict[tuple[Hashable, int], list[float]] = {}  # right ones, and all
+
+    def rate(self, source: Hashable, probability: float) -> float:
+        """Return the rate of a source's candidates to which it gives this probability."""
+        right, total = self._counts.get((source, bisect_right(EDGES, probability)), (0.0, 0.0))
+        rate = (right + PRIOR_STRENGTH * probability) / (total + PRIOR_STRENGTH)
+        return min(rate, MAX_RATE)
+
+    def observe(self, source: Hashable, probability: float, is_right: bool) -> None:
+        """Count a candidate whose parent was accepted."""
+        counts = self._counts.setdefault((source, bisect_right(EDGES, probability)), [0.0, 0.0])
+        counts[0] += is_right - counts[0] / MEMORY
+        counts[1] += 1 - counts[1] / MEMORY
+
+
+class PassCosts:
+    """What a pass over several tokens per row costs, in passes of one token.
+
+    The cost of a size is the median of its latest passes. All are relative to a base that follows every
+    pass, so that a growing context, which makes all sizes slower, is no cost of the size at hand. A size
+    that was not tried yet is predicted from its neighbour.
+
+    Args:
+        num_rows: `B`, for the prediction before any pass.
+    """
+
+    def __init__(self, num_rows: int = 1) -> None:
+        self._token_cost = PRIOR_TOKEN_COST * num_rows**0.7
+        self._base: float | None = None  # seconds of a pass of one token
+        self._ratios: dict[int, deque[float]] = {}
+        self._counts: dict[int, int] = {}
+        self._costs: dict[int, float] = {}
+
+    @property
+    def seconds(self) -> float | None:
+        """The seconds of a pass of one token; None before the first pass."""
+        return None if self._base is None else self._base * self._level(1)
+
+    def num_passes(self, size: int) -> int:
+        """Return how many of the latest passes had this size."""
+        return len(self._ratios.get(size, ()))
+
+    def observe(self, size: int, seconds: float) -> None:
+        """Record a pass over `size` tokens per row."""
+        size, seconds = self._known_size(size), max(seconds, 1e-9)
+        if self._base is None:
+            self._base = seconds / self._prior(size)
+        ratio, level = seconds / self._base, self._level(size)
+        self._counts[size] = count = self._counts.get(size, 0) + 1
+        is_known = count > MAX_PASSES
+        # Of a size that is known, the base follows the passes, and the size itself only slowly
+        if not is_known or count % MAX_PASSES == 0:
+            self._ratios.setdefault(size, deque(maxlen=MAX_PASSES)).append(ratio)
+            self._costs.clear()
+        # Slow passes, such as the first ones of a size, say little about the base
+        change = max(-0.3, min(0.3, ratio / level - 1))
+        self._base *= 1 + (0.3 if is_known else 0.1) * change
+
+    def cost(self, size: int) -> float:
+        """Return the cost of a pass over `size` tokens per row, 1 for one token."""
+        size = self._known_size(size)
+        if size not in self._costs:
+            self._costs[size] = max(1.0, self._level(size) / self._level(1)) if size > 1 else 1.0
+        return self._costs[size]
+
+    def cost_per_token(self, num_tokens: int) -> float:
+        """Return the least that one more token per row costs, up to `num_tokens`."""
+        sizes = [size for size in PASS_SIZES if size <= max(2, num_tokens)]
+        return min(
+            (self.cost(larger) - self.cost(size)) / (larger - size)
+            for size, larger in pairwise(sizes)
+        )
+
+    def _known_size(self, size: int) -> int:
+        return PASS_SIZES[min(bisect_left(PASS_SIZES, size), len(PASS_SIZES) - 1)]
+
+    def _prior(self, size: int) -> float:
+        return 1 + self._token_cost * (size - 1)
+
+    def _level(self, size: int) -> float:
+        """Return the cost of a size relative to the base."""
+        ratios = self._ratios.get(size, ())
+        if len(ratios) >= 2:
+            return median_low(ratios)
+        predicted = self._predicted(size)
+        # The first pass of a size may have prepared kernels for it
+        return min(predicted, *ratios) if ratios else predicted
+
+    def _predicted(self, size: int) -> float:
+        """Predict from the nearest smaller size that is known: more tokens are as much dearer as there."""
+        known = [other for other in self._ratios if 1 < other < size and self.num_passes(other) > 1]
+        plain = median_low(self._ratios[1]) if self.num_passes(1) > 1 else 1.0
+        if size == 1 or not known:
+            return plain * self._prior(size)
+        other = max(known)
+        found = median_low(self._ratios[other])
+        per_token = max(found / plain - 1, 0.1 * (self._prior(other) - 1)) / (other - 1)
+        return found + plain * per_token * (size - other)
+
+
+class HeadUse:
+    """Whether drafting with heads pays; while it does not, they are asked ever more seldom."""
+
+    def __init__(self) -> None:
+        self._gain = 0.0
+        self._rest = self._waited = 0
+
+    def is_due(self) -> bool:
+        """Return whether heads should draft in this step."""
+        self._waited += 1
+        return self._waited > self._rest
+
+    def observe(self, gain: float) -> None:
+        """Record a draft that is expected to improve its step by `gain` tokens, its cost subtracted."""
+        self._gain += (0.1 if self._rest == 0 else 0.5) * (gain - self._gain)
+        self._waited = 0
+        self._rest = 0 if self._gain >= 0 else min(MAX_REST, 2 * self._rest + 1)
+
+
+class BatchMemory:
+    """What is known of the steps of batches of one size.
+
+    Args:
+        num_rows: `B`.
+
+    Attributes:
+        costs: of passes.
+        head_uses: whether heads pay, by how many candidates are expected to be accepted without them.
+        rate: emitted tokens per plain step's time; the speed that a further candidate must not lower.
+        correction: how many tokens are accepted for each one expected.
+    """
+
+    def __init__(self, num_rows: int) -> None:
+        self.costs = PassCosts(num_rows)
+        self.num_rows = num_rows
+        self.head_uses = [HeadUse() for _ in range(1 + len(EXPECTED_EDGES))]
+        self._tokens = self._cost = 0.0
+        self._accepted = self._expected = 4.0
+        self._since_plain = 0
+
+    @property
+    def rate(self) -> float:
+        """The emitted tokens per plain step's time, at least those of plain decoding."""
+        if self._cost == 0:
+            return float(self.num_rows)
+        return max(self._tokens / self._cost, float(self.num_rows))
+
+    @property
+    def correction(self) -> float:
+        """The accepted tokens per expected one."""
+        return min(1.25, self._accepted / self._expected)
+
+    @property
+    def must_be_plain(self) -> bool:
+        """Whether too little is known of plain steps, with which all others are compared."""
+        num_passes = self.costs.num_passes(1)
+        interval = PLAIN_INTERVAL if num_passes < MAX_PASSES else 10 * PLAIN_INTERVAL
+        return num_passes < MIN_PLAIN or self._since_plain > interval
+
+    def head_use(self, expected: float) -> HeadUse:
+        """Return whether heads pay where that many candidates would be accepted without them."""
+        return self.head_uses[bisect_right(EXPECTED_EDGES, expected / self.num_rows)]
+
+    def observe_step(
+        self,
+        size: int,
+        pass_seconds: float,
+        draft_seconds: float,
+        num_tokens: int,
+        expected: float,
+    ) -> None:
+        """Record a step.
+
+        Args:
+            size: the tokens per row of its pass.
+            pass_seconds, draft_seconds: that verifying and drafting took.
+            num_tokens: that all rows emitted.
+            expected: how many candidates were expected to be accepted.
+        """
+        self.costs.observe(size, pass_seconds)
+        self._since_plain = 0 if size == 1 else self._since_plain + 1
+        keep = 1 - 1 / 32
+        cost = self.costs.cost(size) + draft_seconds / (self.costs.seconds or draft_seconds or 1)
+        self._tokens = keep * self._tokens + num_tokens
+        self._cost = keep * self._cost + cost
+        if expected:
+            self._accepted = keep * self._accepted + num_tokens - self.num_rows
+            self._expected = keep * self._expected + expected
+
+
+class DraftPlanner:
+    """What drafting has learned on one model.
+
+    Args:
+        clock: returns seconds.
+    """
+
+    def __init__(self, clock: Callable[[], float] = perf_counter) -> None:
+        self.clock = clock
+        self.rates = AcceptanceRates()
+        self._batches: dict[Hashable, BatchMemory] = {}
+
+    def batch(self, num_rows: int, conditions: Hashable = None) -> BatchMemory:
+        """Return what is known of batches of that many rows under the same conditions."""
+        key = (num_rows, conditions)
+        if key not in self._batches:
+            self._batches[key] = BatchMemory(num_rows)
+        return self._batches[key]
