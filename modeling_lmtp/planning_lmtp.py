@@ -23,6 +23,7 @@ from .cache_lmtp import reason_no_rollback
 from .compiled_lmtp import compiled_pass
 from .decoding_lmtp import Decoder
 from .drafting_lmtp import Drafter
+from .hooks_lmtp import reason_hooked
 from .outputs_lmtp import EmittedTokens
 from .settings_lmtp import DRAFT_SOURCES, PROMPT_LOOKUP, LMTPSettings
 from .static_lmtp import StaticVerifier, enlarge, reason_no_room, reason_not_static
@@ -161,7 +162,7 @@ def _reason_for_plain_decoding(model: Any, kwargs: Mapping[str, Any]) -> str | N
         return (
             "its processes run in step (synced_gpus=True), as for weights sharded by ZeRO-3 or FSDP"
         )
-    return None
+    return reason_hooked(model)
 
 
 # --- The plan
