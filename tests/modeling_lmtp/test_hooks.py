@@ -100,7 +100,9 @@ def with_two_adapters(**settings):
 
 
 @pytest.mark.parametrize("modules_to_save", [None, ["leap_heads"]], ids=["LoRA", "and heads"])
-@pytest.mark.parametrize("names", [["one", "two", "__base__"], ["two"]], ids=["batch", "single row"])
+@pytest.mark.parametrize(
+    "names", [["one", "two", "__base__"], ["two"]], ids=["batch", "single row"]
+)
 def test_each_row_may_have_an_adapter_of_its_own(modules_to_save, names):
     model = with_two_adapters(modules_to_save=modules_to_save)
     model.generate(input_ids=PROMPT, use_lmtp=True, max_new_tokens=2)
