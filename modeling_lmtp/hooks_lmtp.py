@@ -25,7 +25,7 @@ def _hooks(hooks: Mapping[int, Any]) -> tuple[int, ...]:
 
 
 def fingerprint(model: nn.Module) -> int:
-    """Return a number that changes with a model's modules, their hooks and their modes, not with weights."""
+    """Return a number that changes with a model's modules, their hooks and modes, not with its weights."""
     return hash(
         tuple(
             (

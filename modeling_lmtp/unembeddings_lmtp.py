@@ -12,8 +12,8 @@ With a draft vocabulary, heads propose only some of the tokens. Most tokens of a
 right for a draft, and a product with the whole unembedding costs as much as several layers. The text is the
 same: a token outside is never drafted, but still emitted where plain decoding would emit it.
 
-Some models scale what their unembedding returns (Cohere, Granite, Falcon-H1). Logits of heads are scaled likewise, so
-that heads start as the model's own head, and their probabilities are comparable with the model's.
+Some models scale what their unembedding returns (Cohere, Granite, Falcon-H1). Logits of heads are scaled
+likewise, so that heads start as the model's own head, and their probabilities compare with the model's.
 
 Shapes: `V` vocabulary size, `D` draft vocabulary size (`V` without one), `H` hidden size, `r` rank, `B`
 batch, `n` states of one head, `…` any leading dimensions.
@@ -39,8 +39,8 @@ _logit_scales: "weakref.WeakKeyDictionary[PreTrainedModel, float]" = weakref.Wea
 def logit_scale(backbone: PreTrainedModel) -> float:
     """Return the factor from what a model's unembedding returns to its logits; 1 for most models.
 
-    It is found out by running two tokens, because configurations have several names for it. A soft cap is no
-    factor and gives 1: it hardly changes any but the largest logits.
+    It is found out by running two tokens, because configurations have several names for it. A soft cap is
+    no factor and gives 1: it hardly changes any but the largest logits.
     """
     if backbone not in _logit_scales:
         tokens = torch.arange(2, device=unembedding_device(backbone))[None]

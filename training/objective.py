@@ -33,8 +33,8 @@ class HeadObjective:
 
     The loss of one target is `(1 - w) · CE(target) + w · T² · KL(p ‖ q)` (arXiv 1503.02531). `q` is the
     head's distribution at temperature `T`, and `p` the backbone's own next-token distribution for that
-    target, read one position before it. With a draft vocabulary, both cover only its tokens. Both are scaled
-    as the model scales its logits; a soft cap is left out.
+    target, read one position before it. With a draft vocabulary, both cover only its tokens. Both are
+    scaled as the model scales its logits; a soft cap is left out.
 
     Args:
         num_heads: `m`.
