@@ -162,9 +162,11 @@ class LeapHeads(nn.Module):
         """Run head `index`, see `LeapHead.forward`."""
         return self[index](states, *args)
 
-    def unembeddings(self, shared: Any) -> list[HeadUnembedding]:
-        """Return each head's unembedding, given the one that heads may share."""
-        return [HeadUnembedding(head.lm_head or shared, head.lm_head_update) for head in self]
+    def unembeddings(self, shared: Any, scale: float = 1.0) -> list[HeadUnembedding]:
+        """Return each head's unembedding, given the one that heads may share and `logit_scale`."""
+        return [
+            HeadUnembedding(head.lm_head or shared, head.lm_head_update, scale) for head in self
+        ]
 
     def start_unembeddings(
         self, backbone: PreTrainedModel, token_ids: Sequence[int] | None

@@ -50,6 +50,13 @@ class HeadsOnlyMixin(LMTPPreTrainedModel):
         if self.config.num_leap_heads and not self.config.train_backbone:
             self.backbone.requires_grad_(False)
 
+    def train(self, mode: bool = True) -> Any:
+        """Set the mode; a frozen backbone stays in evaluation mode, since decoding sees no dropout."""
+        super().train(mode)
+        if self.config.num_leap_heads and not self.config.train_backbone:
+            self.backbone.eval()
+        return self
+
     @classmethod
     def from_pretrained(
         cls,

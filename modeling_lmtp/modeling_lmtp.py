@@ -32,7 +32,7 @@ from .losses_lmtp import IGNORE_INDEX, LeapObjective, check_labels, leap_losses
 from .pretrained_lmtp import TAGS
 from .states_lmtp import head_states, run_pass
 from .transformers_lmtp import commit_of, keep_custom_settings
-from .unembeddings_lmtp import DraftUnembedding, HeadUnembedding
+from .unembeddings_lmtp import HeadUnembedding, logit_scale, shared_unembedding
 
 logger = logging.get_logger(__name__)
 
@@ -268,10 +268,9 @@ class LMTPForCausalLM(HeadsOnlyMixin, LMTPGenerationMixin):
 
     def draft_unembeddings(self) -> list[HeadUnembedding]:
         """Return each head's unembedding, from `(…, H)` to logits of the draft vocabulary `(…, D)`."""
-        shared: Any = self.get_output_embeddings()
-        if self.config.share_lm_head and self.config.draft_token_ids is not None:
-            shared = DraftUnembedding(shared, self.config.draft_token_ids)
-        return self.leap_heads.unembeddings(shared)
+        token_ids = self.config.draft_token_ids if self.config.share_lm_head else None
+        shared = shared_unembedding(self.backbone, token_ids)
+        return self.leap_heads.unembeddings(shared, logit_scale(self.backbone))
 
     def leap_logits(
         self,

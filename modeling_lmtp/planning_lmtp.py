@@ -23,6 +23,7 @@ from .cache_lmtp import reason_no_rollback
 from .compiled_lmtp import compiled_pass
 from .decoding_lmtp import Decoder
 from .drafting_lmtp import Drafter
+from .hooks_lmtp import reason_hooked
 from .outputs_lmtp import EmittedTokens
 from .settings_lmtp import DRAFT_SOURCES, PROMPT_LOOKUP, LMTPSettings
 from .static_lmtp import StaticVerifier, enlarge, reason_no_room, reason_not_static
@@ -163,7 +164,19 @@ def _reason_for_plain_decoding(model: Any, kwargs: Mapping[str, Any]) -> str | N
         return (
             "its processes run in step (synced_gpus=True), as for weights sharded by ZeRO-3 or FSDP"
         )
-    return None
+    return _reason_other_dtype(model) or reason_hooked(model)
+
+
+def _reason_other_dtype(model: Any) -> str | None:
+    """Return why heads cannot read the backbone's states, as while they train in float32, or None."""
+    heads, states = next(model.leap_heads.parameters(), None), model.backbone.dtype
+    is_cast = torch.is_autocast_enabled(model.backbone.device.type)
+    if heads is None or not heads.is_floating_point() or is_cast or heads.dtype == states:
+        return None
+    return (
+        f"its leap heads are in {heads.dtype} and its backbone in {states} (use autocast, or "
+        "model.leap_heads.to(model.backbone.dtype))"
+    )
 
 
 # --- The plan

@@ -29,6 +29,7 @@ from .cache_lmtp import (
     windows_of,
 )
 from .drafting_lmtp import Candidates
+from .hooks_lmtp import fingerprint
 from .rows_lmtp import Rows
 from .static_lmtp import StaticVerifier
 from .transformers_lmtp import (
@@ -88,22 +89,28 @@ class Support:
     ragged: bool = False
 
 
-_cached: "weakref.WeakKeyDictionary[PreTrainedModel, dict[Any, Support]]" = (
+# The fingerprint of each model when it was tried, and what was found
+_cached: "weakref.WeakKeyDictionary[PreTrainedModel, tuple[int, dict[Any, Support]]]" = (
     weakref.WeakKeyDictionary()
 )
 
 
 def decoding_support(backbone: PreTrainedModel, static: bool = False) -> Support:
-    """Return what `backbone` can verify, probed once per model, attention, dtype, device and mode.
+    """Return what `backbone` can verify, probed once per model, attention, dtype and device.
+
+    It is probed again when its modules, their hooks or their modes have changed.
 
     Args:
         backbone: the model.
         static: over a static cache, where the answer is a tree or nothing.
     """
-    cached = _cached.setdefault(backbone, {})
+    tried = fingerprint(backbone)
+    if tried != _cached.get(backbone, (None,))[0]:
+        _cached[backbone] = tried, {}
+    _, cached = _cached[backbone]
     attention = attention_implementation(backbone.config)
     precision = backbone.dtype, _precision(backbone)
-    key = (attention, precision, backbone.device, backbone.training, static)
+    key = (attention, precision, backbone.device, static)
     if key in cached:
         return cached[key]
     support = _probe_static(backbone) if static else _probe_tiers(backbone)
@@ -406,8 +413,8 @@ def _reason_inexact(
 ) -> str | None:
     """Return why the logits on the paths, and after them, are wrong, or None if they are right.
 
-    They are compared with those for other rejected candidates, and with those of a plain pass. The prompt
-    exceeds every window of the model, unless it is to be `short`.
+    They are compared with those for other rejected candidates, and with those of plain decoding, token by
+    token after the prompt. The prompt exceeds every window of the model, unless it is to be `short`.
     """
     vocab_size = backbone.get_output_embeddings().weight.shape[0]
     windows = [window for window in _windows(backbone) if window < MAX_PROBE_LENGTH]
@@ -423,9 +430,8 @@ def _reason_inexact(
     plain_tolerance = PLAIN_TOLERANCE.get(precision, LOW_PRECISION_PLAIN_TOLERANCE)
     for row, path in enumerate(paths):
         known = tokens[row : row + 1, : length + len(path) + 1]
-        plain_cache = new_cache(backbone.config)
-        inputs = with_cache({"input_ids": known, "use_cache": True}, plain_cache)
-        plain = backbone(**inputs).logits[0, length:]
+        plain, plain_cache = _run_in_parts(backbone, known, [length] + [1] * (len(path) + 1))
+        plain = plain[0, length:]
         scale = plain.abs().max()
         if (logits[row] - others[row]).abs().max() > trace_tolerance * scale:
             return "rejected candidates leave a trace"
@@ -443,20 +449,23 @@ def _steps_differ(backbone: PreTrainedModel, tokens: torch.Tensor, tolerance: fl
 
     A layer may, for example, bound its time step in one of the two only.
     """
-    logits = []
-    for parts in (tokens.split(1, dim=-1), [tokens]):
-        cache = new_cache(backbone.config)
-        known, found = 0, []
-        for part in parts:
-            inputs = with_cache({"input_ids": part, "use_cache": True}, cache)
-            if takes_positions(backbone):
-                positions = torch.arange(part.shape[1], device=part.device)[None]
-                inputs["position_ids"] = known + positions
-            found.append(backbone(**inputs).logits)
-            known += part.shape[1]
-        logits.append(torch.cat(found, dim=1))
-    steps, at_once = logits
+    steps, _ = _run_in_parts(backbone, tokens, [1] * tokens.shape[1])
+    at_once, _ = _run_in_parts(backbone, tokens, [tokens.shape[1]])
     return bool((steps - at_once).abs().max() > tolerance * at_once.abs().max())
+
+
+def _run_in_parts(
+    backbone: PreTrainedModel, tokens: torch.Tensor, sizes: list[int]
+) -> tuple[torch.Tensor, Cache]:
+    """Run tokens `(1, L)` in passes of these sizes; return the logits `(1, L, V)` and the cache."""
+    cache, logits = new_cache(backbone.config), []
+    positions = torch.arange(tokens.shape[1], device=tokens.device)[None]
+    for part, places in zip(tokens.split(sizes, -1), positions.split(sizes, -1), strict=True):
+        inputs = with_cache({"input_ids": part, "use_cache": True}, cache)
+        if takes_positions(backbone):
+            inputs["position_ids"] = places
+        logits.append(backbone(**inputs).logits)
+    return torch.cat(logits, dim=1), cache
 
 
 def _verified_logits(

@@ -12,17 +12,45 @@ With a draft vocabulary, heads propose only some of the tokens. Most tokens of a
 right for a draft, and a product with the whole unembedding costs as much as several layers. The text is the
 same: a token outside is never drafted, but still emitted where plain decoding would emit it.
 
+Some models scale what their unembedding returns (Cohere, Granite, Falcon-H1). Logits of heads are scaled
+likewise, so that heads start as the model's own head, and their probabilities compare with the model's.
+
 Shapes: `V` vocabulary size, `D` draft vocabulary size (`V` without one), `H` hidden size, `r` rank, `B`
 batch, `n` states of one head, `…` any leading dimensions.
 """
 
+import weakref
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
-from .backbone_lmtp import copy_common_rows
+from .backbone_lmtp import copy_common_rows, unembedding_device
+from .configuration_lmtp import LAST
+from .states_lmtp import run_pass
+
+_logit_scales: "weakref.WeakKeyDictionary[PreTrainedModel, float]" = weakref.WeakKeyDictionary()
+
+
+@torch.compiler.disable
+@torch.no_grad()
+def logit_scale(backbone: PreTrainedModel) -> float:
+    """Return the factor from what a model's unembedding returns to its logits; 1 for most models.
+
+    It is found out by running two tokens, because configurations have several names for it. A soft cap is
+    no factor and gives 1: it hardly changes any but the largest logits.
+    """
+    if backbone not in _logit_scales:
+        tokens = torch.arange(2, device=unembedding_device(backbone))[None]
+        outputs, states = run_pass(backbone, LAST, {"input_ids": tokens})
+        unscaled = backbone.get_output_embeddings()(states).double()
+        logits = outputs.logits.to(unscaled)
+        scale = float((unscaled * logits).sum() / unscaled.square().sum())
+        is_factor = (logits - scale * unscaled).abs().max() <= 0.01 * logits.abs().max()
+        _logit_scales[backbone] = scale if is_factor and abs(scale - 1) > 0.01 else 1.0
+    return _logit_scales[backbone]
 
 
 class ZeroLinear(nn.Linear):
@@ -103,22 +131,36 @@ class HeadUnembedding:
     Args:
         base: `W`, a module or a `DraftUnembedding`; or the head's `W_i`.
         update: the low-rank update, or None.
+        scale: see `logit_scale`.
     """
 
-    def __init__(self, base: Any, update: nn.Module | None = None) -> None:
+    def __init__(self, base: Any, update: nn.Module | None = None, scale: float = 1.0) -> None:
         self.base = base
         self.update = update
+        self.scale = scale
 
     def __call__(self, features: torch.Tensor) -> torch.Tensor:
         """Map `(…, H)` to logits `(…, D)`."""
         logits = self.base(features)
-        return logits if self.update is None else logits + self.update(features)
+        return self.scaled(logits if self.update is None else logits + self.update(features))
+
+    def scaled(self, logits: torch.Tensor) -> torch.Tensor:
+        """Scale logits as the model scales its own."""
+        return logits if self.scale == 1 else logits * self.scale
 
     def parameters(self) -> Iterator[nn.Parameter]:
         """Yield the parameters of base and update."""
         yield from self.base.parameters()
         if self.update is not None:
             yield from self.update.parameters()
+
+
+def shared_unembedding(
+    backbone: PreTrainedModel, token_ids: Sequence[int] | None
+) -> nn.Module | DraftUnembedding:
+    """Return the backbone's unembedding, or its rows for the draft vocabulary."""
+    unembedding = backbone.get_output_embeddings()
+    return unembedding if token_ids is None else DraftUnembedding(unembedding, token_ids)
 
 
 def unembed(
@@ -139,12 +181,12 @@ def unembed(
         return torch.cat([unembedding(part) for unembedding, part in pairs], dim=1)
     logits = base(torch.cat(list(features), dim=1))
     if unembeddings[0].update is None:
-        return logits
+        return unembeddings[0].scaled(logits)
     updates = [
         unembedding.update(part)  # type: ignore[misc]
         for unembedding, part in zip(unembeddings, features, strict=True)
     ]
-    return logits + torch.cat(updates, dim=1)
+    return unembeddings[0].scaled(logits + torch.cat(updates, dim=1))
 
 
 def draft_labels(

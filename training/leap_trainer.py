@@ -117,8 +117,6 @@ class LeapTrainer(AnswerTrainer):
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> Any:
         """Compute the loss of the heads that the curriculum has added so far."""
-        # The Trainer sets training mode on the whole model, but decoding sees states without dropout
-        self.lmtp_model.backbone.eval()
         if not model.training:
             # Evaluate all heads, with a tally of their own that does not enter the training log
             objective: Any = _objective(self.lmtp_model, self.args)

@@ -20,7 +20,7 @@ from modeling_lmtp.losses_lmtp import (
     sum_of_means,
     to_draft_labels,
 )
-from modeling_lmtp.unembeddings_lmtp import DraftUnembedding
+from modeling_lmtp.unembeddings_lmtp import HeadUnembedding, logit_scale, shared_unembedding
 
 # The columns of a tally; targets outside the draft vocabulary are only counted
 MEASURES = ("loss", "divergence", "correct", "targets", "outside")
@@ -33,8 +33,8 @@ class HeadObjective:
 
     The loss of one target is `(1 - w) · CE(target) + w · T² · KL(p ‖ q)` (arXiv 1503.02531). `q` is the
     head's distribution at temperature `T`, and `p` the backbone's own next-token distribution for that
-    target, read one position before it. With a draft vocabulary, both cover only its tokens. Both come
-    straight from the unembedding, before any soft-capping or scaling of the architecture's logits.
+    target, read one position before it. With a draft vocabulary, both cover only its tokens. Both are
+    scaled as the model scales its logits; a soft cap is left out.
 
     Args:
         num_heads: `m`.
@@ -103,9 +103,8 @@ class HeadObjective:
 
 def _teacher(model: Any) -> Callable[[torch.Tensor], torch.Tensor]:
     """Return a function from the backbone's states `(n, H)` to its draft-vocabulary logits `(n, D)`."""
-    unembedding = model.get_output_embeddings()
-    token_ids = model.config.draft_token_ids
-    return unembedding if token_ids is None else DraftUnembedding(unembedding, token_ids)
+    shared = shared_unembedding(model.backbone, model.config.draft_token_ids)
+    return HeadUnembedding(shared, scale=logit_scale(model.backbone))
 
 
 class _ChunkLoss:

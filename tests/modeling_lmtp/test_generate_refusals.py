@@ -164,6 +164,18 @@ def test_what_cannot_be_drafted_for_is_decoded_plainly(model, options, match):
     assert_decoded_plainly(model, match, options)
 
 
+def test_heads_in_another_precision_than_the_backbone_are_decoded_plainly():
+    model = LMTPForCausalLM.from_backbone(tiny_causal_lm("llama").bfloat16(), leap_offsets=(2, 3))
+    model.leap_heads.float()  # as to train them
+    assert_decoded_plainly(
+        model, "heads are in torch.float32 and its backbone in torch.bfloat16", {"inputs": PROMPT}
+    )
+    with torch.autocast("cpu", torch.bfloat16):
+        plain = model.generate(PROMPT, max_new_tokens=6, do_sample=False)
+        fast = model.generate(PROMPT, max_new_tokens=6, do_sample=False, use_lmtp="strict")
+    assert torch.equal(fast, plain)
+
+
 def test_processes_that_go_in_step_decode_plainly(model):
     with pytest.raises(ValueError, match=r"processes run in step \(synced_gpus=True\)"):
         model.generate(PROMPT, max_new_tokens=4, use_lmtp="strict", synced_gpus=True)

@@ -242,6 +242,20 @@ def test_stage_1_freezes_the_backbone_and_runs_it_without_a_graph():
     assert all(name.startswith("leap_heads.") for name in gradients(loss, model))
 
 
+@pytest.mark.parametrize("train_backbone", [False, True], ids=["stage 1", "stage 2"])
+def test_dropout_of_the_backbone_is_off_while_it_is_frozen(train_backbone):
+    backbone = tiny_llama(VOCAB_SIZE, attention_dropout=0.5)
+    model = LMTPForCausalLM.from_backbone(
+        backbone, leap_offsets=(2, 3), train_backbone=train_backbone
+    )
+    input_ids, labels = batch()
+    evaluated = model(input_ids=input_ids, labels=labels).leap_losses
+    model.train()
+    assert model.leap_heads.training
+    losses = model(input_ids=input_ids, labels=labels).leap_losses
+    assert torch.equal(losses, evaluated) is not train_backbone
+
+
 def test_stage_2_trains_the_backbone():
     model = wrapped(train_backbone=True)
     assert all(parameter.requires_grad for parameter in model.parameters())

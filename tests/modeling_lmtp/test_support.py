@@ -195,7 +195,7 @@ def test_a_recurrence_that_steps_otherwise_is_decoded_plainly():
     """It bounds its time steps from below over several tokens, but not over one."""
     support = decoding_support(tiny_causal_lm("zamba2", time_step_min=0.1))
     assert support.tier is Tier.PLAIN
-    assert "recurrence over several tokens" in support.reason
+    assert "than one after the other" in support.reason
 
 
 def test_a_window_that_the_cache_does_not_know_verifies_no_trees():

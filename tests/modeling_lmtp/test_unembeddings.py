@@ -12,14 +12,20 @@ from huggingface_hub.errors import StrictDataclassError
 from naive_heads import naive_logits, states_of
 from tiny import tiny_llama
 from torch import nn
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import cross_entropy, kl_div
 
 from modeling_lmtp import LMTPConfig, LMTPForCausalLM
 from modeling_lmtp.losses_lmtp import CHUNK_SIZE
 from modeling_lmtp.training.evaluation import draft_ranks, simulated_steps
 from modeling_lmtp.training.examples import Example
+from modeling_lmtp.training.objective import HeadObjective
 from modeling_lmtp.tree_lmtp import DraftTree
-from modeling_lmtp.unembeddings_lmtp import HeadUnembedding, LowRankUpdate, unembed
+from modeling_lmtp.unembeddings_lmtp import (
+    HeadUnembedding,
+    LowRankUpdate,
+    logit_scale,
+    unembed,
+)
 
 VOCAB_SIZE, HIDDEN_SIZE, RANK = 24, 32, 4
 DRAFT_IDS = (*range(0, 24, 2), 23)
@@ -273,3 +279,41 @@ def test_a_low_rank_update_suits_other_backbones(architecture):
 def test_ranks_that_cannot_be_are_refused(settings, message):
     with pytest.raises((ValueError, StrictDataclassError), match=message):
         LMTPConfig(backbone_config=tiny_llama().config, **settings)
+
+
+SCALED_PROMPT = torch.tensor([[3, 17, 5, 9, 44, 60, 2, 31, 8]])
+SCALED = {"granite": {"logits_scaling": 8.0}, "cohere": {"logit_scale": 0.25}}
+
+
+@pytest.mark.parametrize("kind", SCALED)
+@pytest.mark.parametrize(
+    "settings", [{}, {"share_lm_head": False}, {"lm_head_rank": 4}], ids=["shared", "own", "rank"]
+)
+def test_logits_of_heads_are_scaled_as_the_model_scales_its_own(kind, settings):
+    backbone = tiny_causal_lm(kind, **SCALED[kind])
+    model = LMTPForCausalLM.from_backbone(backbone, leap_offsets=(2, 3), **settings)
+    output = model(input_ids=SCALED_PROMPT, output_leap_logits=True)
+    for logits in output.leap_logits:
+        torch.testing.assert_close(logits, output.logits)
+
+
+@pytest.mark.parametrize("kind", SCALED)
+def test_probabilities_of_drafts_and_of_the_teacher_are_scaled(kind):
+    model = LMTPForCausalLM.from_backbone(
+        tiny_causal_lm(kind, **SCALED[kind]), leap_offsets=(2,), draft_token_ids=tuple(range(96))
+    )
+    logits = model(input_ids=SCALED_PROMPT).logits
+    states = model.run_pass({"input_ids": SCALED_PROMPT})[1]
+    [unembedding] = model.draft_unembeddings()
+    torch.testing.assert_close(unembed([unembedding], [states]), logits)
+    # The untrained head says at s what the model says there; the teacher speaks one token later
+    ours, teacher = (part.log_softmax(-1) for part in (logits[:, :-2], logits[:, 1:-1]))
+    expected = kl_div(ours, teacher, reduction="sum", log_target=True) / ours[..., 0].numel()
+    objective = HeadObjective(1, weight=1.0, temperature=1.0)
+    loss, _ = objective(model, states, SCALED_PROMPT, SCALED_PROMPT)
+    torch.testing.assert_close(loss, expected)
+
+
+def test_a_soft_cap_is_no_scale():
+    assert logit_scale(tiny_causal_lm("gemma2", final_logit_softcapping=3.0)) == 1
+    assert logit_scale(tiny_causal_lm("llama")) == 1

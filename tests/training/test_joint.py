@@ -13,6 +13,7 @@ from modeling_lmtp.training import drift
 from modeling_lmtp.training.arguments import JointTrainingArguments
 from modeling_lmtp.training.drift import measure_drift, next_token_kl, original_model
 from modeling_lmtp.training.joint_trainer import JointTrainer
+from modeling_lmtp.unembeddings_lmtp import logit_scale
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning"),  # PEFT asks
@@ -215,6 +216,7 @@ def test_gradient_checkpointing_changes_nothing(tmp_path):
     losses, passes = [], []
     for recompute in (False, True):
         calls, model = [], new_model()
+        logit_scale(model.backbone)  # found out once per model, with a pass of its own
         model.backbone.model.layers[0].self_attn.register_forward_hook(
             lambda *_, c=calls: c.append(1)
         )

@@ -9,6 +9,7 @@ from modeling_lmtp import LMTPForCausalLM
 from modeling_lmtp.training.examples import AnswerDataset, Example, collate
 from modeling_lmtp.training.packing import PackedDataset, collate_packs
 from modeling_lmtp.training.state_cache import StateCache
+from modeling_lmtp.unembeddings_lmtp import logit_scale
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*:FutureWarning"),
@@ -68,6 +69,7 @@ def test_the_backbone_reads_each_answer_once_for_all_runs(tmp_path):
     passes = []
     for run, count in enumerate((16, 16, 24)):
         model = new_model(leap_offsets=(2 + run,))
+        logit_scale(model.backbone)  # found out once per model, with a pass of its own
         counted = passes_of(model.backbone)
         chosen = settings(num_train_epochs=3, state_folder=str(tmp_path / "s"))
         folder = tmp_path / str(run)
