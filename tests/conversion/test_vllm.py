@@ -15,6 +15,8 @@ from typing import Any
 
 import pytest
 import torch
+from scripts import SCRIPTS
+from transformers import LlamaConfig, LlamaForCausalLM
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from modeling_lmtp import LMTPForCausalLM
@@ -23,7 +25,7 @@ pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("vllm") is None, reason="vLLM is not installed"
 )
 
-ENGINE = Path(__file__).parent.parent / "helpers" / "vllm_engine.py"
+ENGINE = SCRIPTS / "vllm_engine.py"
 RUNNERS = {"V1": [], "V2": ["--v2"]}
 KINDS = {
     "path": {"head_context": "path"},
