@@ -1,8 +1,8 @@
 """vLLM on a CPU, with leap heads or without, as the scripts in this folder and the tests run it.
 
 As a program it runs jobs: `python vllm_engine.py JOBS.json RESULTS.json [--v2]`. A job is an engine and
-calls of it, in order: `{"engine": {…}, "calls": [[[prompt, sampling], …], …]}`, where prompts are token ids.
-A result is `{"outputs": …, "steps": …}`: of each call and prompt its texts as
+calls of it, in order: `{"engine": {…}, "calls": [[[prompt, sampling], …], …]}`; prompts are token ids. A
+result is `{"outputs": …, "steps": …}`: of each call and prompt its texts as
 `{"ids": …, "text": …, "logprobs": …}`, and of each call how many drafts were verified.
 """
 
@@ -148,6 +148,35 @@ def _answers(url: str) -> bool:
     except OSError:
         return False
     return True
+
+
+def stream(url: str, body: dict[str, Any]) -> tuple[str, int]:
+    """Ask a server for a streamed completion, and return the text and how many events it came in."""
+    request = urllib.request.Request(
+        f"{url}/v1/completions",
+        json.dumps({**body, "stream": True}).encode(),
+        {"Content-Type": "application/json"},
+    )
+    text, events = "", 0
+    with urllib.request.urlopen(request) as response:
+        for line in response:
+            if line.startswith(b"data: {"):
+                text += json.loads(line[6:])["choices"][0]["text"]
+                events += 1
+    return text, events
+
+
+def read_metrics(url: str, prefix: str) -> dict[str, float]:
+    """Return a server's metrics whose names begin with `prefix`, by name and position in the draft."""
+    with urllib.request.urlopen(f"{url}/metrics") as response:
+        lines = response.read().decode().splitlines()
+    metrics = {}
+    for line in lines:
+        if line.startswith(prefix) and "_created" not in line:
+            labels, _, value = line.rpartition(" ")
+            position = "".join(f" {rest[0]}" for rest in labels.split('position="')[1:])
+            metrics[labels.partition("{")[0] + position] = float(value)
+    return metrics
 
 
 def run(job: dict[str, Any]) -> dict[str, Any]:

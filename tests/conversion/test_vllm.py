@@ -17,7 +17,6 @@ import pytest
 import torch
 from scripts import SCRIPTS
 from transformers import LlamaConfig, LlamaForCausalLM
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from modeling_lmtp import LMTPForCausalLM
 
