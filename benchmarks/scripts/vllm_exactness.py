@@ -21,13 +21,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from vllm_engine import Engine, Sampling, prepare, read_metrics, server, speculation, stream
+from vllm_engine import Engine, Sampling, Steps, prepare, read_metrics, server, speculation, stream
 
 from modeling_lmtp import LMTPForCausalLM
 from modeling_lmtp.benchmarks.divergence import first_difference
 from modeling_lmtp.conversion.loading import first_prompts, load_tokenizer, prompt_tensors
 from modeling_lmtp.conversion.saving import versions
 
+BATCH = 8
 LENGTH = 1024  # tokens of a request at most
 Ids = list[int]
 # Side by side in one batch: what makes a step differ from request to request
@@ -75,7 +76,7 @@ class Run:
             dtype=self.dtype,
             max_model_len=LENGTH,
             speculative_config=speculation(self.heads if with_heads else None, self.depth),
-            **{"max_num_seqs": 8, **settings},
+            **{"max_num_seqs": BATCH, **settings},
         )
 
     def greedy(self, **more: Any) -> Sampling:
@@ -88,9 +89,8 @@ class Run:
         sampling = [self.greedy(**settings[i % len(settings)]) for i in range(len(self.prompts))]
         return [texts[0] for texts in engine.generate(self.prompts, sampling)]
 
-    def record(self, name: str, engine: Engine, texts: list[Ids], **more: Any) -> None:
-        """Compare texts with the expected ones, and what the engine counted with our own chain."""
-        counted = engine.new_steps()
+    def record(self, name: str, counted: Steps, texts: list[Ids], **more: Any) -> None:
+        """Compare texts with the expected ones, and what vLLM counted with our own chain."""
         row = {"texts_equal": equal(texts, self.texts)}
         if counted.drafts:
             row |= {"steps": counted.drafts, "tokens_per_step": counted.tokens_per_step}
@@ -110,75 +110,68 @@ def ids_of(outputs: list[Any]) -> list[Ids]:
     return [list(output.token_ids) for output in outputs]
 
 
-@torch.no_grad()
 def ask_transformers(run: Run) -> None:
-    """Fill in the texts that Transformers writes, and how many steps our own chain takes for each."""
+    """Fill in the texts that our own chain writes in Transformers, and its steps for each."""
     model = LMTPForCausalLM.from_pretrained(run.heads, backbone=run.base, dtype=torch.float32)
-    for prompt in run.prompts:
-        ids = torch.tensor([prompt])
-        options = {
-            "input_ids": ids,
-            "attention_mask": torch.ones_like(ids),
-            "max_new_tokens": run.tokens,
-            "do_sample": False,
-        }
-        plain = model.generate(**options, use_lmtp=False)
-        chain = model.generate(
-            **options, use_lmtp=True, draft_length=run.depth, return_dict_in_generate=True
+    for start in range(0, len(run.prompts), BATCH):
+        prompts = run.prompts[start : start + BATCH]
+        length = max(map(len, prompts))
+        padding = [length - len(prompt) for prompt in prompts]
+        output = model.generate(
+            torch.tensor([[0] * pad + ids for pad, ids in zip(padding, prompts, strict=True)]),
+            attention_mask=torch.tensor([[0] * pad + [1] * (length - pad) for pad in padding]),
+            max_new_tokens=run.tokens,
+            do_sample=False,
+            use_lmtp=True,
+            draft_length=run.depth,
+            return_dict_in_generate=True,
         )
-        assert chain.sequences.tolist() == plain.tolist()
-        run.texts.append(plain[0, len(prompt) :].tolist())
-        run.steps.append(len(chain.acceptance_lengths[0]))
+        end = model.generation_config.eos_token_id
+        run.texts += [until(end, ids) for ids in output.sequences[:, length:].tolist()]
+        run.steps += map(len, output.acceptance_lengths)
+
+
+def until(end: int, ids: Ids) -> Ids:
+    """Return ids up to and including the token that ends a text."""
+    return ids[: ids.index(end) + 1] if end in ids else ids
 
 
 def compare_batches(run: Run) -> None:
-    """Compare texts one by one, side by side, with mixed parameters, and with aborts between."""
-    with run.engine(with_heads=False) as engine:
-        run.record("plain vLLM, batch 8", engine, ids_of(run.generate(engine)))
-        mixed_plain = run.generate(engine, MIXED)
-    with run.engine() as engine:
-        compare_one_by_one(run, engine)
-        run.record("batch 8", engine, ids_of(run.generate(engine)))
-        mixed = run.generate(engine, MIXED)
-        run.rows["different parameters side by side"] = {
-            "ids_as_plain_vllm": equal(ids_of(mixed), ids_of(mixed_plain)),
-            "texts_as_plain_vllm": equal([o.text for o in mixed], [o.text for o in mixed_plain]),
-            "logprobs_as_plain_vllm": equal(
-                [close(a.logprobs, b.logprobs) for a, b in zip(mixed, mixed_plain, strict=True)],
-                [True] * len(mixed),
-            ),
-            "reasons_as_plain_vllm": equal(
-                [o.finish_reason for o in mixed], [o.finish_reason for o in mixed_plain]
-            ),
-        }
-        finished = generate_with_aborts(run, engine)
-        run.rows["every fourth request aborted"] = {
-            "finished": len(finished),
-            "texts_equal": equal(list(finished.values()), [run.texts[i] for i in finished]),
-        }
+    """Compare the texts of plain vLLM and of heads, eight requests at a time."""
+    for name, with_heads in {"plain vLLM, batch 8": False, "batch 8": True}.items():
+        with run.engine(with_heads) as engine:
+            texts = ids_of(run.generate(engine))
+            run.record(name, engine.new_steps(), texts)
 
 
-def compare_requests(run: Run) -> None:
-    """Compare texts one by one and side by side."""
-    with run.engine() as engine:
-        compare_one_by_one(run, engine)
-        run.record("batch 8", engine, ids_of(run.generate(engine)))
-
-
-def compare_one_by_one(run: Run, engine: Engine) -> None:
+def compare_one_by_one(run: Run) -> None:
     """Compare the texts and the number of steps of each request alone."""
-    texts, drafts, accepted = [], [], 0
-    for prompt in run.prompts:
-        texts += ids_of(engine.generate([prompt], [run.greedy()])[0])
-        counted = engine.new_steps()
-        drafts.append(counted.drafts)
-        accepted += counted.accepted
-    run.record("one by one", engine, texts)
-    run.rows["one by one"] |= {
-        "steps": sum(drafts),
-        "tokens_per_step": round(1 + accepted / sum(drafts), 3),
-        "steps_of_our_chain": sum(run.steps),
-        "steps_equal_per_request": equal(drafts, run.steps),
+    texts, counted = [], []
+    with run.engine() as engine:
+        for prompt in run.prompts:
+            texts += ids_of(engine.generate([prompt], [run.greedy()])[0])
+            counted.append(engine.new_steps())
+    total = Steps(*map(sum, zip(*counted, strict=True)))
+    each = equal([steps.drafts for steps in counted], run.steps)
+    run.record("one by one", total, texts, steps_equal_per_request=each)
+
+
+def compare_parameters(run: Run) -> None:
+    """Compare requests with different parameters side by side with plain vLLM's."""
+    with run.engine(with_heads=False) as engine:
+        plain = run.generate(engine, MIXED)
+    with run.engine() as engine:
+        mixed = run.generate(engine, MIXED)
+    run.rows["different parameters side by side"] = {
+        "ids_as_plain_vllm": equal(ids_of(mixed), ids_of(plain)),
+        "texts_as_plain_vllm": equal([o.text for o in mixed], [o.text for o in plain]),
+        "logprobs_as_plain_vllm": equal(
+            [close(a.logprobs, b.logprobs) for a, b in zip(mixed, plain, strict=True)],
+            [True] * len(mixed),
+        ),
+        "reasons_as_plain_vllm": equal(
+            [o.finish_reason for o in mixed], [o.finish_reason for o in plain]
+        ),
     }
 
 
@@ -191,6 +184,16 @@ def close(found: Any, expected: Any) -> bool:
         for a, b in zip(found, expected, strict=True)
         for token in a.keys() & b.keys()
     )
+
+
+def compare_aborts(run: Run) -> None:
+    """Compare the texts of requests among which others are aborted."""
+    with run.engine() as engine:
+        finished = generate_with_aborts(run, engine)
+    run.rows["every fourth request aborted"] = {
+        "finished": len(finished),
+        "texts_equal": equal(list(finished.values()), [run.texts[i] for i in finished]),
+    }
 
 
 def generate_with_aborts(run: Run, engine: Engine) -> dict[int, Ids]:
@@ -224,7 +227,8 @@ def compare_chunks(run: Run) -> None:
     """Compare texts whose prompts are read in pieces."""
     chunks = {"max_num_batched_tokens": 32, "enable_chunked_prefill": True}
     with run.engine(**chunks) as engine:
-        run.record("chunks of 32", engine, ids_of(run.generate(engine)))
+        texts = ids_of(run.generate(engine))
+        run.record("chunks of 32", engine.new_steps(), texts)
 
 
 def compare_preemptions(run: Run) -> None:
@@ -234,7 +238,7 @@ def compare_preemptions(run: Run) -> None:
         for name in ("preempted", "preempted, from the cache"):
             texts = ids_of(run.generate(engine))
             counts = {n: engine.counter(n) for n in ("num_preemptions", "prefix_cache_hits")}
-            run.record(name, engine, texts, **counts)
+            run.record(name, engine.new_steps(), texts, **counts)
 
 
 def compare_over_http(run: Run, tokenizer: Any) -> None:
@@ -243,7 +247,7 @@ def compare_over_http(run: Run, tokenizer: Any) -> None:
     prepare(in_process=False)
     settings = json.dumps(speculation(run.heads, run.depth))
     arguments = ["--speculative-config", settings, "--dtype", run.dtype]
-    arguments += ["--max-num-seqs", "8", "--max-model-len", str(LENGTH)]
+    arguments += ["--max-num-seqs", str(BATCH), "--max-model-len", str(LENGTH)]
     with server(run.base, *arguments) as url, ThreadPoolExecutor(4) as pool:
         ask = {"model": "served", **run.greedy()}
         done = list(pool.map(lambda prompt: stream(url, {**ask, "prompt": prompt}), run.prompts))
@@ -265,7 +269,8 @@ def compare_rounded(run: Run) -> None:
     run.texts = ids_of(plain)
     differing: list[dict[str, Any]] = []
     with run.engine() as engine:
-        run.record("batch 8", engine, ids_of(run.generate(engine)))
+        texts = ids_of(run.generate(engine))
+        run.record("batch 8", engine.new_steps(), texts)
         known = dict.fromkeys(range(len(run.prompts)), 0)
         while known:
             prompts = [run.prompts[i] + run.texts[i][:start] for i, start in known.items()]
@@ -302,10 +307,12 @@ def sections(run: Run, tokenizer: Any, second_runner: bool) -> list[Callable[[Ru
     """Return all comparisons that the dtype and the model runner allow."""
     if run.dtype != "float32":
         return [compare_rounded]
+    common = [ask_transformers, compare_batches, compare_one_by_one]
     if second_runner:  # Triton's interpreter takes its time
-        return [ask_transformers, compare_requests]
+        return common
     over_http = partial(compare_over_http, tokenizer=tokenizer)
-    return [ask_transformers, compare_batches, compare_chunks, compare_preemptions, over_http]
+    stress = [compare_parameters, compare_aborts, compare_chunks, compare_preemptions]
+    return [*common, *stress, over_http]
 
 
 def main() -> None:
