@@ -15,22 +15,19 @@ import json
 import statistics
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
-from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import torch
 from vllm_engine import Engine, Sampling, Steps, prepare, read_metrics, server, speculation, stream
+from vllm_run import BATCH, LENGTH, Ids, Run, ask_transformers, equal, ids_of
 
-from modeling_lmtp import LMTPForCausalLM
 from modeling_lmtp.benchmarks.divergence import first_difference
-from modeling_lmtp.conversion.loading import first_prompts, load_tokenizer, prompt_tensors
+from modeling_lmtp.conversion.loading import first_prompts, load_tokenizer
+from modeling_lmtp.conversion.prompts import render_prompt
 from modeling_lmtp.conversion.saving import versions
 
-BATCH = 8
-LENGTH = 1024  # tokens of a request at most
-Ids = list[int]
 # Side by side in one batch: what makes a step differ from request to request
 MIXED: list[Sampling] = [
     {},
@@ -44,104 +41,11 @@ MIXED: list[Sampling] = [
 ]
 
 
-@dataclass
-class Run:
-    """What is compared, and how it went.
-
-    Args:
-        heads, base: folders.
-        prompts: token ids.
-        tokens: new tokens of a text at most.
-        depth: tokens of a draft.
-        dtype: of the model.
-        texts: what each prompt's text should be.
-        steps: how many steps our own chain takes for each; none if unknown.
-        rows: the results.
-    """
-
-    heads: Path
-    base: Path
-    prompts: list[Ids]
-    tokens: int
-    depth: int
-    dtype: str
-    texts: list[Ids] = field(default_factory=list)
-    steps: list[int] = field(default_factory=list)
-    rows: dict[str, Any] = field(default_factory=dict)
-
-    def engine(self, with_heads: bool = True, **settings: Any) -> Engine:
-        """Start vLLM with heads or without."""
-        return Engine(
-            model=str(self.base),
-            dtype=self.dtype,
-            max_model_len=LENGTH,
-            speculative_config=speculation(self.heads if with_heads else None, self.depth),
-            **{"max_num_seqs": BATCH, **settings},
-        )
-
-    def greedy(self, **more: Any) -> Sampling:
-        """Return the settings of a greedy text."""
-        return {"temperature": 0, "max_tokens": self.tokens, **more}
-
-    def generate(self, engine: Engine, mixed: list[Sampling] | None = None) -> list[Any]:
-        """Return the text of each prompt as vLLM's `CompletionOutput`."""
-        settings = mixed or [{}]
-        sampling = [self.greedy(**settings[i % len(settings)]) for i in range(len(self.prompts))]
-        return [texts[0] for texts in engine.generate(self.prompts, sampling)]
-
-    def record(self, name: str, counted: Steps, texts: list[Ids], **more: Any) -> None:
-        """Compare texts with the expected ones, and what vLLM counted with our own chain."""
-        row = {"texts_equal": equal(texts, self.texts)}
-        if counted.drafts:
-            row |= {"steps": counted.drafts, "tokens_per_step": counted.tokens_per_step}
-        if counted.drafts and self.steps:
-            row["steps_of_our_chain"] = sum(self.steps)
-        self.rows[name] = {**row, **more}
-        print(name, self.rows[name], flush=True)
-
-
-def equal(found: list[Any], expected: list[Any]) -> str:
-    """Say how many are equal."""
-    return f"{sum(a == b for a, b in zip(found, expected, strict=True))} of {len(expected)}"
-
-
-def ids_of(outputs: list[Any]) -> list[Ids]:
-    """Return the token ids of texts."""
-    return [list(output.token_ids) for output in outputs]
-
-
-def ask_transformers(run: Run) -> None:
-    """Fill in the texts that our own chain writes in Transformers, and its steps for each."""
-    model = LMTPForCausalLM.from_pretrained(run.heads, backbone=run.base, dtype=torch.float32)
-    for start in range(0, len(run.prompts), BATCH):
-        prompts = run.prompts[start : start + BATCH]
-        length = max(map(len, prompts))
-        padding = [length - len(prompt) for prompt in prompts]
-        output = model.generate(
-            torch.tensor([[0] * pad + ids for pad, ids in zip(padding, prompts, strict=True)]),
-            attention_mask=torch.tensor([[0] * pad + [1] * (length - pad) for pad in padding]),
-            max_new_tokens=run.tokens,
-            do_sample=False,
-            use_lmtp=True,
-            draft_length=run.depth,
-            return_dict_in_generate=True,
-        )
-        end = model.generation_config.eos_token_id
-        run.texts += [until(end, ids) for ids in output.sequences[:, length:].tolist()]
-        run.steps += map(len, output.acceptance_lengths)
-
-
-def until(end: int, ids: Ids) -> Ids:
-    """Return ids up to and including the token that ends a text."""
-    return ids[: ids.index(end) + 1] if end in ids else ids
-
-
 def compare_batches(run: Run) -> None:
     """Compare the texts of plain vLLM and of heads, eight requests at a time."""
     for name, with_heads in {"plain vLLM, batch 8": False, "batch 8": True}.items():
         with run.engine(with_heads) as engine:
-            texts = ids_of(run.generate(engine))
-            run.record(name, engine.new_steps(), texts)
+            run.compare(name, engine)
 
 
 def compare_one_by_one(run: Run) -> None:
@@ -227,8 +131,7 @@ def compare_chunks(run: Run) -> None:
     """Compare texts whose prompts are read in pieces."""
     chunks = {"max_num_batched_tokens": 32, "enable_chunked_prefill": True}
     with run.engine(**chunks) as engine:
-        texts = ids_of(run.generate(engine))
-        run.record("chunks of 32", engine.new_steps(), texts)
+        run.compare("chunks of 32", engine)
 
 
 def compare_preemptions(run: Run) -> None:
@@ -236,14 +139,14 @@ def compare_preemptions(run: Run) -> None:
     scarce = {"block_size": 32, "num_gpu_blocks_override": 40, "enable_prefix_caching": True}
     with run.engine(max_num_seqs=16, **scarce) as engine:
         for name in ("preempted", "preempted, from the cache"):
-            texts = ids_of(run.generate(engine))
-            counts = {n: engine.counter(n) for n in ("num_preemptions", "prefix_cache_hits")}
-            run.record(name, engine.new_steps(), texts, **counts)
+            run.compare(name, engine)
+            for counter in ("num_preemptions", "prefix_cache_hits"):
+                run.rows[name][counter] = engine.counter(counter)
 
 
-def compare_over_http(run: Run, tokenizer: Any) -> None:
+def compare_over_http(run: Run) -> None:
     """Compare streamed texts, four requests at a time, and read the server's own counters."""
-    expected = [tokenizer.decode(ids, skip_special_tokens=True) for ids in run.texts]
+    expected = [run.tokenizer.decode(ids, skip_special_tokens=True) for ids in run.texts]
     prepare(in_process=False)
     settings = json.dumps(speculation(run.heads, run.depth))
     arguments = ["--speculative-config", settings, "--dtype", run.dtype]
@@ -267,52 +170,47 @@ def compare_rounded(run: Run) -> None:
     with run.engine(with_heads=False) as engine:
         plain = run.generate(engine, [{"logprobs": 2}])
     run.texts = ids_of(plain)
-    differing: list[dict[str, Any]] = []
+    margins = [[margin(at) for at in output.logprobs] for output in plain]
+    changed: list[float] = []
     with run.engine() as engine:
-        texts = ids_of(run.generate(engine))
-        run.record("batch 8", engine.new_steps(), texts)
-        known = dict.fromkeys(range(len(run.prompts)), 0)
+        known: dict[int, Ids] = {index: [] for index in range(len(plain))}
         while known:
-            prompts = [run.prompts[i] + run.texts[i][:start] for i, start in known.items()]
-            sampling = [run.greedy(max_tokens=run.tokens - start) for start in known.values()]
-            texts = [ids_of(t)[0] for t in engine.generate(prompts, sampling)]
+            prompts = [run.prompts[index] + ids for index, ids in known.items()]
+            sampling = [run.greedy(max_tokens=run.tokens - len(ids)) for ids in known.values()]
+            done = engine.generate(prompts, sampling)
+            texts = [ids + ids_of(t)[0] for ids, t in zip(known.values(), done, strict=True)]
+            if not run.rows:
+                run.record("batch 8", engine.new_steps(), texts)
             starts, known = known, {}
-            for (index, start), text in zip(starts.items(), texts, strict=True):
-                position = start + first_difference(run.texts[index][start:], text)
-                if position == len(run.texts[index]):
-                    continue
-                best, second = top_two(plain[index].logprobs[position])
-                differing.append({"prompt": index, "position": position, "margin": best - second})
-                if position + 1 < len(run.texts[index]):
-                    known[index] = position + 1
-    margins = sorted(round(token["margin"], 4) for token in differing)
+            for index, text in zip(starts, texts, strict=True):
+                whole = run.texts[index]
+                position = first_difference(whole, text)
+                if position < len(whole):
+                    changed.append(margins[index][position])
+                if position + 1 < len(whole):
+                    known[index] = whole[: position + 1]
     run.rows["tokens that differ from plain vLLM's"] = {
-        "tokens": f"{len(margins)} of {sum(map(len, run.texts))}",
-        "margins_of_its_two_best_logits": margins,
-        "median_margin_of_all_tokens": round(
-            statistics.median(
-                best - second for output in plain for best, second in map(top_two, output.logprobs)
-            ),
-            4,
-        ),
+        "tokens": f"{len(changed)} of {sum(map(len, margins))}",
+        "margins_of_its_two_best_logits": sorted(round(value, 4) for value in changed),
+        "median_margin_of_all_tokens": round(statistics.median(chain(*margins)), 4),
     }
 
 
-def top_two(entries: Any) -> list[float]:
-    """Return the two highest log probabilities of a position."""
-    return sorted((entry.logprob for entry in entries.values()), reverse=True)[:2]
+def margin(entries: Any) -> float:
+    """Return by how much the best log probability of a position exceeds the second."""
+    best, second, *_ = sorted((entry.logprob for entry in entries.values()), reverse=True)
+    return float(best - second)
 
 
-def sections(run: Run, tokenizer: Any, second_runner: bool) -> list[Callable[[Run], None]]:
+def sections(run: Run, second_runner: bool) -> list[Callable[[Run], None]]:
     """Return all comparisons that the dtype and the model runner allow."""
     if run.dtype != "float32":
         return [compare_rounded]
     common = [ask_transformers, compare_batches, compare_one_by_one]
     if second_runner:  # Triton's interpreter takes its time
         return common
-    over_http = partial(compare_over_http, tokenizer=tokenizer)
     stress = [compare_parameters, compare_aborts, compare_chunks, compare_preemptions]
-    return [*common, *stress, over_http]
+    return [*common, *stress, compare_over_http]
 
 
 def main() -> None:
@@ -330,8 +228,15 @@ def main() -> None:
     options = parser.parse_args()
     tokenizer = load_tokenizer(options.base)
     texts = first_prompts(options.prompts, "prompt", options.num_prompts)
-    prompts = [p[0].tolist() for p in prompt_tensors(tokenizer, texts, torch.device("cpu"))]
-    run = Run(options.heads, options.base, prompts, options.tokens, options.depth, options.dtype)
+    run = Run(
+        heads=options.heads,
+        base=options.base,
+        tokenizer=tokenizer,
+        prompts=[render_prompt(tokenizer, text) for text in texts],
+        tokens=options.tokens,
+        depth=options.depth,
+        dtype=options.dtype,
+    )
     prepare(options.second_runner)
     import vllm
 
@@ -350,11 +255,11 @@ def main() -> None:
         "rows": run.rows,
         "steps_of_our_chain": run.steps,
     }
-    for section in sections(run, tokenizer, options.second_runner):
+    for section in sections(run, options.second_runner):
         section(run)
         found = json.loads(options.output.read_text()) if options.output.exists() else {}
-        found[f"{options.dtype}, {runner}"] = record
-        options.output.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+        text = json.dumps({**found, f"{options.dtype}, {runner}": record}, indent=2)
+        options.output.write_text(text + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -18,7 +18,8 @@ import torch
 from vllm_engine import Engine, prepare, speculation
 
 from modeling_lmtp.benchmarks.quiet import measure_quietness, quartiles, quiet_record
-from modeling_lmtp.conversion.loading import first_prompts, load_tokenizer, prompt_tensors
+from modeling_lmtp.conversion.loading import first_prompts, load_tokenizer
+from modeling_lmtp.conversion.prompts import render_prompt
 from modeling_lmtp.conversion.saving import versions
 
 BATCHES = (1, 8)
@@ -110,7 +111,7 @@ def main() -> None:
     before = measure_quietness(torch.device("cpu"))
     tokenizer = load_tokenizer(options.base)
     texts = first_prompts(options.prompts, "prompt", options.num_prompts)
-    prompts = [p[0].tolist() for p in prompt_tensors(tokenizer, texts, torch.device("cpu"))]
+    prompts = [render_prompt(tokenizer, text) for text in texts]
     engines = {
         name: Engine(
             model=str(options.base),
