@@ -70,7 +70,7 @@ def build_card(folder: Path, repo_id: str, options: CardOptions) -> ModelCard:
     form = form_of(folder)
     check_hub_id(repo_id, "REPO_ID")
     base_model, base_revision, config = base_of(folder, form)
-    check_hub_id(
+    base_model = check_hub_id(
         base_model,
         f"base_model_name_or_path in {'adapter_config' if form == 'adapter' else 'config'}.json, or "
         "publish with --base_model",
