@@ -18,6 +18,7 @@ from .measured import read_measured
 from .options import Options
 from .repository import Form, check_hub_id, form_of
 from .saving import PROVENANCE, read_json
+from .vllm_serving import card_notes
 
 TEMPLATES = Path(__file__).parent.parent / "hub_cards"
 LIBRARIES = {"full": "transformers", "heads": "transformers", "adapter": "peft"}
@@ -69,7 +70,7 @@ def build_card(folder: Path, repo_id: str, options: CardOptions) -> ModelCard:
     form = form_of(folder)
     check_hub_id(repo_id, "REPO_ID")
     base_model, base_revision, config = base_of(folder, form)
-    check_hub_id(
+    base_model = check_hub_id(
         base_model,
         f"base_model_name_or_path in {'adapter_config' if form == 'adapter' else 'config'}.json, or "
         "publish with --base_model",
@@ -95,6 +96,7 @@ def build_card(folder: Path, repo_id: str, options: CardOptions) -> ModelCard:
             "base_revision": base_revision,
             "requires": needed_packages(form),
             "tested": TESTED,
+            "vllm": card_notes(repo_id, form, base_model, config),
             "heads": describe_heads(config, folder),
             "measured": [read_measured(path, config) for path in options.results],
             "training": describe_training(folder, options.datasets),

@@ -12,7 +12,7 @@ import transformers
 from modeling_lmtp.modeling_lmtp import LMTPForCausalLM
 
 from .command_line import console
-from .loading import has_leap_heads
+from .loading import adapter_config, has_leap_heads
 from .options import Dtype, Options
 
 
@@ -61,11 +61,16 @@ def new_server(options: ServeOptions, **settings: Any) -> Any:
         settings: more of Transformers' own, see `transformers serve --help`.
 
     Raises:
-        ValueError: the checkpoint has no leap heads.
+        ValueError: the checkpoint has no leap heads, or is an adapter.
         ImportError: what the server needs is not installed.
     """
     from transformers.cli.serve import Serve
 
+    if adapter_config(options.checkpoint) is not None:
+        raise ValueError(
+            f"{options.checkpoint!r} is an adapter, which Transformers' server does not load. Merge it "
+            f"with `lmtp export {options.checkpoint} OUT --to full`, and serve OUT."
+        )
     if not has_leap_heads(options.checkpoint):
         raise ValueError(
             f"{options.checkpoint!r} has no leap heads. Serve it with `transformers serve`."

@@ -3,7 +3,7 @@
 vLLM verifies one chain of candidates per request, and offers a draft model the last state of each.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 from modeling_lmtp.configuration_lmtp import LAST, LMTPConfig
 from modeling_lmtp.heads_only_lmtp import SAME_SIZES
@@ -15,28 +15,52 @@ DRAFT_ARCHITECTURE = "LMTPDraftModel"
 INSTEAD = "Transformers decodes with any heads: model.generate(..., use_lmtp=True)."
 
 
-def reasons_against(config: Any) -> list[str]:
+class Reason(NamedTuple):
+    """Why vLLM cannot draft with leap heads, and with which it could."""
+
+    why: str
+    instead: str
+
+    def __str__(self) -> str:
+        """Return both as sentences, without the last full stop."""
+        return f"{self.why}. {self.instead}"
+
+
+def reasons_against(config: Any) -> list[Reason]:
     """Say why vLLM cannot draft with the heads of an `LMTPConfig`, and what it can; empty if it can."""
-    offsets, hidden_size = config.leap_offsets, config.get_text_config().hidden_size
+    offsets = config.leap_offsets
+    # The record of an adapter describes the heads without their backbone
+    hidden_size = getattr(config.get_text_config(), "hidden_size", None)
     adjacent = evenly_spaced_offsets(len(offsets), 1)
     reasons = []
     if not offsets:
-        reasons.append("the checkpoint has no leap heads. Train some with `lmtp train`")
+        reasons.append(Reason("the checkpoint has no leap heads", "Train some with `lmtp train`"))
     elif offsets != adjacent:
         reasons.append(
-            f"leap_offsets={offsets} leave out offsets, so that a draft needs earlier states, which vLLM "
-            f"does not keep. Heads for {adjacent} can be served: `lmtp train --leap_offsets "
-            f"{' '.join(map(str, adjacent))}`"
+            Reason(
+                f"leap_offsets={offsets} leave out offsets, so that a draft needs earlier states, "
+                "which vLLM does not keep",
+                f"Heads for {adjacent} can be served: `lmtp train --leap_offsets "
+                f"{' '.join(map(str, adjacent))}`",
+            )
         )
-    elif ticket_size(max(context_widths(offsets, config.head_context))) > hidden_size:
+    elif hidden_size and hidden_size < ticket_size(
+        max(context_widths(offsets, config.head_context))
+    ):
         reasons.append(
-            f"{len(offsets)} heads with head_context={config.head_context!r} need a hidden size of at "
-            f"least {ticket_size(len(offsets))}, the backbone's is {hidden_size}"
+            Reason(
+                f"{len(offsets)} heads with head_context={config.head_context!r} need a hidden size of "
+                f"at least {ticket_size(len(offsets))}, the backbone's is {hidden_size}",
+                "Fewer heads need less",
+            )
         )
     if config.head_input != LAST:
         reasons.append(
-            f"head_input={config.head_input!r} reads the states of all layers, of which vLLM passes on "
-            f"the last. Heads with head_input={LAST!r} can be served"
+            Reason(
+                f"head_input={config.head_input!r} reads the states of all layers, of which vLLM passes "
+                "on the last",
+                f"Heads with head_input={LAST!r} can be served",
+            )
         )
     return reasons
 
@@ -46,7 +70,7 @@ def check_servable(config: Any) -> None:
     reasons = reasons_against(config)
     if reasons:
         raise ValueError(
-            f"vLLM cannot draft with these leap heads: {'; '.join(reasons)}. {INSTEAD}"
+            f"vLLM cannot draft with these leap heads: {'; '.join(map(str, reasons))}. {INSTEAD}"
         )
 
 

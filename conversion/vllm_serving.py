@@ -6,7 +6,7 @@ apart. To serve a quantized backbone, quantize that one: the heads go with it un
 """
 
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import safe_open
@@ -15,7 +15,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 from modeling_lmtp.configuration_lmtp import LMTPConfig
 from modeling_lmtp.modeling_lmtp import LMTPForCausalLM
 
-from .repository import form_of
+from .repository import Form, form_of
 from .saving import new_folder, write_record
 from .vllm_config import check_servable, reasons_against
 from .vllm_heads import PREFIX, ChainHeads
@@ -63,6 +63,32 @@ def serve_command(backbone: str, heads: str, num_heads: int) -> str:
     """Return the command that serves a model with leap heads."""
     settings = f'{{"model": "{heads}", "num_speculative_tokens": {num_heads}}}'
     return f"vllm serve {backbone} --speculative-config '{settings}'"
+
+
+class CardNotes(NamedTuple):
+    """What a model card says of vLLM: the commands that serve the repository, or why there are none."""
+
+    commands: list[str]
+    why_not: str
+
+
+def card_notes(repo_id: str, form: Form, base_model: str, config: Any) -> CardNotes:
+    """Say how vLLM serves a repository, or why it cannot.
+
+    Args:
+        repo_id: the repository on the Hub.
+        form: its form.
+        base_model: the backbone of heads.
+        config: the `LMTPConfig` of the heads.
+    """
+    reasons = reasons_against(config)
+    if reasons:
+        return CardNotes([], "; ".join(reason.why for reason in reasons))
+    if form == "heads":
+        return CardNotes([serve_command(base_model, repo_id, config.num_leap_heads)], "")
+    # vLLM would serve a model that it loads itself, without what this repository may have trained
+    served = serve_command(f"OUT/{BACKBONE}", f"OUT/{HEADS}", config.num_leap_heads)
+    return CardNotes([f"lmtp export {repo_id} OUT --to vllm", served], "")
 
 
 def serving_notes(folder: Path) -> list[str]:

@@ -193,6 +193,7 @@ class _RequestPool:
             "max_tokens": self.settings.max_new_tokens,
             # Heads learn special tokens inside an answer too; vLLM and SGLang would drop them
             "skip_special_tokens": False,
+            "return_token_ids": True,  # vLLM does; others leave the tokens to the tokenizer
             # Some servers accept only non-negative 32-bit seeds
             "seed": derived_seed(self.settings.seed, task.id) >> 32,
         }
@@ -287,7 +288,9 @@ def _parse_answer(body: bytes, task: AnswerTask) -> Row:
         raise _NoAnswerError(
             f"The server withheld its answer to {_name(task)}: {body[:300].decode('utf-8', 'replace')!r}"
         )
-    return {"response": text, "finished": reason == "stop", "tokens": tokens}
+    ids = {"prompt_ids": reply.get("prompt_token_ids"), "response_ids": choice.get("token_ids")}
+    recorded = {name: value for name, value in ids.items() if value}
+    return {"response": text, "finished": reason == "stop", "tokens": tokens, **recorded}
 
 
 def _malformed_reply(body: bytes, task: AnswerTask) -> str:

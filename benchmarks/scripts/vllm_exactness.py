@@ -1,37 +1,35 @@
 """Does vLLM with leap heads write what it writes without, in as many steps as our own chain takes?
 
-Greedy, on a CPU, request by request and under all that may go wrong between requests. Texts and steps come
-from Transformers and from plain vLLM. Last, the same through the HTTP server, with streaming.
+Greedy, on a CPU, request by request and under all that may go wrong between requests. In float32, texts
+and steps come from Transformers and from plain vLLM, and last the same goes through the HTTP server, with
+streaming. In bfloat16, tokens that differ from plain vLLM's are listed with how nearly its two best logits
+tie. The output file keeps the runs of other dtypes and model runners.
 
     python benchmarks/scripts/vllm_exactness.py HEADS --base FOLDER --output vllm_exactness.json
+    python benchmarks/scripts/vllm_exactness.py … --dtype bfloat16
+    python benchmarks/scripts/vllm_exactness.py … --second_runner --num_prompts 4 --tokens 24
 """
 
 import argparse
-import gc
 import json
-import os
-import subprocess
-import sys
-import time
-import urllib.request
-from collections.abc import Iterator
+import statistics
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import torch
+from vllm_engine import Engine, Sampling, Steps, prepare, read_metrics, server, speculation, stream
+from vllm_run import BATCH, LENGTH, Ids, Run, ask_transformers, equal, ids_of
 
-from modeling_lmtp import LMTPForCausalLM
-from modeling_lmtp.conversion.loading import first_prompts, load_tokenizer, prompt_tensors
+from modeling_lmtp.benchmarks.divergence import first_difference
+from modeling_lmtp.conversion.loading import first_prompts, load_tokenizer
+from modeling_lmtp.conversion.prompts import render_prompt
 from modeling_lmtp.conversion.saving import versions
 
-os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "2")
-os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-PORT = 8123
-LENGTH = 1024  # tokens of a request at most
 # Side by side in one batch: what makes a step differ from request to request
-MIXED: list[dict[str, Any]] = [
+MIXED: list[Sampling] = [
     {},
     {"max_tokens": 17},
     {"stop": [".", "\n"]},
@@ -43,111 +41,42 @@ MIXED: list[dict[str, Any]] = [
 ]
 
 
-def ours(heads: Path, base: Path, prompts: list[torch.Tensor], tokens: int, depth: int) -> Any:
-    """Return each prompt's greedy text, and how many steps our own chain takes for it."""
-    model = LMTPForCausalLM.from_pretrained(heads, backbone=base, dtype=torch.float32)
-    texts, steps = [], []
-    for ids in prompts:
-        options = {
-            "input_ids": ids,
-            "attention_mask": torch.ones_like(ids),
-            "max_new_tokens": tokens,
-            "do_sample": False,
-        }
-        plain = model.generate(**options, use_lmtp=False)
-        chain = model.generate(
-            **options, use_lmtp=True, draft_length=depth, return_dict_in_generate=True
-        )
-        assert chain.sequences.tolist() == plain.tolist()
-        texts.append(plain[0, ids.shape[1] :].tolist())
-        steps.append(len(chain.acceptance_lengths[0]))
-    return texts, steps
+def compare_batches(run: Run) -> None:
+    """Compare the texts of plain vLLM and of heads, eight requests at a time."""
+    for name, with_heads in {"plain vLLM, batch 8": False, "batch 8": True}.items():
+        with run.engine(with_heads) as engine:
+            run.compare(name, engine)
 
 
-class Engine:
-    """vLLM in this process, with heads or without."""
-
-    def __init__(self, base: Path, heads: Path | None, depth: int, **settings: Any) -> None:
-        from vllm import LLM
-
-        speculation = {"model": str(heads), "num_speculative_tokens": depth}
-        self.llm = LLM(
-            str(base),
-            speculative_config=speculation if heads else None,
-            **{
-                "dtype": "float32",
-                "enforce_eager": True,
-                "disable_log_stats": False,
-                "max_model_len": LENGTH,
-                "enable_prefix_caching": False,
-                "generation_config": "vllm",
-                **settings,
-            },
-        )
-
-    def __enter__(self) -> "Engine":
-        """Return the engine."""
-        return self
-
-    def __exit__(self, *_: Any) -> None:
-        """Free its memory."""
-        del self.llm
-        gc.collect()
-
-    def counter(self, name: str) -> int:
-        """Return one of vLLM's counters."""
-        return sum(m.value for m in self.llm.get_metrics() if m.name == f"vllm:{name}")
-
-    def __call__(
-        self, prompts: list[torch.Tensor], tokens: int, mixed: list[dict[str, Any]] | None = None
-    ) -> list[Any]:
-        """Generate greedily and return a text's output per prompt."""
-        from vllm import SamplingParams
-
-        settings = mixed or [{}]
-        parameters = [
-            SamplingParams(
-                **{"temperature": 0, "max_tokens": tokens, **settings[i % len(settings)]}
-            )
-            for i in range(len(prompts))
-        ]
-        ids = [{"prompt_token_ids": prompt[0].tolist()} for prompt in prompts]
-        done = self.llm.generate(ids, parameters, use_tqdm=False)
-        return [request.outputs[0] for request in done]
-
-    def with_aborts(self, prompts: list[torch.Tensor], tokens: int) -> list[list[int]]:
-        """Abort every second request midway, and add a new one in its place; return all finished."""
-        from vllm import SamplingParams
-
-        engine, parameters = self.llm.llm_engine, SamplingParams(temperature=0, max_tokens=tokens)
-        half = len(prompts) // 2
-        late = list(range(half, len(prompts)))
-        for index in range(half):
-            prompt = {"prompt_token_ids": prompts[index][0].tolist()}
-            engine.add_request(str(index), prompt, parameters)
-        finished: dict[int, list[int]] = {}
-        aborted: list[int] = []
-        for step in range(10**6):
-            for output in engine.step():
-                if output.finished:
-                    finished[int(output.request_id.split("-")[0])] = list(
-                        output.outputs[0].token_ids
-                    )
-            if step % 7 == 6 and len(aborted) < half // 2:
-                victim = 2 * len(aborted)
-                engine.abort_request([str(victim)])
-                aborted.append(victim)
-            if step % 7 == 3 and late:
-                prompt = {"prompt_token_ids": prompts[late[0]][0].tolist()}
-                engine.add_request(str(late.pop(0)), prompt, parameters)
-            if not engine.has_unfinished_requests() and not late:
-                break
-        return [finished.get(index, []) for index in range(len(prompts))]
+def compare_one_by_one(run: Run) -> None:
+    """Compare the texts and the number of steps of each request alone."""
+    texts, counted = [], []
+    with run.engine() as engine:
+        for prompt in run.prompts:
+            texts += ids_of(engine.generate([prompt], [run.greedy()])[0])
+            counted.append(engine.new_steps())
+    total = Steps(*map(sum, zip(*counted, strict=True)))
+    each = equal([steps.drafts for steps in counted], run.steps)
+    run.record("one by one", total, texts, steps_equal_per_request=each)
 
 
-def equal(found: list[Any], expected: list[Any]) -> str:
-    """Say how many are equal."""
-    return f"{sum(a == b for a, b in zip(found, expected, strict=True))} of {len(expected)}"
+def compare_parameters(run: Run) -> None:
+    """Compare requests with different parameters side by side with plain vLLM's."""
+    with run.engine(with_heads=False) as engine:
+        plain = run.generate(engine, MIXED)
+    with run.engine() as engine:
+        mixed = run.generate(engine, MIXED)
+    run.rows["different parameters side by side"] = {
+        "ids_as_plain_vllm": equal(ids_of(mixed), ids_of(plain)),
+        "texts_as_plain_vllm": equal([o.text for o in mixed], [o.text for o in plain]),
+        "logprobs_as_plain_vllm": equal(
+            [close(a.logprobs, b.logprobs) for a, b in zip(mixed, plain, strict=True)],
+            [True] * len(mixed),
+        ),
+        "reasons_as_plain_vllm": equal(
+            [o.finish_reason for o in mixed], [o.finish_reason for o in plain]
+        ),
+    }
 
 
 def close(found: Any, expected: Any) -> bool:
@@ -161,155 +90,127 @@ def close(found: Any, expected: Any) -> bool:
     )
 
 
-def in_process(
-    heads: Path, base: Path, prompts: list[torch.Tensor], tokens: int, depth: int
-) -> dict[str, Any]:
-    """Compare all that needs no server."""
-    texts, steps = ours(heads, base, prompts, tokens, depth)
-    rows: dict[str, Any] = {}
+def compare_aborts(run: Run) -> None:
+    """Compare the texts of requests among which others are aborted."""
+    with run.engine() as engine:
+        finished = generate_with_aborts(run, engine)
+    run.rows["every fourth request aborted"] = {
+        "finished": len(finished),
+        "texts_equal": equal(list(finished.values()), [run.texts[i] for i in finished]),
+    }
 
-    def record(name: str, engine: Engine, found: list[Any], before: tuple[int, int]) -> None:
-        drafts, accepted = (
-            engine.counter("spec_decode_num_drafts") - before[0],
-            engine.counter("spec_decode_num_accepted_tokens") - before[1],
-        )
-        rows[name] = {
-            "texts_as_transformers": equal(found, texts),
-            "steps": drafts,
-            "steps_of_our_chain": sum(steps),
-            "tokens_per_step": round(1 + accepted / drafts, 3) if drafts else None,
-        }
-        print(name, rows[name], flush=True)
 
-    def now(engine: Engine) -> tuple[int, int]:
-        names = ("spec_decode_num_drafts", "spec_decode_num_accepted_tokens")
-        return engine.counter(names[0]), engine.counter(names[1])
+def generate_with_aborts(run: Run, engine: Engine) -> dict[int, Ids]:
+    """Abort every second request midway, and add a new one in its place; return all that finish."""
+    from vllm import SamplingParams
 
-    with Engine(base, None, depth, max_num_seqs=8) as plain:
-        record(
-            "plain vLLM, batch 8",
-            plain,
-            [list(o.token_ids) for o in plain(prompts, tokens)],
-            (0, 0),
-        )
-        mixed_plain = plain(prompts, tokens, MIXED)
-    with Engine(base, heads, depth, max_num_seqs=8) as engine:
-        found, taken = [], []
-        for prompt in prompts:
-            before = now(engine)
-            found.append(list(engine([prompt], tokens)[0].token_ids))
-            taken.append(now(engine)[0] - before[0])
-        record("one by one", engine, found, (0, 0))
-        rows["one by one"]["steps_equal_per_request"] = equal(taken, steps)
-        before = now(engine)
-        record("batch 8", engine, [list(o.token_ids) for o in engine(prompts, tokens)], before)
-        mixed = engine(prompts, tokens, MIXED)
-        rows["different parameters side by side"] = {
-            "ids_as_plain_vllm": equal(
-                [list(o.token_ids) for o in mixed], [list(o.token_ids) for o in mixed_plain]
-            ),
-            "texts_as_plain_vllm": equal([o.text for o in mixed], [o.text for o in mixed_plain]),
-            "logprobs_as_plain_vllm": equal(
-                [close(a.logprobs, b.logprobs) for a, b in zip(mixed, mixed_plain, strict=True)],
-                [True] * len(mixed),
-            ),
-            "reasons_as_plain_vllm": equal(
-                [o.finish_reason for o in mixed], [o.finish_reason for o in mixed_plain]
-            ),
-        }
-        aborts = engine.with_aborts(prompts, tokens)
-        finished = [index for index, ids in enumerate(aborts) if ids]
-        rows["every fourth request aborted"] = {
-            "finished": len(finished),
-            "texts_as_transformers": equal(
-                [aborts[i] for i in finished], [texts[i] for i in finished]
-            ),
-        }
-        print(json.dumps(rows, indent=1), flush=True)
-    chunks = {"max_num_batched_tokens": 32, "enable_chunked_prefill": True, "max_num_seqs": 8}
-    with Engine(base, heads, depth, **chunks) as engine:
-        record("chunks of 32", engine, [list(o.token_ids) for o in engine(prompts, tokens)], (0, 0))
+    core, half = engine.llm.llm_engine, len(run.prompts) // 2
+
+    def add(index: int) -> None:
+        prompt = {"prompt_token_ids": run.prompts[index]}
+        core.add_request(str(index), prompt, SamplingParams(**run.greedy()))
+
+    for index in range(half):
+        add(index)
+    late, victims = list(range(half, len(run.prompts))), list(range(0, half, 2))
+    finished: dict[int, Ids] = {}
+    step = 0
+    while core.has_unfinished_requests() or late:
+        for output in core.step():
+            if output.finished:
+                finished[int(output.request_id.split("-")[0])] = list(output.outputs[0].token_ids)
+        if step % 7 == 6 and victims:
+            core.abort_request([str(victims.pop(0))])
+        if step % 7 == 3 and late:
+            add(late.pop(0))
+        step += 1
+    return {index: ids for index, ids in sorted(finished.items()) if ids}
+
+
+def compare_chunks(run: Run) -> None:
+    """Compare texts whose prompts are read in pieces."""
+    chunks = {"max_num_batched_tokens": 32, "enable_chunked_prefill": True}
+    with run.engine(**chunks) as engine:
+        run.compare("chunks of 32", engine)
+
+
+def compare_preemptions(run: Run) -> None:
+    """Compare texts where the cache is too small for all requests, and then from the prefix cache."""
     scarce = {"block_size": 32, "num_gpu_blocks_override": 40, "enable_prefix_caching": True}
-    with Engine(base, heads, depth, max_num_seqs=16, **scarce) as engine:
+    with run.engine(max_num_seqs=16, **scarce) as engine:
         for name in ("preempted", "preempted, from the cache"):
-            before = now(engine)
-            record(name, engine, [list(o.token_ids) for o in engine(prompts, tokens)], before)
-            rows[name]["preemptions"] = engine.counter("num_preemptions")
-            rows[name]["prefix_cache_hits"] = engine.counter("prefix_cache_hits")
-    return {"rows": rows, "texts": texts, "steps": steps}
+            run.compare(name, engine)
+            for counter in ("num_preemptions", "prefix_cache_hits"):
+                run.rows[name][counter] = engine.counter(counter)
 
 
-@contextmanager
-def server(base: Path, heads: Path, depth: int) -> Iterator[str]:
-    """Serve heads over HTTP."""
-    speculation = json.dumps({"model": str(heads), "num_speculative_tokens": depth})
-    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(base)]
-    command += ["--dtype", "float32", "--enforce-eager", "--port", str(PORT), "--max-num-seqs", "8"]
-    command += ["--max-model-len", str(LENGTH), "--speculative-config", speculation]
-    command += ["--generation-config", "vllm", "--served-model-name", "served"]
-    process = subprocess.Popen(command)
-    try:
-        for _ in range(600):
-            try:
-                urllib.request.urlopen(f"http://localhost:{PORT}/health", timeout=2).close()
-                break
-            except OSError:
-                time.sleep(1)
-        yield f"http://localhost:{PORT}"
-    finally:
-        process.terminate()
-        try:
-            process.wait(timeout=60)
-        except subprocess.TimeoutExpired:
-            process.kill()
-
-
-def streamed(url: str, prompt: list[int], tokens: int) -> tuple[str, int]:
-    """Return the text of a streamed completion, and how many events it came in."""
-    body = {
-        "model": "served",
-        "prompt": prompt,
-        "max_tokens": tokens,
-        "temperature": 0,
-        "stream": True,
-    }
-    request = urllib.request.Request(
-        f"{url}/v1/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
-    )
-    text, events = "", 0
-    with urllib.request.urlopen(request) as response:
-        for line in response:
-            if line.startswith(b"data: {"):
-                text += json.loads(line[6:])["choices"][0]["text"]
-                events += 1
-    return text, events
-
-
-def over_http(
-    heads: Path,
-    base: Path,
-    prompts: list[torch.Tensor],
-    tokens: int,
-    depth: int,
-    expected: list[str],
-) -> dict[str, Any]:
+def compare_over_http(run: Run) -> None:
     """Compare streamed texts, four requests at a time, and read the server's own counters."""
-    with server(base, heads, depth) as url, ThreadPoolExecutor(4) as pool:
-        done = list(pool.map(lambda p: streamed(url, p[0].tolist(), tokens), prompts))
-        with urllib.request.urlopen(f"{url}/metrics") as response:
-            lines = response.read().decode().splitlines()
-    metrics = {
-        line.partition("{")[0] + "".join(f" {p}" for p in line.split('position="')[1:2])[:2]: float(
-            line.rpartition(" ")[2]
-        )
-        for line in lines
-        if line.startswith("vllm:spec_decode") and "_created" not in line
-    }
-    return {
-        "texts_as_transformers": equal([text for text, _ in done], expected),
+    expected = [run.tokenizer.decode(ids, skip_special_tokens=True) for ids in run.texts]
+    prepare(in_process=False)
+    settings = json.dumps(speculation(run.heads, run.depth))
+    arguments = ["--speculative-config", settings, "--dtype", run.dtype]
+    arguments += ["--max-num-seqs", str(BATCH), "--max-model-len", str(LENGTH)]
+    with server(run.base, *arguments) as url, ThreadPoolExecutor(4) as pool:
+        ask = {"model": "served", **run.greedy()}
+        done = list(pool.map(lambda prompt: stream(url, {**ask, "prompt": prompt}), run.prompts))
+        metrics = read_metrics(url, "vllm:spec_decode")
+    run.rows["HTTP, streamed, four at a time"] = {
+        "texts_equal": equal([text for text, _ in done], expected),
         "events": sum(events for _, events in done),
         "metrics": metrics,
     }
+
+
+def compare_rounded(run: Run) -> None:
+    """Find the tokens that heads change in 16 bits, and how nearly plain vLLM's two best logits tie.
+
+    After each it continues from plain vLLM's text, so that one near-tie counts as one token.
+    """
+    with run.engine(with_heads=False) as engine:
+        plain = run.generate(engine, [{"logprobs": 2}])
+    run.texts = ids_of(plain)
+    margins = [[margin(at) for at in output.logprobs] for output in plain]
+    changed: list[float] = []
+    with run.engine() as engine:
+        known: dict[int, Ids] = {index: [] for index in range(len(plain))}
+        while known:
+            prompts = [run.prompts[index] + ids for index, ids in known.items()]
+            sampling = [run.greedy(max_tokens=run.tokens - len(ids)) for ids in known.values()]
+            done = engine.generate(prompts, sampling)
+            texts = [ids + ids_of(t)[0] for ids, t in zip(known.values(), done, strict=True)]
+            if not run.rows:
+                run.record("batch 8", engine.new_steps(), texts)
+            starts, known = known, {}
+            for index, text in zip(starts, texts, strict=True):
+                whole = run.texts[index]
+                position = first_difference(whole, text)
+                if position < len(whole):
+                    changed.append(margins[index][position])
+                if position + 1 < len(whole):
+                    known[index] = whole[: position + 1]
+    run.rows["tokens that differ from plain vLLM's"] = {
+        "tokens": f"{len(changed)} of {sum(map(len, margins))}",
+        "margins_of_its_two_best_logits": sorted(round(value, 4) for value in changed),
+        "median_margin_of_all_tokens": round(statistics.median(chain(*margins)), 4),
+    }
+
+
+def margin(entries: Any) -> float:
+    """Return by how much the best log probability of a position exceeds the second."""
+    best, second, *_ = sorted((entry.logprob for entry in entries.values()), reverse=True)
+    return float(best - second)
+
+
+def sections(run: Run, second_runner: bool) -> list[Callable[[Run], None]]:
+    """Return all comparisons that the dtype and the model runner allow."""
+    if run.dtype != "float32":
+        return [compare_rounded]
+    common = [ask_transformers, compare_batches, compare_one_by_one]
+    if second_runner:  # Triton's interpreter takes its time
+        return common
+    stress = [compare_parameters, compare_aborts, compare_chunks, compare_preemptions]
+    return [*common, *stress, compare_over_http]
 
 
 def main() -> None:
@@ -321,35 +222,44 @@ def main() -> None:
     parser.add_argument("--num_prompts", type=int, default=32)
     parser.add_argument("--tokens", type=int, default=96)
     parser.add_argument("--depth", type=int, default=3)
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
+    parser.add_argument("--second_runner", action="store_true")
     parser.add_argument("--output", type=Path, required=True)
     options = parser.parse_args()
     tokenizer = load_tokenizer(options.base)
     texts = first_prompts(options.prompts, "prompt", options.num_prompts)
-    prompts = prompt_tensors(tokenizer, texts, torch.device("cpu"))
-    shared = (options.heads, options.base, prompts, options.tokens, options.depth)
-    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-    found = in_process(*shared)
-    expected = [tokenizer.decode(ids, skip_special_tokens=True) for ids in found["texts"]]
-    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "1"
-    found["rows"]["HTTP, streamed, four at a time"] = over_http(*shared, expected)
+    run = Run(
+        heads=options.heads,
+        base=options.base,
+        tokenizer=tokenizer,
+        prompts=[render_prompt(tokenizer, text) for text in texts],
+        tokens=options.tokens,
+        depth=options.depth,
+        dtype=options.dtype,
+    )
+    prepare(options.second_runner)
     import vllm
 
+    runner = "V2" if options.second_runner else "V1"
     record = {
-        "command": f"python benchmarks/scripts/vllm_exactness.py {options.heads.name}",
         "heads": options.heads.name,
         "base": options.base.name,
         "prompts": f"{options.prompts.name}, the first {options.num_prompts}",
         "max_new_tokens": options.tokens,
         "num_speculative_tokens": options.depth,
-        "dtype": "float32",
+        "dtype": options.dtype,
+        "model_runner": runner,
         "device": "cpu",
         "threads": torch.get_num_threads(),
-        "model_runner": "V2" if os.environ.get("VLLM_USE_V2_MODEL_RUNNER") == "1" else "V1",
         "versions": {**versions(), "vllm": vllm.__version__},
-        "rows": found["rows"],
-        "steps_of_our_chain": found["steps"],
+        "rows": run.rows,
+        "steps_of_our_chain": run.steps,
     }
-    options.output.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    for section in sections(run, options.second_runner):
+        section(run)
+        found = json.loads(options.output.read_text()) if options.output.exists() else {}
+        text = json.dumps({**found, f"{options.dtype}, {runner}": record}, indent=2)
+        options.output.write_text(text + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,9 @@
-"""vLLM with leap heads against plain vLLM: tokens per second, with both engines up and taking turns.
+"""vLLM with leap heads against plain vLLM: tokens per second, both engines up and taking turns.
 
-python benchmarks/scripts/vllm_speed.py HEADS --base FOLDER --output vllm_speed.json
+Each engine is a process of its own, on all cores. In every round both answer the same groups of prompts,
+first one and then the other. Run it on a quiet machine; two cores take about seven minutes.
+
+    python benchmarks/scripts/vllm_speed.py HEADS --base FOLDER --output vllm_speed.json
 """
 
 import argparse
@@ -12,72 +15,78 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from vllm_engine import Engine, prepare, speculation
 
-from modeling_lmtp.conversion.loading import first_prompts, load_tokenizer, prompt_tensors
+from modeling_lmtp.benchmarks.quiet import measure_quietness, quartiles, quiet_record
+from modeling_lmtp.conversion.loading import first_prompts, load_tokenizer
+from modeling_lmtp.conversion.prompts import render_prompt
 from modeling_lmtp.conversion.saving import versions
 
-os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "2")
-os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-# Engines in processes of their own, so that two of them can be up at once
-os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "1"
+BATCHES = (1, 8)
+Rounds = dict[str, list[float]]  # of each engine, the seconds of each round
 
 
-def new_engine(base: Path, heads: Path | None, depth: int, dtype: str) -> Any:
-    """Start vLLM with heads or without."""
-    from vllm import LLM
-
-    speculation = {"model": str(heads), "num_speculative_tokens": depth}
-    return LLM(
-        str(base),
-        speculative_config=speculation if heads else None,
-        dtype=dtype,
-        enforce_eager=True,
-        disable_log_stats=False,
-        max_model_len=1024,
-        max_num_seqs=8,
-        enable_prefix_caching=False,
-        generation_config="vllm",
-    )
-
-
-def counter(engine: Any, name: str) -> int:
-    """Return one of vLLM's counters."""
-    return sum(m.value for m in engine.get_metrics() if m.name == f"vllm:spec_decode_num_{name}")
-
-
-def seconds_of(engine: Any, prompts: list[list[int]], tokens: int) -> float:
+def seconds_of(engine: Engine, prompts: list[list[int]], tokens: int) -> float:
     """Return the time that one call takes; no text ends early."""
-    from vllm import SamplingParams
-
-    parameters = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True)
+    sampling = [{"temperature": 0, "max_tokens": tokens, "ignore_eos": True}] * len(prompts)
     start = time.perf_counter()
-    engine.generate([{"prompt_token_ids": ids} for ids in prompts], parameters, use_tqdm=False)
+    engine.generate(prompts, sampling)
     return time.perf_counter() - start
 
 
-def compare(
-    plain: Any, heads: Any, prompts: list[list[int]], batch: int, tokens: int
-) -> dict[str, Any]:
-    """Let both engines answer each group of prompts in turn."""
-    seconds: dict[str, list[float]] = {"plain": [], "heads": []}
-    before = counter(heads, "drafts"), counter(heads, "accepted_tokens")
-    for start in range(0, len(prompts) - batch + 1, batch):
-        group = prompts[start : start + batch]
-        turns = [("plain", plain), ("heads", heads)]
-        for name, engine in turns if start // batch % 2 else turns[::-1]:
-            seconds[name].append(seconds_of(engine, group, tokens))
-    drafts = counter(heads, "drafts") - before[0]
-    accepted = counter(heads, "accepted_tokens") - before[1]
-    rates = {name: batch * tokens / statistics.median(times) for name, times in seconds.items()}
-    return {
-        "batch": batch,
-        "calls": len(seconds["plain"]),
-        "plain_tokens_per_second": round(rates["plain"], 1),
-        "heads_tokens_per_second": round(rates["heads"], 1),
-        "speed_up": round(rates["heads"] / rates["plain"], 3),
-        "tokens_per_step": round(1 + accepted / drafts, 3),
-        "seconds": seconds,
+def time_round(
+    engines: dict[str, Engine], prompts: list[list[int]], batch: int, tokens: int, is_odd: bool
+) -> dict[str, float]:
+    """Return the seconds that each engine takes for all prompts; they take turns group by group."""
+    seconds = dict.fromkeys(engines, 0.0)
+    for number, start in enumerate(range(0, len(prompts), batch)):
+        turns = list(engines) if (number + is_odd) % 2 else list(engines)[::-1]
+        for name in turns:
+            seconds[name] += seconds_of(engines[name], prompts[start : start + batch], tokens)
+    return seconds
+
+
+def summarize(rounds: Rounds, num_tokens: int, tokens_per_step: float | None) -> dict[str, Any]:
+    """Return medians and quartiles over the rounds.
+
+    Args:
+        rounds: of both engines.
+        num_tokens: that an engine writes in a round.
+        tokens_per_step: with heads.
+    """
+    speed_ups = [p / h for p, h in zip(rounds["plain"], rounds["heads"], strict=True)]
+    speed_up = statistics.median(speed_ups)
+    rates = {
+        f"{name}_tokens_per_second": round(num_tokens / statistics.median(seconds), 1)
+        for name, seconds in rounds.items()
     }
+    return {
+        **rates,
+        "tokens_per_step": tokens_per_step,
+        "step_cost": tokens_per_step and round(tokens_per_step / speed_up, 3),
+        "speed_up": round(speed_up, 3),
+        "speed_up_quartiles": [round(value, 3) for value in quartiles(speed_ups)],
+        "seconds": {name: [round(s, 3) for s in seconds] for name, seconds in rounds.items()},
+    }
+
+
+def compare(
+    engines: dict[str, Engine], prompts: list[list[int]], options: argparse.Namespace
+) -> list[dict[str, Any]]:
+    """Return a row of figures for each batch size."""
+    rows = []
+    for batch in BATCHES:
+        rounds: Rounds = {name: [] for name in engines}
+        engines["heads"].new_steps()
+        for number in range(options.rounds):
+            timed = time_round(engines, prompts, batch, options.tokens, number % 2 == 1)
+            for name, seconds in timed.items():
+                rounds[name].append(seconds)
+        steps = engines["heads"].new_steps().tokens_per_step
+        figures = summarize(rounds, len(prompts) * options.tokens, steps)
+        rows.append({"dtype": options.dtype, "batch_size": batch, **figures})
+        print(rows[-1], flush=True)
+    return rows
 
 
 def main() -> None:
@@ -89,35 +98,45 @@ def main() -> None:
     parser.add_argument("--num_prompts", type=int, default=16)
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--depth", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16")
     parser.add_argument("--output", type=Path, required=True)
     options = parser.parse_args()
+    prepare(in_process=False)
+    # vLLM would keep a core back, and bind all engines to the same others
+    os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
+    threads = os.environ.setdefault("OMP_NUM_THREADS", str(os.cpu_count()))
     import vllm
 
-    load = os.getloadavg()[0]
+    before = measure_quietness(torch.device("cpu"))
     tokenizer = load_tokenizer(options.base)
     texts = first_prompts(options.prompts, "prompt", options.num_prompts)
-    prompts = [p[0].tolist() for p in prompt_tensors(tokenizer, texts, torch.device("cpu"))]
-    rows = []
-    for dtype in ("bfloat16", "float32"):
-        plain = new_engine(options.base, None, options.depth, dtype)
-        heads = new_engine(options.base, options.heads, options.depth, dtype)
-        for engine in (plain, heads):
-            seconds_of(engine, prompts[:2], 8)
-        for batch in (1, 8):
-            rows.append({"dtype": dtype, **compare(plain, heads, prompts, batch, options.tokens)})
-            print({name: v for name, v in rows[-1].items() if name != "seconds"}, flush=True)
-        del plain, heads
+    prompts = [render_prompt(tokenizer, text) for text in texts]
+    engines = {
+        name: Engine(
+            model=str(options.base),
+            dtype=options.dtype,
+            max_model_len=1024,
+            max_num_seqs=max(BATCHES),
+            speculative_config=speculation(heads, options.depth),
+        )
+        for name, heads in {"plain": None, "heads": options.heads}.items()
+    }
+    for engine in engines.values():
+        for batch in BATCHES:
+            seconds_of(engine, prompts[:batch], 8)
+    rows = compare(engines, prompts, options)
     record = {
-        "command": f"python benchmarks/scripts/vllm_speed.py {options.heads.name}",
         "heads": options.heads.name,
         "base": options.base.name,
         "prompts": f"{options.prompts.name}, the first {options.num_prompts}",
         "max_new_tokens": options.tokens,
         "num_speculative_tokens": options.depth,
+        "rounds": options.rounds,
         "device": "cpu",
-        "cores": os.cpu_count(),
-        "load_at_the_start": load,
+        "threads": int(threads),
         "versions": {**versions(), "vllm": vllm.__version__},
+        **quiet_record(before, measure_quietness(torch.device("cpu"))),
         "rows": rows,
     }
     options.output.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from typing import get_args
 
 import pytest
@@ -15,6 +16,7 @@ from modeling_lmtp import LMTPForCausalLM
 from modeling_lmtp.conversion.cards import CardOptions, build_card, fill_template, write_card
 from modeling_lmtp.conversion.measured import FIGURES, OF_ALL_ROWS, OF_EACH_ROW, read_measured
 from modeling_lmtp.conversion.repository import Form
+from modeling_lmtp.conversion.vllm_serving import CardNotes
 
 REVISION = "0123456789abcdef0123456789abcdef01234567"
 FACTS = {
@@ -107,6 +109,7 @@ def test_each_form_has_a_complete_card(request, tmp_path, form):
     text = ModelCard.load(path).text
     for part in (
         "## Use",
+        "## Serve",
         "## The heads",
         "## Measured",
         "## Exactness",
@@ -144,6 +147,52 @@ def test_the_shipped_card_is_what_the_command_writes(request, tmp_path):
     assert (tmp_path / "README.md").read_text() == (shipped / "README.md").read_text()
     with hub_in_use(tmp_path):
         card.validate()
+
+
+VLLM = "pip install 'modeling-lmtp[vllm]'\n"
+EXPORTED = (
+    "lmtp export me/model OUT --to vllm\nvllm serve OUT/backbone --speculative-config "
+    """'{"model": "OUT/heads", "num_speculative_tokens": 2}'\n"""
+)
+SERVED = {
+    "full": (EXPORTED, "lmtp serve me/model\n"),
+    "heads": (
+        f"vllm serve {BASE_ID} --speculative-config "
+        """'{"model": "me/model", "num_speculative_tokens": 2}'\n""",
+        "lmtp serve me/model\n",
+    ),
+    # Neither server takes an adapter
+    "adapter": (EXPORTED, "lmtp export me/model MERGED --to full\nlmtp serve MERGED\n"),
+}
+
+
+@pytest.mark.parametrize("form", METADATA)
+def test_a_card_says_how_to_serve_the_repository(request, form):
+    with_vllm, with_transformers = SERVED[form]
+    text = card_of(request.getfixturevalue(form)).text
+    assert f"```bash\n{VLLM}{with_vllm}```\n" in text
+    assert f"'transformers[serving]'\n{with_transformers}```\n" in text
+    assert "vLLM cannot" not in text
+
+
+@pytest.mark.parametrize(
+    ("settings", "why"),
+    [
+        ({"leap_offsets": [3, 5]}, "leap_offsets=(3, 5) leave out offsets, so that a draft needs"),
+        ({"head_input": "weighted"}, "head_input='weighted' reads the states of all layers, of"),
+    ],
+    ids=["leaps", "weighted states"],
+)
+def test_a_card_says_why_vllm_cannot_draft(heads, tmp_path, settings, why):
+    shutil.copytree(heads, tmp_path, dirs_exist_ok=True)
+    config = json.loads((heads / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, **settings}))
+    text = card_of(tmp_path).text
+    sentence = text.partition("vLLM cannot draft with these heads: ")[2].partition("\n")[0]
+    assert sentence.startswith(why)
+    assert sentence.count(".") == 1
+    assert "modeling-lmtp[vllm]" not in text
+    assert "lmtp serve me/model" in text
 
 
 def test_a_card_without_figures_says_so(full):
@@ -200,6 +249,7 @@ VALUES = {
     "base_revision": REVISION,
     "requires": "torch",
     "tested": "5.15 to 5.24",
+    "vllm": CardNotes(["vllm serve me/base"], ""),
     "heads": [("leap offsets", "2, 3")],
     "measured": [],
     "training": [("command", "lmtp train")],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import socket
 import time
 import urllib.request
@@ -113,3 +114,10 @@ def wait_for(port):
 def test_a_checkpoint_without_heads_is_refused(tmp_path):
     tiny_llama().save_pretrained(tmp_path)
     assert "has no leap heads. Serve it with `transformers serve`" in error_of("serve", tmp_path)
+
+
+def test_an_adapter_is_refused(tmp_path):
+    settings = {"peft_type": "LORA", "base_model_name_or_path": "me/full"}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(settings))
+    message = f"is an adapter, .* `lmtp export {tmp_path} OUT --to full`"
+    assert re.search(message, error_of("serve", tmp_path))

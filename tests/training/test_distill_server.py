@@ -149,6 +149,7 @@ def test_a_server_gets_each_prompt_once_with_the_settings(server, fake, tmp_path
         (message,) = request.pop("messages")
         assert message["role"] == "user"
         assert not request.pop("skip_special_tokens")
+        assert request.pop("return_token_ids")
         assert request == {"model": "served", "temperature": 0.7, "top_p": 0.9, "max_tokens": 9}
     rows = read_rows(output)
     lengths = [len(row["prompt"]) for row in rows]
@@ -157,6 +158,22 @@ def test_a_server_gets_each_prompt_once_with_the_settings(server, fake, tmp_path
     assert {row["kind"] for row in rows} == {"tiny"}
     assert report.rows == report.new_rows == 2 * len(TEXTS)
     assert report.tokens == sum(len(row["response"]) for row in rows)
+
+
+def test_token_ids_that_the_server_returns_are_recorded(server, fake, tmp_path):
+    def with_ids(handler, request):
+        reply = completion(request, prompt_token_ids=[5, 6])
+        reply["choices"][0]["token_ids"] = [7, 8, 9]
+        send(handler, 200, reply)
+
+    fake.faults = [with_ids]
+    run(server, tmp_path / "out.jsonl", replace(SETTINGS, batch_size=1), PROMPTS[:2])
+    recorded = [
+        (row["prompt_ids"], row["response_ids"])
+        for row in read_rows(tmp_path / "out.jsonl")
+        if "prompt_ids" in row
+    ]
+    assert recorded == [([5, 6], [7, 8, 9])]  # of the one answer that came with them
 
 
 def test_the_manifest_names_the_model_of_the_server(server, tmp_path):
