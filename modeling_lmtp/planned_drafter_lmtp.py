@@ -155,13 +155,7 @@ class PlannedDrafter(Drafter):
 
     def _best(self, memory: BatchMemory, proposals: list[list[Proposal]]) -> Draft:
         """Return the draft that is worth most, of these proposals per row."""
-        rows = []
-        for row in proposals:
-            values = path_values(self.planner.rates, row)
-            if not self.takes_trees:
-                values = best_chain(values)
-            # No path is likelier than its parent, so the first ones form a tree
-            rows.append(sorted(values.items(), key=lambda item: (-item[1], len(item[0]))))
+        rows = [self._ranked(row) for row in proposals]
         longest = min(self.max_nodes, max(map(len, rows)))
         gains = [0.0] * (1 + longest)
         for row in rows:
@@ -178,6 +172,14 @@ class PlannedDrafter(Drafter):
         count = max(worths, key=lambda count: (worths[count], -count))
         paths = [[path for path, _ in row[:count]] for row in rows]
         return Draft(paths, gains[count], worths[count])
+
+    def _ranked(self, proposals: Sequence[Proposal]) -> list[tuple[Path, float]]:
+        """Return a row's paths and their values, the best first; each comes after its parent."""
+        values = path_values(self.planner.rates, proposals)
+        if not self.takes_trees:
+            values = best_chain(values)
+        # No path is likelier than its parent
+        return sorted(values.items(), key=lambda item: (-item[1], len(item[0])))
 
 
 def path_values(rates: AcceptanceRates, proposals: Sequence[Proposal]) -> dict[Path, float]:
