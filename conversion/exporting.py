@@ -9,6 +9,8 @@ from typing import Any, Literal
 import torch
 from safetensors.torch import save_file
 from transformers import AutoConfig, GenerationConfig
+from transformers.tokenization_utils_base import TOKENIZER_CONFIG_FILE
+from transformers.utils import has_file
 
 from modeling_lmtp.backbone_lmtp import unembedding_size
 from modeling_lmtp.leaps_lmtp import evenly_spaced_offsets
@@ -120,9 +122,10 @@ def export_checkpoint(options: ExportOptions) -> list[str]:
     }
     if options.to in LAYOUTS:
         return save_heads(loaded.model, options.output, LAYOUTS[options.to], record)
-    tokenizer = load_tokenizer_with_fallback(
-        loaded.checkpoint, loaded.model.config, loaded.backbone
-    )
+    # An adapter may have brought tokens of its own
+    has_tokenizer = has_file(options.source, TOKENIZER_CONFIG_FILE)
+    source = options.source if has_tokenizer else loaded.checkpoint
+    tokenizer = load_tokenizer_with_fallback(source, loaded.model.config, loaded.backbone)
     if options.to == "vllm":
         settings = plain_settings(loaded.model.generation_config)
         command = save_for_vllm(loaded.model, tokenizer, options.output, record, settings)

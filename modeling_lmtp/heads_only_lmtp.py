@@ -158,9 +158,17 @@ def _config_and_options(
     options = {name: value for name, value in options.items() if name not in HEADS_ONLY_OPTIONS}
     options |= {name: kwargs[name] for name in HUB_OPTIONS if name in kwargs}
     options["dtype"] = config.dtype if dtype in ("auto", None) else dtype  # as Transformers does
-    if attention_implementation(config) is not None:
-        options["attn_implementation"] = attention_implementation(config)
-    return config, options
+    if attention_implementation(config.backbone_config) is not None:
+        options["attn_implementation"] = attention_implementation(config.backbone_config)
+    return config, backbone_options(options)
+
+
+def backbone_options(options: dict[str, Any]) -> dict[str, Any]:
+    """Return arguments of `from_pretrained` for the backbone; an attention given to it by name is its own."""
+    attention = options.get("attn_implementation")
+    if not isinstance(attention, dict) or "backbone_config" not in attention:
+        return options
+    return {**options, "attn_implementation": attention["backbone_config"]}
 
 
 def _load_backbone(

@@ -20,7 +20,7 @@ from .backbone_lmtp import check_backbone, unembedding_size
 from .configuration_lmtp import LMTPConfig
 from .generation_lmtp import LMTPGenerationMixin
 from .heads_lmtp import new_leap_heads
-from .heads_only_lmtp import HeadsOnlyMixin
+from .heads_only_lmtp import HeadsOnlyMixin, backbone_options
 from .leaps_lmtp import (
     context_widths,
     embed_context,
@@ -123,7 +123,8 @@ class LMTPForCausalLM(HeadsOnlyMixin, LMTPGenerationMixin):
         if isinstance(backbone, str | Path):
             revision = backbone_kwargs.get("revision")
             loaded_from = revision or "main"
-            backbone = AutoModelForCausalLM.from_pretrained(backbone, **backbone_kwargs)
+            options = backbone_options(backbone_kwargs)
+            backbone = AutoModelForCausalLM.from_pretrained(backbone, **options)
         elif backbone_kwargs:
             raise ValueError(
                 f"{sorted(backbone_kwargs)} are arguments for loading a backbone, but a loaded "
