@@ -18,8 +18,8 @@ HEADS = "leap_heads"  # the name of the module
 def fold_in(model: LMTPForCausalLM, source: str) -> LMTPForCausalLM:
     """Merge an adapter into a checkpoint, in place.
 
-    If the adapter stores embeddings, the checkpoint gets its vocabulary. Embeddings that the adapter changes
-    apart are no longer tied.
+    If the adapter stores embeddings, the checkpoint gets its vocabulary. Embeddings are no longer tied if
+    the adapter changes them apart.
 
     Raises:
         ValueError: the adapter is damaged, was trained on another model, or is not finite.

@@ -5,7 +5,6 @@
 # only.
 from .transformers_lmtp import (  # isort: split
     CACHE_NAMES,
-    attention_implementation,
     implementations,
     remove_local_path,
     set_implementations,
@@ -111,7 +110,7 @@ class LMTPConfig(PreTrainedConfig):
             set_implementations(self.backbone_config, before)
 
     def _backbone_config_with(self, name: str) -> Any:
-        """Return the backbone's configuration, or its text configuration, that has an attribute, or None."""
+        """Return the backbone's configuration, or its text configuration, that has a name; or None."""
         backbone = vars(self).get("backbone_config")
         if name not in BACKBONE_ATTRIBUTES or not isinstance(backbone, PreTrainedConfig):
             return None

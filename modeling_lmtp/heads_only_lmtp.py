@@ -3,7 +3,13 @@
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    GenerationConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 from transformers.utils import logging
 
 from .backbone_lmtp import unembedding_device
@@ -110,17 +116,13 @@ class HeadsOnlyMixin(LMTPPreTrainedModel):
                 unchanged from there.
 
         Raises:
-            ValueError: `heads_only=True`, and the configuration does not name the backbone.
+            ValueError: `heads_only=True`, and the configuration does not name the backbone, or names one of
+                other sizes.
         """
         if not heads_only:
             super().save_pretrained(save_directory, *args, **kwargs)
             return
-        if not self.config.base_model_name_or_path:
-            raise ValueError(
-                "config.base_model_name_or_path is not set, so a heads-only checkpoint could not be "
-                "loaded. Set it to the backbone's Hub id or folder, and base_model_revision to its "
-                "commit, or save with heads_only=False."
-            )
+        check_named_backbone(self.config)
         tensors = kwargs.pop("state_dict", None) or self.state_dict()
         kwargs["state_dict"] = {key: t for key, t in tensors.items() if key.startswith(HEADS)}
         self.config.heads_only = True
@@ -164,7 +166,7 @@ def _config_and_options(
 
 
 def backbone_options(options: dict[str, Any]) -> dict[str, Any]:
-    """Return arguments of `from_pretrained` for the backbone; an attention given to it by name is its own."""
+    """Return arguments for loading the backbone alone, with the attention that was given to it by name."""
     attention = options.get("attn_implementation")
     if not isinstance(attention, dict) or "backbone_config" not in attention:
         return options
@@ -192,7 +194,12 @@ def _load_backbone(
         )
         loaded_from = revision or "main"
         model = AutoModelForCausalLM.from_pretrained(named, revision=loaded_from, **options)
-    check_backbone_sizes(config, model)
+    differing = differing_sizes(config, model.config)
+    if differing:
+        raise ValueError(
+            f"The leap heads do not fit the backbone {model.config.name_or_path!r}, which has {differing}. "
+            f"Pass backbone={named!r}, or leave the argument out."
+        )
     commit = commit_of(model.config, loaded_from)
     if revision and commit and commit != revision:
         logger.warning_once(
@@ -202,24 +209,44 @@ def _load_backbone(
     return model
 
 
-def check_backbone_sizes(config: Any, backbone: PreTrainedModel) -> None:
-    """Raise a ValueError unless a backbone has the sizes that a configuration's heads need.
+def differing_sizes(config: Any, other: Any) -> str:
+    """Say in which sizes a model differs from the one that an `LMTPConfig`'s heads need; empty if in none.
 
     Args:
-        config: an `LMTPConfig`.
-        backbone: the model for the heads.
+        config: of the heads.
+        other: of the model.
     """
-    expected, actual = config.get_text_config(), backbone.config.get_text_config()
-    differing = [
-        f"{name} {getattr(actual, name, None)} instead of {getattr(expected, name, None)}"
-        for name in SAME_SIZES
-        if getattr(actual, name, None) != getattr(expected, name, None)
-    ]
+    expected, actual = config.get_text_config(), other.get_text_config()
+    sizes = [(n, getattr(actual, n, None), getattr(expected, n, None)) for n in SAME_SIZES]
+    return ", ".join(
+        f"{name} {ours} instead of {heads}" for name, ours, heads in sizes if ours != heads
+    )
+
+
+def check_named_backbone(config: Any) -> None:
+    """Raise a ValueError unless heads-only checkpoints find the backbone that an `LMTPConfig` names.
+
+    Its sizes are compared if its configuration is a local file, perhaps in the Hub cache.
+    """
+    name, revision = config.base_model_name_or_path, config.base_model_revision
+    if not name:
+        raise ValueError(
+            "config.base_model_name_or_path is not set, so a heads-only checkpoint could not be "
+            "loaded. Set it to the backbone's Hub id or folder, and base_model_revision to its "
+            "commit, or save with heads_only=False."
+        )
+    try:
+        named = AutoConfig.from_pretrained(
+            name, revision=revision or "main", local_files_only=True, trust_remote_code=False
+        )
+    except (OSError, ValueError):  # not here; loading compares the sizes again
+        return
+    differing = differing_sizes(named, config)
     if differing:
         raise ValueError(
-            f"The leap heads do not fit the backbone {backbone.config.name_or_path!r}, which has "
-            f"{', '.join(differing)}. Pass backbone={config.base_model_name_or_path!r}, or leave the "
-            "argument out."
+            f"The backbone has {differing} at {name!r}, such as after resize_token_embeddings, so a "
+            "heads-only checkpoint could not be loaded. Save with heads_only=False; or save the backbone "
+            "too (model.backbone.save_pretrained), and set config.base_model_name_or_path to its place."
         )
 
 

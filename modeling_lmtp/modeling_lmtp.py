@@ -28,7 +28,7 @@ from .leaps_lmtp import (
     num_visible,
     resolve_offsets,
 )
-from .losses_lmtp import IGNORE_INDEX, LeapObjective, check_labels, leap_losses
+from .losses_lmtp import IGNORE_INDEX, LeapObjective, check_labels, leap_losses, warn_without_labels
 from .pretrained_lmtp import TAGS
 from .states_lmtp import head_states, run_pass
 from .transformers_lmtp import commit_of, keep_custom_settings
@@ -191,6 +191,8 @@ class LMTPForCausalLM(HeadsOnlyMixin, LMTPGenerationMixin):
         """
         if labels is not None:
             check_labels(labels, unembedding_size(self.backbone)[0])
+        elif self.training and not output_leap_logits:
+            warn_without_labels(self.leap_heads)
         inputs = {
             "input_ids": input_ids,
             "attention_mask": attention_mask,

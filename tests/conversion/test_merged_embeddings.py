@@ -1,4 +1,4 @@
-"""Merged, an adapter that touches the embeddings answers as before, in every way in which PEFT touches them."""
+"""Merged, an adapter answers as before, in every way in which PEFT touches embeddings."""
 
 from __future__ import annotations
 
