@@ -12,6 +12,7 @@ from rich.table import Table
 from modeling_lmtp.conversion.command_line import console
 from modeling_lmtp.conversion.loading import adapter_config, load_lmtp, load_tokenizer
 from modeling_lmtp.conversion.options import Dtype, Options, Range
+from modeling_lmtp.conversion.saving import check_settings
 from modeling_lmtp.modeling_lmtp import LMTPForCausalLM
 from modeling_lmtp.settings_lmtp import DRAFT_SHAPES, STRICT
 from modeling_lmtp.training.answers import load_answers, unseen_answers, warn
@@ -165,6 +166,7 @@ def run_tune(options: TuneOptions) -> None:
         load_lmtp(options.checkpoint, options.dtype),
         load_tokenizer(options.checkpoint),
     )
+    check_settings(model.generation_config, use_lmtp=True)
     quietness = measure_quietness(model.device)
     for complaint in quietness.complaints():
         console.print(f"[yellow]This machine is not quiet: {complaint}.[/] Tune again when it is.")

@@ -28,6 +28,13 @@ def check_backbone(backbone: PreTrainedModel) -> None:
             f"{name} is an encoder-decoder model. Leap heads need a causal language model, as "
             "AutoModelForCausalLM loads it."
         )
+    packed = [type(m) for m in backbone.modules() if callable(getattr(m, "weight", None))]
+    if packed:
+        raise ValueError(
+            f"{name} has layers of {packed[0].__module__}, as quantize_dynamic makes them, which neither "
+            "leap heads nor checkpoints can use. Quantize the model with from_pretrained(..., "
+            "quantization_config=...) instead."
+        )
     if backbone.get_output_embeddings() is None:
         raise ValueError(
             f"{name} has no language-modeling head. Load the backbone with AutoModelForCausalLM, not "

@@ -1,5 +1,6 @@
 """Heads-only checkpoints: the leap heads in one repository, their backbone in another."""
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -94,7 +95,7 @@ class HeadsOnlyMixin(LMTPPreTrainedModel):
         location = {name: kwargs[name] for name in (*HUB_OPTIONS, *HEADS_OPTIONS) if name in kwargs}
         heads, info = LeapHeadsAlone.from_pretrained(
             source,
-            config=config,
+            config=_unquantized(config),
             backbone=model,
             dtype=model.dtype,
             output_loading_info=True,
@@ -165,6 +166,26 @@ def _config_and_options(
     return config, backbone_options(options)
 
 
+def _quantization(config: Any, revision: str, options: dict[str, Any]) -> dict[str, Any]:
+    """Return how the backbone was quantized when it was loaded; empty if not, or if it was saved so."""
+    how = getattr(config, "quantization_config", None)
+    if how is None:
+        return {}
+    location = {name: options[name] for name in HUB_OPTIONS if name in options}
+    named = AutoConfig.from_pretrained(
+        config.base_model_name_or_path, revision=revision, **location
+    )
+    return {} if hasattr(named, "quantization_config") else {"quantization_config": how}
+
+
+def _unquantized(config: Any) -> Any:
+    """Return a copy of an `LMTPConfig` by which Transformers does not take the heads for quantized."""
+    config = copy.deepcopy(config)
+    for part in (config.backbone_config, config.get_text_config()):
+        vars(part).pop("quantization_config", None)
+    return config
+
+
 def backbone_options(options: dict[str, Any]) -> dict[str, Any]:
     """Return arguments for loading the backbone alone, with the attention that was given to it by name."""
     attention = options.get("attn_implementation")
@@ -193,6 +214,7 @@ def _load_backbone(
             f"{revision or 'main (the checkpoint pins none)'}."
         )
         loaded_from = revision or "main"
+        options = {**_quantization(config, loaded_from, options), **options}
         model = AutoModelForCausalLM.from_pretrained(named, revision=loaded_from, **options)
     differing = differing_sizes(config, model.config)
     if differing:
