@@ -69,13 +69,16 @@ def _take_vocabulary(model: LMTPForCausalLM, stored: Mapping[str, torch.Tensor])
 
 def _merge(adapted: PeftModel, unembedding: Any) -> LMTPForCausalLM:
     """Merge an adapter, into input and output embeddings apart, and tie them again if they stay equal."""
-    model: LMTPForCausalLM = adapted.get_base_model()
+    model: Any = adapted.get_base_model()
     is_tied = model.config.tie_word_embeddings
     if is_tied:
         unembedding.weight = torch.nn.Parameter(unembedding.weight.detach().clone())
         model.config.tie_word_embeddings = False
     merged: LMTPForCausalLM = adapted.merge_and_unload(safe_merge=True)
-    weights = [merged.get_input_embeddings().weight, merged.get_output_embeddings().weight]
+    weights: list[Any] = [
+        merged.get_input_embeddings().weight,
+        merged.get_output_embeddings().weight,
+    ]
     if is_tied and torch.equal(*weights):
         merged.config.tie_word_embeddings = True
         merged.tie_weights()

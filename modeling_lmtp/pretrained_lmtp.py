@@ -36,7 +36,7 @@ class LMTPPreTrainedModel(PreTrainedModel):
     _supports_flex_attn = True
     _supports_attention_backend = True
     # None of its own; PEFT looks for the backbone's only if this is a dict
-    _tied_weights_keys = {}  # noqa: RUF012 (read by Transformers as it is)
+    _tied_weights_keys: dict[str, str] = {}  # noqa: RUF012 (read by Transformers as it is)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
