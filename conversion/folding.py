@@ -70,7 +70,7 @@ def _take_vocabulary(model: LMTPForCausalLM, stored: Mapping[str, torch.Tensor])
 def _merge(adapted: PeftModel, unembedding: Any) -> LMTPForCausalLM:
     """Merge an adapter, into input and output embeddings apart, and tie them again if they stay equal."""
     model: Any = adapted.get_base_model()
-    is_tied = model.config.tie_word_embeddings
+    is_tied = getattr(model.config, "tie_word_embeddings", False)
     if is_tied:
         unembedding.weight = torch.nn.Parameter(unembedding.weight.detach().clone())
         model.config.tie_word_embeddings = False
