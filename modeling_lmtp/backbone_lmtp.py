@@ -4,6 +4,7 @@ Shapes: `H` hidden size, `V` vocabulary size.
 """
 
 from collections.abc import Sequence
+from inspect import ismethod
 from typing import Any
 
 import torch
@@ -28,7 +29,7 @@ def check_backbone(backbone: PreTrainedModel) -> None:
             f"{name} is an encoder-decoder model. Leap heads need a causal language model, as "
             "AutoModelForCausalLM loads it."
         )
-    packed = [type(m) for m in backbone.modules() if callable(getattr(m, "weight", None))]
+    packed = [type(m) for m in backbone.modules() if ismethod(getattr(m, "weight", None))]
     if packed:
         raise ValueError(
             f"{name} has layers of {packed[0].__module__}, as quantize_dynamic makes them, which neither "
