@@ -7,18 +7,19 @@ from typing import Annotated, Any, ClassVar
 
 import torch
 from transformers import PreTrainedTokenizerBase
+from transformers.utils import has_file
 
 from modeling_lmtp.backbone_lmtp import unembedding_size
 from modeling_lmtp.leaps_lmtp import evenly_spaced_offsets, resolve_offsets
 from modeling_lmtp.modeling_lmtp import LMTPForCausalLM
 
 from .command_line import console
-from .foreign_files import ForeignFiles, find_files
+from .foreign_files import TOKENIZER_FILES, ForeignFiles, find_files
 from .foreign_heads import ForeignHeads, read_heads
 from .leap_check import PROMPTS, fit_leaps, generated_texts
 from .loading import first_prompts, load_backbone, load_tokenizer
 from .options import Dtype, Options, Range
-from .saving import check_output_folder, file_sha256, save_checkpoint
+from .saving import check_output_folder, check_settings, file_sha256, save_checkpoint
 
 
 @dataclass
@@ -122,9 +123,11 @@ def convert_heads(options: ConvertOptions, check: CheckOptions) -> ConversionRep
     backbone = options.backbone or files.config.get(heads.layout.config["backbone"])
     if backbone is None:
         raise ValueError(f"{options.source} does not name its backbone. Pass --backbone.")
-    tokenizer = load_tokenizer(backbone)
-    check_tokenizer(tokenizer, files)
+    tokenizer = _tokenizer_of(backbone, needed=check.check_leap)
+    if tokenizer is not None:
+        check_tokenizer(tokenizer, files)
     base = load_backbone(backbone, options.dtype)
+    check_settings(base.generation_config)
     notes = [*heads.notes, *take_backbone(heads, base)]
     model = attach_heads(heads, base, offsets, cast=options.dtype != "auto")
     accuracies = None
@@ -148,6 +151,22 @@ def convert_heads(options: ConvertOptions, check: CheckOptions) -> ConversionRep
     }
     save_checkpoint(model, tokenizer, options.output, record)
     return ConversionReport(heads.layout.name, offsets, model.config.share_lm_head, tuple(notes))
+
+
+def _tokenizer_of(backbone: str, *, needed: bool) -> PreTrainedTokenizerBase | None:
+    """Return a backbone's tokenizer, or None if it has none.
+
+    Raises:
+        ValueError: it has none, and the check of the offsets needs one.
+    """
+    if any(has_file(backbone, name) for name in TOKENIZER_FILES):
+        return load_tokenizer(backbone)
+    if needed:
+        raise ValueError(
+            f"{backbone} has no tokenizer, which the check of the offsets needs. Put the backbone's "
+            "tokenizer there, or pass --no_check_leap to convert without both."
+        )
+    return None
 
 
 def find_offsets(

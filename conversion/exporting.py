@@ -9,6 +9,8 @@ from typing import Any, Literal
 import torch
 from safetensors.torch import save_file
 from transformers import GenerationConfig
+from transformers.tokenization_utils_base import TOKENIZER_CONFIG_FILE
+from transformers.utils import has_file
 
 from modeling_lmtp.backbone_lmtp import unembedding_size
 from modeling_lmtp.leaps_lmtp import evenly_spaced_offsets
@@ -29,7 +31,7 @@ from .key_maps import (
 )
 from .loading import adapter_config, load_config, load_lmtp, load_tokenizer_with_fallback
 from .options import Dtype, Options
-from .saving import check_output_folder, new_folder, save_checkpoint, write_record
+from .saving import check_output_folder, check_settings, new_folder, save_checkpoint, write_record
 from .vllm_serving import save_for_vllm
 
 LAYOUTS = {layout.name: layout for layout in (MEDUSA,)}
@@ -118,11 +120,15 @@ def export_checkpoint(options: ExportOptions) -> list[str]:
     }
     if options.to in LAYOUTS:
         return save_heads(loaded.model, options.output, LAYOUTS[options.to], record)
-    tokenizer = load_tokenizer_with_fallback(
-        loaded.checkpoint, loaded.model.config, loaded.backbone
-    )
+    settings = loaded.model.generation_config
+    if options.to != "full":
+        settings = plain_settings(settings)
+    check_settings(settings)
+    # An adapter may have brought tokens of its own
+    has_tokenizer = has_file(options.source, TOKENIZER_CONFIG_FILE)
+    source = options.source if has_tokenizer else loaded.checkpoint
+    tokenizer = load_tokenizer_with_fallback(source, loaded.model.config, loaded.backbone)
     if options.to == "vllm":
-        settings = plain_settings(loaded.model.generation_config)
         command = save_for_vllm(loaded.model, tokenizer, options.output, record, settings)
         return [f"Serve them with: {command}"]
     save: Callable[..., None] = save_checkpoint if options.to == "full" else save_backbone

@@ -1,10 +1,12 @@
 """Saves a checkpoint, completely or not at all, with a record of how it was made."""
 
+import copy
 import hashlib
 import json
 import os
 import platform
 import shutil
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
@@ -12,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
-from transformers import PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from modeling_lmtp.modeling_lmtp import LMTPForCausalLM
 
@@ -77,6 +79,30 @@ def check_output_file(path: Path) -> None:
         raise ValueError(f"{path} cannot be written: permission denied. Choose another path.")
 
 
+def check_settings(settings: GenerationConfig, **changes: Any) -> None:
+    """Raise a ValueError if generation settings cannot be saved; to be called before the work.
+
+    Transformers refuses settings that contradict each other, newer releases only if they were modified. So
+    this saves a copy.
+
+    Args:
+        settings: a model's `generation_config`.
+        changes: settings that will change before they are saved.
+    """
+    copied = copy.deepcopy(settings)
+    for name, value in changes.items():
+        setattr(copied, name, value)
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            copied.save_pretrained(folder)
+        except ValueError as error:
+            reasons = [line for line in str(error).splitlines() if line.startswith("- ")]
+            raise ValueError(
+                f"The model's generation settings could not be saved: {' '.join(reasons) or error} Correct "
+                "generation_config.json in the model's folder, or model.generation_config, first."
+            ) from error
+
+
 def file_sha256(path: Path) -> str:
     """Return the SHA-256 of a file, in hexadecimal."""
     digest = hashlib.sha256()
@@ -137,7 +163,7 @@ def write_record(folder: Path, record: dict[str, Any], config: Any) -> None:
 
 def save_checkpoint(
     model: LMTPForCausalLM,
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: PreTrainedTokenizerBase | None,
     output: Path,
     record: dict[str, Any],
     write_more: Callable[[Path], None] | None = None,
@@ -145,7 +171,8 @@ def save_checkpoint(
     """Save model, tokenizer, code and `provenance.json` in `output`, completely or not at all.
 
     Args:
-        model, tokenizer: what to save.
+        model: what to save.
+        tokenizer: its tokenizer, if it has one.
         output: a folder that does not exist yet, or is empty.
         record: how the checkpoint was made; versions and backbone are added.
         write_more: called with the folder, to write further files.
@@ -156,7 +183,8 @@ def save_checkpoint(
     """
     with new_folder(output) as folder:
         model.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(folder)
         write_record(folder, record, model.config)
         if write_more is not None:
             write_more(folder)

@@ -6,7 +6,7 @@ vLLM verifies one chain of candidates per request, and offers a draft model the 
 from typing import Any, NamedTuple
 
 from modeling_lmtp.configuration_lmtp import LAST, LMTPConfig
-from modeling_lmtp.heads_only_lmtp import SAME_SIZES
+from modeling_lmtp.heads_only_lmtp import differing_sizes
 from modeling_lmtp.leaps_lmtp import context_widths, evenly_spaced_offsets
 
 from .vllm_tickets import ticket_size
@@ -88,16 +88,11 @@ def check_target(config: Any, target: Any, num_speculative_tokens: int) -> None:
             f"{config.num_leap_heads} leap heads, each for one token. Set it to at most "
             f"{config.num_leap_heads}."
         )
-    wanted = config.get_text_config()
-    differing = [
-        f"{name} {getattr(target, name, None)} instead of {getattr(wanted, name, None)}"
-        for name in SAME_SIZES
-        if getattr(target, name, None) != getattr(wanted, name, None)
-    ]
+    differing = differing_sizes(config, target)
     if differing:
         raise ValueError(
-            f"The leap heads are for another model than the one being served, which has "
-            f"{', '.join(differing)}. Serve their backbone, {config.base_model_name_or_path!r}."
+            f"The leap heads are for another model than the one being served, which has {differing}. Serve "
+            f"their backbone, {config.base_model_name_or_path!r}."
         )
 
 

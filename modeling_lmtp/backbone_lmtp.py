@@ -4,6 +4,7 @@ Shapes: `H` hidden size, `V` vocabulary size.
 """
 
 from collections.abc import Sequence
+from inspect import ismethod
 from typing import Any
 
 import torch
@@ -27,6 +28,13 @@ def check_backbone(backbone: PreTrainedModel) -> None:
         raise ValueError(
             f"{name} is an encoder-decoder model. Leap heads need a causal language model, as "
             "AutoModelForCausalLM loads it."
+        )
+    packed = [type(m) for m in backbone.modules() if ismethod(getattr(m, "weight", None))]
+    if packed:
+        raise ValueError(
+            f"{name} has layers of {packed[0].__module__}, as quantize_dynamic makes them, which neither "
+            "leap heads nor checkpoints can use. Quantize the model with from_pretrained(..., "
+            "quantization_config=...) instead."
         )
     if backbone.get_output_embeddings() is None:
         raise ValueError(

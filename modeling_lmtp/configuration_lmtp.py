@@ -5,7 +5,6 @@
 # only.
 from .transformers_lmtp import (  # isort: split
     CACHE_NAMES,
-    attention_implementation,
     implementations,
     remove_local_path,
     set_implementations,
@@ -20,6 +19,23 @@ from transformers import AutoConfig, PreTrainedConfig
 from .leaps_lmtp import PATH, check_offsets
 
 LAST, WEIGHTED = HEAD_INPUTS = "last", "weighted"  # the values of `head_input`
+# What libraries ask a model's configuration, and the backbone's answers. Not all of its attributes, because
+# Transformers takes some (rope_parameters, layer_types, …) as this configuration's own to check and convert
+BACKBONE_ATTRIBUTES = (
+    "vocab_size",
+    "tie_word_embeddings",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "max_position_embeddings",
+    "pad_token_id",
+    "bos_token_id",
+    "eos_token_id",
+    "use_cache",
+    "quantization_config",
+)
 
 
 @strict
@@ -27,6 +43,7 @@ class LMTPConfig(PreTrainedConfig):
     """Configuration of `LMTPForCausalLM`: a backbone and its leap heads (arXiv 2505.17505).
 
     Settings of decoding alone (`use_lmtp`, `draft_tree`, `draft_length`, …) are in `generation_config`.
+    `BACKBONE_ATTRIBUTES` are read from, and set in, the backbone's configuration.
 
     Args:
         backbone_config: configuration, or its dict, of any causal language model.
@@ -87,10 +104,33 @@ class LMTPConfig(PreTrainedConfig):
             self.draft_token_ids = tuple(self.draft_token_ids)
         before = implementations(self.backbone_config)
         super().__post_init__(**kwargs)
-        if self.backbone_config is not None and attention_implementation(self) is None:
+        if self.backbone_config is not None and kwargs.get("attn_implementation") is None:
             # Transformers has passed the unset implementation down to the backbone's configuration, which
             # may be that of a loaded model
             set_implementations(self.backbone_config, before)
+
+    def _backbone_config_with(self, name: str) -> Any:
+        """Return the backbone's configuration, or its text configuration, that has a name; or None."""
+        backbone = vars(self).get("backbone_config")
+        if name not in BACKBONE_ATTRIBUTES or not isinstance(backbone, PreTrainedConfig):
+            return None
+        configs = backbone, backbone.get_text_config()
+        return next((config for config in configs if hasattr(config, name)), None)
+
+    def __getattr__(self, name: str) -> Any:
+        """Return an attribute that the backbone's configuration answers."""
+        config = self._backbone_config_with(name)
+        if config is None:
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+        return getattr(config, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Set an attribute here, or where `__getattr__` reads it."""
+        config = None if name in vars(self) else self._backbone_config_with(name)
+        if config is None:
+            super().__setattr__(name, value)
+        else:
+            setattr(config, name, value)
 
     def validate_leap_offsets(self) -> None:
         """Offsets are increasing integers of at least 2."""
@@ -159,11 +199,17 @@ class LMTPConfig(PreTrainedConfig):
             )
 
     def to_dict(self) -> dict[str, Any]:
-        """Return what is saved, without the local path of the backbone."""
+        """Return all values, without the local path of the backbone."""
         values = super().to_dict()
         if isinstance(values.get("backbone_config"), dict):
             remove_local_path(values["backbone_config"])
-        return values
+        # PEFT reads it from the dict
+        return {"tie_word_embeddings": getattr(self, "tie_word_embeddings", False), **values}
+
+    def to_diff_dict(self) -> dict[str, Any]:
+        """Return what is saved; the backbone's attributes are saved once, in `backbone_config`."""
+        values, own = super().to_diff_dict(), vars(self)
+        return {n: v for n, v in values.items() if n in own or n not in BACKBONE_ATTRIBUTES}
 
     def get_text_config(self, *args: Any, **kwargs: Any) -> PreTrainedConfig:
         """Return the backbone's text configuration, which describes vocabulary, layers and cache."""

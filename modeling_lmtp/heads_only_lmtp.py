@@ -1,9 +1,16 @@
 """Heads-only checkpoints: the leap heads in one repository, their backbone in another."""
 
+import copy
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    GenerationConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 from transformers.utils import logging
 
 from .backbone_lmtp import unembedding_device
@@ -95,7 +102,7 @@ class HeadsOnlyMixin(LMTPPreTrainedModel):
         location = {name: kwargs[name] for name in (*HUB_OPTIONS, *HEADS_OPTIONS) if name in kwargs}
         heads, info = LeapHeadsAlone.from_pretrained(
             source,
-            config=config,
+            config=_unquantized(config),
             backbone=model,
             dtype=model.dtype,
             output_loading_info=True,
@@ -117,17 +124,13 @@ class HeadsOnlyMixin(LMTPPreTrainedModel):
                 unchanged from there.
 
         Raises:
-            ValueError: `heads_only=True`, and the configuration does not name the backbone.
+            ValueError: `heads_only=True`, and the configuration does not name the backbone, or names one of
+                other sizes.
         """
         if not heads_only:
             super().save_pretrained(save_directory, *args, **kwargs)
             return
-        if not self.config.base_model_name_or_path:
-            raise ValueError(
-                "config.base_model_name_or_path is not set, so a heads-only checkpoint could not be "
-                "loaded. Set it to the backbone's Hub id or folder, and base_model_revision to its "
-                "commit, or save with heads_only=False."
-            )
+        check_named_backbone(self.config)
         tensors = kwargs.pop("state_dict", None) or self.state_dict()
         kwargs["state_dict"] = {key: t for key, t in tensors.items() if key.startswith(HEADS)}
         self.config.heads_only = True
@@ -165,9 +168,37 @@ def _config_and_options(
     options = {name: value for name, value in options.items() if name not in HEADS_ONLY_OPTIONS}
     options |= {name: kwargs[name] for name in HUB_OPTIONS if name in kwargs}
     options["dtype"] = config.dtype if dtype in ("auto", None) else dtype  # as Transformers does
-    if attention_implementation(config) is not None:
-        options["attn_implementation"] = attention_implementation(config)
-    return config, options
+    if attention_implementation(config.backbone_config) is not None:
+        options["attn_implementation"] = attention_implementation(config.backbone_config)
+    return config, backbone_options(options)
+
+
+def _quantization(config: Any, revision: str, options: dict[str, Any]) -> dict[str, Any]:
+    """Return how the backbone was quantized when it was loaded; empty if not, or if it was saved so."""
+    how = getattr(config, "quantization_config", None)
+    if how is None:
+        return {}
+    location = {name: options[name] for name in HUB_OPTIONS if name in options}
+    named = AutoConfig.from_pretrained(
+        config.base_model_name_or_path, revision=revision, **location
+    )
+    return {} if hasattr(named, "quantization_config") else {"quantization_config": how}
+
+
+def _unquantized(config: Any) -> Any:
+    """Return a copy of an `LMTPConfig` by which Transformers does not take the heads for quantized."""
+    config = copy.deepcopy(config)
+    for part in (config.backbone_config, config.get_text_config()):
+        vars(part).pop("quantization_config", None)
+    return config
+
+
+def backbone_options(options: dict[str, Any]) -> dict[str, Any]:
+    """Return arguments for loading the backbone alone, with the attention that was given to it by name."""
+    attention = options.get("attn_implementation")
+    if not isinstance(attention, dict) or "backbone_config" not in attention:
+        return options
+    return {**options, "attn_implementation": attention["backbone_config"]}
 
 
 def _load_backbone(
@@ -195,9 +226,15 @@ def _load_backbone(
             f"The checkpoint contains leap heads only; loading their backbone {named!r}{where}."
         )
         loaded_from = revision or "main"
+        options = {**_quantization(config, loaded_from, options), **options}
         model = AutoModelForCausalLM.from_pretrained(named, revision=loaded_from, **options)
         config.base_model_revision = commit_of(model.config, loaded_from) or revision
-    check_backbone_sizes(config, model)
+    differing = differing_sizes(config, model.config)
+    if differing:
+        raise ValueError(
+            f"The leap heads do not fit the backbone {model.config.name_or_path!r}, which has {differing}. "
+            f"Pass backbone={named!r}, or leave the argument out."
+        )
     commit = commit_of(model.config, loaded_from)
     if revision and commit and commit != revision:
         logger.warning_once(
@@ -207,24 +244,44 @@ def _load_backbone(
     return model
 
 
-def check_backbone_sizes(config: Any, backbone: PreTrainedModel) -> None:
-    """Raise a ValueError unless a backbone has the sizes that a configuration's heads need.
+def differing_sizes(config: Any, other: Any) -> str:
+    """Say in which sizes a model differs from the one that an `LMTPConfig`'s heads need; empty if in none.
 
     Args:
-        config: an `LMTPConfig`.
-        backbone: the model for the heads.
+        config: of the heads.
+        other: of the model.
     """
-    expected, actual = config.get_text_config(), backbone.config.get_text_config()
-    differing = [
-        f"{name} {getattr(actual, name, None)} instead of {getattr(expected, name, None)}"
-        for name in SAME_SIZES
-        if getattr(actual, name, None) != getattr(expected, name, None)
-    ]
+    expected, actual = config.get_text_config(), other.get_text_config()
+    sizes = [(n, getattr(actual, n, None), getattr(expected, n, None)) for n in SAME_SIZES]
+    return ", ".join(
+        f"{name} {ours} instead of {heads}" for name, ours, heads in sizes if ours != heads
+    )
+
+
+def check_named_backbone(config: Any) -> None:
+    """Raise a ValueError unless heads-only checkpoints find the backbone that an `LMTPConfig` names.
+
+    Its sizes are compared if its configuration is a local file, perhaps in the Hub cache.
+    """
+    name, revision = config.base_model_name_or_path, config.base_model_revision
+    if not name:
+        raise ValueError(
+            "config.base_model_name_or_path is not set, so a heads-only checkpoint could not be "
+            "loaded. Set it to the backbone's Hub id or folder, and base_model_revision to its "
+            "commit, or save with heads_only=False."
+        )
+    try:
+        named = AutoConfig.from_pretrained(
+            name, revision=revision or "main", local_files_only=True, trust_remote_code=False
+        )
+    except (OSError, ValueError):  # not here; loading compares the sizes again
+        return
+    differing = differing_sizes(named, config)
     if differing:
         raise ValueError(
-            f"The leap heads do not fit the backbone {backbone.config.name_or_path!r}, which has "
-            f"{', '.join(differing)}. Pass backbone={config.base_model_name_or_path!r}, or leave the "
-            "argument out."
+            f"The backbone has {differing} at {name!r}, such as after resize_token_embeddings, so a "
+            "heads-only checkpoint could not be loaded. Save with heads_only=False; or save the backbone "
+            "too (model.backbone.save_pretrained), and set config.base_model_name_or_path to its place."
         )
 
 

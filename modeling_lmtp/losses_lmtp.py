@@ -13,10 +13,13 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import nn
+from transformers.utils import logging
 
 from .backbone_lmtp import unembedding_size
 from .leaps_lmtp import drafts, embed_context, num_visible
 from .unembeddings_lmtp import draft_labels
+
+logger = logging.get_logger(__name__)
 
 IGNORE_INDEX = -100
 CHUNK_SIZE = 256  # larger chunks are no faster, and slower where they overflow the CPU's cache
@@ -82,6 +85,19 @@ def check_labels(labels: torch.Tensor, vocab_size: int) -> None:
         raise ValueError(
             f"labels: expected token ids from 0 to {vocab_size - 1}, or {IGNORE_INDEX}, got "
             f"{int(wrong[0])}. Is the tokenizer another model's?"
+        )
+
+
+def warn_without_labels(heads: nn.Module) -> None:
+    """Warn once if a training pass without labels leaves out heads that are to be trained."""
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+        return
+    if any(parameter.requires_grad for parameter in heads.parameters()):
+        logger.warning_once(
+            "The leap heads require gradients, but this training pass has no labels, so they have no loss "
+            "and do not learn. A Trainer's label_smoothing_factor and compute_loss_func take the labels "
+            "away from the model: leave them unset, or pass labels to the model in a loss of your own. To "
+            "train the backbone alone, call model.leap_heads.requires_grad_(False)."
         )
 
 

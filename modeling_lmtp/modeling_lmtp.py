@@ -20,7 +20,7 @@ from .backbone_lmtp import check_backbone, unembedding_size
 from .configuration_lmtp import LMTPConfig
 from .generation_lmtp import LMTPGenerationMixin
 from .heads_lmtp import new_leap_heads
-from .heads_only_lmtp import HeadsOnlyMixin
+from .heads_only_lmtp import HeadsOnlyMixin, backbone_options
 from .leaps_lmtp import (
     context_widths,
     embed_context,
@@ -28,7 +28,7 @@ from .leaps_lmtp import (
     num_visible,
     resolve_offsets,
 )
-from .losses_lmtp import IGNORE_INDEX, LeapObjective, check_labels, leap_losses
+from .losses_lmtp import IGNORE_INDEX, LeapObjective, check_labels, leap_losses, warn_without_labels
 from .pretrained_lmtp import TAGS
 from .states_lmtp import head_states, run_pass
 from .transformers_lmtp import commit_of, keep_custom_settings
@@ -123,7 +123,8 @@ class LMTPForCausalLM(HeadsOnlyMixin, LMTPGenerationMixin):
         if isinstance(backbone, str | Path):
             revision = backbone_kwargs.get("revision")
             loaded_from = revision or "main"
-            backbone = AutoModelForCausalLM.from_pretrained(backbone, **backbone_kwargs)
+            options = backbone_options(backbone_kwargs)
+            backbone = AutoModelForCausalLM.from_pretrained(backbone, **options)
         elif backbone_kwargs:
             raise ValueError(
                 f"{sorted(backbone_kwargs)} are arguments for loading a backbone, but a loaded "
@@ -190,6 +191,8 @@ class LMTPForCausalLM(HeadsOnlyMixin, LMTPGenerationMixin):
         """
         if labels is not None:
             check_labels(labels, unembedding_size(self.backbone)[0])
+        elif self.training and not output_leap_logits:
+            warn_without_labels(self.leap_heads)
         inputs = {
             "input_ids": input_ids,
             "attention_mask": attention_mask,

@@ -35,6 +35,8 @@ class LMTPPreTrainedModel(PreTrainedModel):
     _supports_flash_attn = True
     _supports_flex_attn = True
     _supports_attention_backend = True
+    # None of its own; PEFT looks for the backbone's only if this is a dict
+    _tied_weights_keys: dict[str, str] = {}  # noqa: RUF012 (read by Transformers as it is)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -76,7 +78,8 @@ class LMTPPreTrainedModel(PreTrainedModel):
 
         Raises:
             ValueError: Transformers does not know the backbone's architecture, so the checkpoint could
-                not be loaded; or the folder holds another model, perhaps the backbone.
+                not be loaded; the backbone is quantized apart from the heads; or the folder holds another
+                model, perhaps the backbone.
         """
         _check_folder(save_directory, self.config.model_type)
         kind = self.config.backbone_config.model_type
@@ -86,8 +89,24 @@ class LMTPPreTrainedModel(PreTrainedModel):
                 "repository, so the checkpoint could not be loaded. Register its classes "
                 "(AutoConfig.register, AutoModelForCausalLM.register) before saving and loading."
             )
+        if not self.config.heads_only:
+            check_quantization(self.config.backbone_config)
         self.config.auto_map = dict(AUTO_MAP)
         super().save_pretrained(save_directory, *args, **kwargs)
+
+
+def check_quantization(backbone_config: Any) -> None:
+    """Raise a ValueError if a backbone is quantized, so that it cannot be saved together with its heads.
+
+    Loading would take the heads for quantized too. (A checkpoint that was quantized as a whole says so in
+    its own configuration, not in the backbone's.)
+    """
+    if getattr(backbone_config, "quantization_config", None) is not None:
+        raise ValueError(
+            "The backbone is quantized, and a checkpoint of it and the heads could not be loaded. Save the "
+            "heads only (heads_only=True), or add them to the unquantized backbone and quantize in "
+            "LMTPForCausalLM.from_pretrained(..., quantization_config=...)."
+        )
 
 
 def _check_folder(save_directory: str | Path, model_type: str) -> None:

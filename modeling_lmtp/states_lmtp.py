@@ -68,8 +68,10 @@ def head_states(
         yield collector.states
     if not collector.has_collected:
         raise RuntimeError(
-            f"{type(backbone).__name__} computes its logits without calling the module that its "
-            "get_output_embeddings() returns, so leap heads have no states to read."
+            f"{type(backbone).__name__} did not call the module that its get_output_embeddings() returns, "
+            "so leap heads have no states to read. If it is compiled, it was compiled without them: "
+            "compile the whole model (model.compile()), not model.backbone. A model that computes its "
+            "logits in another way cannot have leap heads."
         )
 
 

@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import save_file
 from transformers.utils import SAFE_WEIGHTS_NAME
 
+from modeling_lmtp.heads_only_lmtp import check_named_backbone
 from modeling_lmtp.modeling_lmtp import LMTPForCausalLM
 
 from .answer_trainer import AnswerTrainer, prepare_training, remove_autocast
@@ -206,3 +207,5 @@ def _check_model(model: LMTPForCausalLM) -> None:
             "config.train_backbone must be False, got True: LeapTrainer freezes the backbone. Load the "
             "model with train_backbone=False, or use JointTrainer."
         )
+    if model.config.base_model_name_or_path:
+        check_named_backbone(model.config)  # before the work, because checkpoints are heads-only

@@ -17,6 +17,7 @@ from modeling_lmtp.conversion.loading import (
     load_tokenizer,
 )
 from modeling_lmtp.modeling_lmtp import LMTPForCausalLM
+from modeling_lmtp.pretrained_lmtp import check_quantization
 
 from .arguments import HeadOptions, LeapTrainingArguments
 from .examples import Example, draft_vocabulary
@@ -44,6 +45,7 @@ def train(options: RunOptions, heads: HeadOptions, args: LeapTrainingArguments) 
     tokenizer = load_tokenizer(options.model)
     # A backbone to shard is loaded on the CPU, because no device may be able to hold all of it
     model = _load(options, on_cpu=args.shard_backbone)
+    check_quantization(getattr(model.config, "backbone_config", model.config))
     run.read_answers(model, tokenizer)
     if not has_heads:
         set_seed(args.seed)  # every process must initialize the heads alike

@@ -9,7 +9,12 @@ from typing import Annotated, Any, ClassVar
 from transformers import PreTrainedTokenizerBase
 
 from modeling_lmtp.conversion.options import Dtype, Options, Range, own_fields
-from modeling_lmtp.conversion.saving import file_sha256, run_folder_of, save_checkpoint
+from modeling_lmtp.conversion.saving import (
+    check_settings,
+    file_sha256,
+    run_folder_of,
+    save_checkpoint,
+)
 
 from .answers import BadRows, load_answers, warn
 from .arguments import AnswerTrainingArguments
@@ -81,8 +86,10 @@ class TrainingRun:
         """Read the answers, and hold some out for evaluation.
 
         Raises:
-            ValueError: a row is not an answer, or no answers are left to train on.
+            ValueError: a row is not an answer, no answers are left to train on, or the model's generation
+                settings could not be saved.
         """
+        check_settings(model.generation_config)
         options, max_length = self.options, self.args.max_length
         answers = load_answers(options.answers, model, tokenizer, max_length, options.bad_rows)
         warn(answers.notes)

@@ -24,6 +24,7 @@ from transformers import PreTrainedTokenizerFast
 
 from modeling_lmtp import LMTPForCausalLM
 from modeling_lmtp.conversion.converting import CheckOptions, ConvertOptions, convert_heads
+from modeling_lmtp.conversion.foreign_files import TOKENIZER_FILES
 
 PROMPT = torch.tensor([[5, 17, 60, 33, 41, 9]])
 
@@ -321,6 +322,18 @@ def test_a_missing_shard_is_named(backbone, tmp_path):
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": files}))
     with pytest.raises(ValueError, match=r"lacks model-00002-of-00002.safetensors"):
         convert(tmp_path, tmp_path / "out", backbone)
+
+
+def test_a_backbone_without_a_tokenizer_needs_none_to_be_converted(tmp_path):
+    save_backbone(tmp_path / "backbone")
+    for name in TOKENIZER_FILES:
+        (tmp_path / "backbone" / name).unlink(missing_ok=True)
+    save_medusa(tmp_path / "in", medusa_heads(1, 1))
+    options = ("convert", tmp_path / "in", tmp_path / "out", "--backbone", tmp_path / "backbone")
+    assert "has no tokenizer" in (message := error_of(*options))
+    assert "--no_check_leap" in message
+    assert lmtp(*options, "--no_check_leap").exit_code == 0  # as the error says
+    assert LMTPForCausalLM.from_pretrained(tmp_path / "out").config.leap_offsets == (2,)
 
 
 def test_another_tokenizer_is_refused(backbone, tmp_path):

@@ -177,6 +177,25 @@ def test_compiled_code_gives_plain_text_and_its_states_to_the_drafter(compiled, 
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:Dynamo does not know:UserWarning")
+@pytest.mark.parametrize("compiled", [compile_backbone, compile_model])
+def test_code_compiled_without_the_heads_is_named_and_the_remedy_helps(compiled):
+    torch.compiler.reset()
+    model, tokens = wrapped(num_hidden_layers=1), PROMPT["input_ids"]
+    expected = model(tokens, labels=tokens).loss
+    model = compiled(model)
+    with torch.no_grad():
+        plain = model if compiled is compile_model else model.backbone
+        plain(input_ids=tokens, use_cache=False, return_dict=True)
+    if compiled is compile_model:
+        torch.testing.assert_close(model(input_ids=tokens, labels=tokens).loss, expected)
+    else:
+        with pytest.raises(RuntimeError, match=r"compile the whole model \(model\.compile\(\)\)"):
+            model(input_ids=tokens, labels=tokens)
+    torch.compiler.reset()
+
+
+@pytest.mark.slow
 def test_a_backbone_that_is_a_compiled_module_is_taken_as_it_is():
     plain = generate(tiny_causal_lm("llama"), max_new_tokens=12).sequences
     backbone = torch.compile(tiny_causal_lm("llama"), backend="eager")

@@ -171,6 +171,20 @@ def test_heads_that_do_not_name_their_backbone_are_not_saved(tmp_path):
     assert not (tmp_path / "heads").exists()
 
 
+def test_a_vocabulary_that_the_named_backbone_lacks_is_refused_before_saving(base, tmp_path):
+    model = wrapped(base)
+    model.resize_token_embeddings(328)
+    with pytest.raises(
+        ValueError, match=r"vocab_size 328 instead of 320 .*heads_only=False; or save"
+    ):
+        model.save_pretrained(tmp_path / "heads", heads_only=True)
+    assert not (tmp_path / "heads").exists()
+    model.backbone.save_pretrained(tmp_path / "resized")  # as the error says
+    model.config.base_model_name_or_path = str(tmp_path / "resized")
+    model.save_pretrained(tmp_path / "heads", heads_only=True)
+    assert_same_model(LMTPForCausalLM.from_pretrained(tmp_path / "heads"), model)
+
+
 def test_missing_heads_are_refused(one):
     _, folder = one
     config = AutoConfig.from_pretrained(folder)
