@@ -165,7 +165,7 @@ def test_a_low_rank_update_learns_from_its_start(ids):
 
 
 @pytest.mark.parametrize(
-    "draft", [{"draft_tree": TREE}, {"draft_nodes": 9}], ids=["tree", "dynamic"]
+    "draft", [{"draft_tree": TREE}, {"draft_nodes": 9}], ids=["tree", "planned"]
 )
 @every_vocabulary
 @every_kind
