@@ -26,6 +26,8 @@ class PassClock:
         rows: the number of rows in each of them.
     """
 
+    only_watches = True  # see `hooks_lmtp`: drafts need not be tried again for its hooks
+
     def __init__(self, backbone: nn.Module) -> None:
         self.backbone = backbone
         self.starts: list[float] = []

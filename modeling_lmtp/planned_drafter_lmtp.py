@@ -30,12 +30,12 @@ class Draft(NamedTuple):
     """The candidates of one step and what they are worth.
 
     Args:
-        paths: per row, of the candidates to verify.
+        rows: per row, the paths of the candidates to verify, and the probability that each is accepted.
         expected: how many of them will be accepted.
         worth: `B + Σ p - ρ · cost`.
     """
 
-    paths: list[list[Path]]
+    rows: list[list[tuple[Path, float]]]
     expected: float
     worth: float
 
@@ -47,7 +47,7 @@ class PlannedStep:
     Args:
         memory: of batches of its size.
         proposals: per row.
-        expected: how many candidates will be accepted.
+        draft: what is verified of them.
         size: the tokens per row of its pass.
         draft_seconds: that drafting took.
         began: when drafting had ended.
@@ -55,7 +55,7 @@ class PlannedStep:
 
     memory: BatchMemory
     proposals: list[list[Proposal]]
-    expected: float
+    draft: Draft
     size: int
     draft_seconds: float
     began: float
@@ -103,10 +103,10 @@ class PlannedDrafter(Drafter):
         draft = Draft([[] for _ in proposals], 0.0, 0.0)
         if max_depth > 0 and not memory.must_be_plain:
             proposals, draft = self._plan(memory, input_ids, hidden_states, max_depth)
-        candidates = _candidates(draft.paths, input_ids)
+        candidates = _candidates(draft.rows, input_ids)
         end = self.planner.clock()
         size = 1 + candidates.num_nodes
-        self._step = PlannedStep(memory, proposals, draft.expected, size, end - start, end)
+        self._step = PlannedStep(memory, proposals, draft, size, end - start, end)
         return candidates
 
     def observe(self, tokens: Sequence[Sequence[int]]) -> None:
@@ -119,7 +119,7 @@ class PlannedDrafter(Drafter):
             self.planner.clock() - step.began,
             step.draft_seconds,
             sum(map(len, tokens)),
-            step.expected,
+            step.draft.expected,
         )
         for proposals, emitted in zip(step.proposals, tokens, strict=True):
             _count(self.planner.rates, proposals, tuple(emitted))
@@ -170,8 +170,7 @@ class PlannedDrafter(Drafter):
             for count in [*counts, longest]
         }
         count = max(worths, key=lambda count: (worths[count], -count))
-        paths = [[path for path, _ in row[:count]] for row in rows]
-        return Draft(paths, gains[count], worths[count])
+        return Draft([row[:count] for row in rows], gains[count], worths[count])
 
     def _ranked(self, proposals: Sequence[Proposal]) -> list[tuple[Path, float]]:
         """Return a row's paths and their values, the best first; each comes after its parent."""
@@ -225,8 +224,10 @@ def _count(rates: AcceptanceRates, proposals: Sequence[Proposal], emitted: Path)
             rates.observe(source, probability, path[-1] == emitted[depth - 1])
 
 
-def _candidates(paths: Sequence[Sequence[Path]], input_ids: torch.Tensor) -> Candidates:
-    if not any(paths):
+def _candidates(
+    rows: Sequence[Sequence[tuple[Path, float]]], input_ids: torch.Tensor
+) -> Candidates:
+    if not any(rows):
         return Candidates.none(input_ids)
-    grown = [tree_from_paths(row) for row in paths]
+    grown = [tree_from_paths(path for path, _ in row) for row in rows]
     return Candidates.from_rows([tree for tree, _ in grown], [ids for _, ids in grown], input_ids)

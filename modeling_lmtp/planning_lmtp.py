@@ -164,7 +164,7 @@ def _reason_for_plain_decoding(model: Any, kwargs: Mapping[str, Any]) -> str | N
         return (
             "its processes run in step (synced_gpus=True), as for weights sharded by ZeRO-3 or FSDP"
         )
-    return _reason_other_dtype(model) or reason_hooked(model)
+    return _reason_other_dtype(model) or reason_hooked(model.backbone)
 
 
 def _reason_other_dtype(model: Any) -> str | None:

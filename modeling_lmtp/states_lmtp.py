@@ -91,6 +91,8 @@ class StateCollector:
         has_collected: whether any pass has been collected.
     """
 
+    only_watches = True  # see `hooks_lmtp`
+
     def __init__(
         self, head_input: str, num_logits: int | None = None, thread: int | None = None
     ) -> None:

@@ -89,8 +89,7 @@ class Support:
     ragged: bool = False
 
 
-# The fingerprint of each model when it was tried, and what was found
-_cached: "weakref.WeakKeyDictionary[PreTrainedModel, tuple[int, dict[Any, Support]]]" = (
+_cached: "weakref.WeakKeyDictionary[PreTrainedModel, dict[Any, Support]]" = (
     weakref.WeakKeyDictionary()
 )
 
@@ -104,13 +103,10 @@ def decoding_support(backbone: PreTrainedModel, static: bool = False) -> Support
         backbone: the model.
         static: over a static cache, where the answer is a tree or nothing.
     """
-    tried = fingerprint(backbone)
-    if tried != _cached.get(backbone, (None,))[0]:
-        _cached[backbone] = tried, {}
-    _, cached = _cached[backbone]
+    cached = _cached.setdefault(backbone, {})
     attention = attention_implementation(backbone.config)
     precision = backbone.dtype, _precision(backbone)
-    key = (attention, precision, backbone.device, static)
+    key = (fingerprint(backbone), attention, precision, backbone.device, static)
     if key in cached:
         return cached[key]
     support = _probe_static(backbone) if static else _probe_tiers(backbone)

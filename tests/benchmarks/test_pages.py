@@ -50,3 +50,24 @@ def test_a_profile_has_the_parts_of_full_steps():
         parts = ("pass", "draft", "arrange", "walk", "commit", "emit")
         assert row["steps"] > 0
         assert 0 < sum(row[f"{part}_ms"] for part in parts) < 1.5 * row["step_ms"]
+
+
+def test_the_planner_s_log_counts_every_candidate_and_step(passes_are_the_clock_of_planned_drafts):
+    log, model = load_script("planner_log").PlannerLog(), tiny_model()
+    with log.listening():
+        output = model.generate(
+            torch.arange(3, 12)[None],
+            use_lmtp=True,
+            max_new_tokens=40,
+            do_sample=False,
+            return_dict_in_generate=True,
+        )
+    lengths = output.acceptance_lengths[0]
+    assert len(log.steps) == len(lengths)
+    assert sum(step["accepted"] for step in log.steps) == sum(lengths) - len(lengths)
+    num_candidates = sum(step["tokens"] - 1 for step in log.steps)
+    assert sum(row["candidates"] for row in log.calibration()) == num_candidates > 0
+    accepted = sum(row["candidates"] * row["accepted"] for row in log.calibration())
+    assert round(accepted) == sum(lengths) - len(lengths)
+    costs = {row["tokens"]: row["cost"] for row in log.costs()}
+    assert set(costs.values()) == {1.0}  # a pass takes a second, whatever its size

@@ -65,10 +65,21 @@ def test_a_backbone_is_tried_once_for_its_modules_and_hooks(monkeypatch):
     tried = []
     probe = support_lmtp._probe_tiers
     monkeypatch.setattr(support_lmtp, "_probe_tiers", lambda b: tried.append(1) or probe(b))
-    model = new_model()
+    model, seen = new_model(), []
     for _ in range(3):
         model.generate(PROMPT, use_lmtp=True, **GREEDY)
     assert len(tried) == 1
+
+    class Watch:
+        def see(self, module, args, kwargs):
+            seen.append(len(kwargs))
+
+    for _ in range(3):  # as a clock that times one call does
+        hook = model.backbone.register_forward_pre_hook(Watch().see, with_kwargs=True)
+        model.generate(PROMPT, use_lmtp="strict", **GREEDY)
+        hook.remove()
+    assert seen
+    assert len(tried) == 2
 
 
 def test_dropout_that_is_switched_on_in_a_part_is_decoded_plainly():

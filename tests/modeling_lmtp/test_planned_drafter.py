@@ -241,7 +241,8 @@ def test_what_is_drafted_is_worth_most_of_all_prefixes_by_value():
             gain = sum(v[path] for v, paths in zip(values, chosen, strict=True) for path in paths)
             return 2 + gain - memory.rate * memory.costs.cost(size)
 
-        assert draft.worth == pytest.approx(worth(draft.paths))
+        chosen = [[path for path, _ in row] for row in draft.rows]
+        assert draft.worth == pytest.approx(worth(chosen))
         ranked = [sorted(v, key=v.__getitem__, reverse=True) for v in values]
         for counts in itertools.product(range(10), repeat=2):
             other = [paths[:count] for paths, count in zip(ranked, counts, strict=True)]

@@ -45,7 +45,9 @@ def own_loss(outputs, labels, num_items_in_batch=None):
 
 
 @pytest.mark.parametrize(
-    "options", [{"label_smoothing_factor": 0.1}, {"compute_loss_func": own_loss}], ids=["label smoothing", "own loss"]
+    "options",
+    [{"label_smoothing_factor": 0.1}, {"compute_loss_func": own_loss}],
+    ids=["label smoothing", "own loss"],
 )
 def test_options_that_take_the_labels_away_are_named(tmp_path, warnings, options):
     train(tmp_path, new_model(), **options)
