@@ -18,6 +18,7 @@ from .leap_drafter_lmtp import DraftHeads, LeapHeadDrafter, ProposingLeapHeadDra
 from .leaps_lmtp import embed_context
 from .tree_lmtp import MAX_CHILDREN, DraftTree
 
+MAX_PER_LEVEL = 16  # paths that are proposed of each level; more are hardly ever worth their cost
 MAX_PARENTS = 8  # paths per level that are expanded; bounds the cost of a head's pass
 
 
@@ -116,6 +117,7 @@ class ProposingPathDrafter(PathDrafter, ProposingDrafter):
         # A tree is no deeper than it has nodes
         super().__init__(heads, DraftTree.chain(min(heads.horizon, num_nodes)))
         self.num_nodes = self.max_nodes = num_nodes
+        self.num_per_level = min(num_nodes, MAX_PER_LEVEL)
         # A level that has children leaves at least one of the nodes to them
         self.num_parents = min(MAX_PARENTS, max(1, num_nodes - 1))
 
@@ -141,7 +143,7 @@ class ProposingPathDrafter(PathDrafter, ProposingDrafter):
             # Only the best tokens' probabilities are of use, so the others are summed and not computed
             likely = best.values.float() - logits.float().logsumexp(dim=-1, keepdim=True)
             children = (values[..., None] + likely).flatten(1)
-            top = children.topk(min(self.num_nodes, children.shape[1]), dim=-1)
+            top = children.topk(min(self.num_per_level, children.shape[1]), dim=-1)
             tokens = self.heads.to_token_ids(best.indices.flatten(1).gather(1, top.indices))
             parents = (top.indices // best.indices.shape[-1])[..., None].expand(
                 -1, -1, distance - 1
