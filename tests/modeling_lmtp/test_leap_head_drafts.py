@@ -10,9 +10,9 @@ from architectures import tiny_causal_lm
 
 from modeling_lmtp import LMTPForCausalLM
 from modeling_lmtp.drafting_lmtp import Drafter
-from modeling_lmtp.settings_lmtp import Chain, LMTPSettings
+from modeling_lmtp.settings_lmtp import LMTPSettings
 from modeling_lmtp.support_lmtp import Tier
-from modeling_lmtp.tree_lmtp import MAX_NODES, DraftTree
+from modeling_lmtp.tree_lmtp import DraftTree
 
 PATHS = [(0,), (1,), (2,), (0, 0), (0, 1), (2, 0), (2, 3), (0, 0, 0), (2, 3, 1), (2, 3, 1, 0)]
 EVENLY_SPACED = {(3, 5, 7): 2, (2, 3, 4): 1, (4, 7): 3}  # offsets: k
