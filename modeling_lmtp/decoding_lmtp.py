@@ -98,6 +98,8 @@ class Decoder:
             attentions=recorder.attentions,
             hidden_states=recorder.hidden_states,
             acceptance_lengths=self.emitted.acceptance_lengths,
+            num_candidates=self.emitted.num_candidates,
+            token_sources=self.emitted.token_sources,
         )
 
     def _recorded_fields(self) -> tuple[bool, bool]:
@@ -142,7 +144,7 @@ class Decoder:
                 self.drafter.observe([path.tokens for path in paths])
                 if outputs is not None:
                     recorder.add(outputs, rows.indices, paths)
-                self.emitted.emit(rows.indices, paths)
+                self.emitted.emit(rows.indices, paths, candidates)
             except BaseException:  # a streamer may cancel, and the caller continue from the cache
                 if outputs is not None:
                     rows.undo_pass(1 + candidates.num_nodes)

@@ -5,7 +5,7 @@ Shapes: `B` batch, `L` known tokens, `S` known states, `H` hidden size, `N` cand
 
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
@@ -18,6 +18,9 @@ COPIED_PER_MATCH = (
     3  # prompt lookup: the longer the match, the further the copy is likely to be right
 )
 
+# What proposed a candidate; the last one is a drafter that does not say
+HEAD, LOOKUP, OTHER = "head", "lookup", "drafter"
+
 
 @dataclass(frozen=True)
 class Candidates:
@@ -28,11 +31,14 @@ class Candidates:
         token_ids: `(B, N)`, where `N` is the size of the largest tree. A smaller tree is padded with any
             valid token ids, which are never accepted.
         rows: the same ids as lists, if they were made on the host.
+        sources: per row and node, what proposed it: `"head"` or `"lookup"`. None if the drafter does not
+            say.
     """
 
     trees: tuple[DraftTree, ...]
     token_ids: torch.Tensor
     rows: list[list[int]] | None = field(default=None, repr=False, compare=False)
+    sources: Sequence[Sequence[str]] | None = field(default=None, repr=False, compare=False)
 
     @classmethod
     def none(cls, input_ids: torch.Tensor) -> "Candidates":
@@ -46,6 +52,7 @@ class Candidates:
         trees: Sequence[DraftTree],
         token_ids: Sequence[Sequence[int]],
         input_ids: torch.Tensor,
+        sources: Sequence[Sequence[str]] | None = None,
     ) -> "Candidates":
         """Make candidates from lists of different lengths.
 
@@ -53,15 +60,20 @@ class Candidates:
             trees: one per row.
             token_ids: per row, one token per node of its tree.
             input_ids: `(B, L)`, for its dtype and device.
+            sources: per row, one per node.
         """
         longest = max(len(row) for row in token_ids)
         padded = [[*row, *[0] * (longest - len(row))] for row in token_ids]
         ids = torch.tensor(padded, dtype=input_ids.dtype, device=input_ids.device)
-        return cls(tuple(trees), ids.reshape(len(padded), longest), padded)
+        return cls(tuple(trees), ids.reshape(len(padded), longest), padded, sources)
 
     def on_host(self) -> list[list[int]]:
         """Return the token ids as lists; waits for the device only if they were made there."""
         return self.token_ids.tolist() if self.rows is None else self.rows
+
+    def sources_of(self, row: int) -> Sequence[str]:
+        """Return what proposed each node of a row: `"head"`, `"lookup"`, or `"drafter"` if unknown."""
+        return [OTHER] * self.num_nodes if self.sources is None else self.sources[row]
 
     @property
     def num_nodes(self) -> int:
@@ -96,17 +108,20 @@ class Candidates:
         )
         num_nodes = max(tree.num_nodes for tree in trees)
         rows = None if self.rows is None else [row[:num_nodes] for row in self.rows]
-        return Candidates(trees, self.token_ids[:, :num_nodes], rows)
+        # Nodes are ordered by depth, so the first sources remain right
+        return replace(self, trees=trees, token_ids=self.token_ids[:, :num_nodes], rows=rows)
 
 
-def tree_from_paths(paths: Iterable[tuple[int, ...]]) -> tuple[DraftTree, list[int]]:
-    """Build a tree from paths of tokens; return it and each node's token.
+def tree_from_paths(
+    sources: Mapping[tuple[int, ...], str],
+) -> tuple[DraftTree, list[int], list[str]]:
+    """Build a tree from paths of tokens; return it, each node's token and each node's source.
 
     Args:
-        paths: for each node, the tokens from the root to it. The path of its parent is among them, and
-            better nodes come before their siblings.
+        sources: what proposed each node, by the tokens from the root to it. The path of its parent is among
+            them, and better nodes come before their siblings.
     """
-    ordered = sorted(paths, key=len)
+    ordered = sorted(sources, key=len)
     number = {(): 0, **{path: node for node, path in enumerate(ordered, start=1)}}
     num_children: Counter[tuple[int, ...]] = Counter()
     ranks = []
@@ -114,7 +129,7 @@ def tree_from_paths(paths: Iterable[tuple[int, ...]]) -> tuple[DraftTree, list[i
         ranks.append(num_children[path[:-1]])
         num_children[path[:-1]] += 1
     tree = DraftTree(tuple(number[path[:-1]] for path in ordered), tuple(ranks))
-    return tree, [path[-1] for path in ordered]
+    return tree, [path[-1] for path in ordered], [sources[path] for path in ordered]
 
 
 class Drafter(ABC):
@@ -222,7 +237,8 @@ class PromptLookupDrafter(ProposingDrafter):
             tokens[: COPIED_PER_MATCH * size] for size, tokens in self._copies(input_ids, max_depth)
         ]
         trees = [DraftTree.chain(len(chain)) for chain in chains]
-        return Candidates.from_rows(trees, chains, input_ids)
+        sources = [[LOOKUP] * len(chain) for chain in chains]
+        return Candidates.from_rows(trees, chains, input_ids, sources)
 
     def propose(
         self,
@@ -234,9 +250,7 @@ class PromptLookupDrafter(ProposingDrafter):
         """Propose one chain per row. A copy that is right so far is as good as a longer match."""
         return [
             [
-                Proposal(
-                    tuple(tokens[: 1 + distance]), "lookup", _copy_probability(size + distance)
-                )
+                Proposal(tuple(tokens[: 1 + distance]), LOOKUP, _copy_probability(size + distance))
                 for distance in range(len(tokens))
             ]
             for size, tokens in self._copies(input_ids, max_depth)
@@ -312,35 +326,39 @@ class MergedDrafter(Drafter):
         token_ids = [candidates.on_host() for candidates in drafts]
         merge = merge_trees if self.takes_trees else _first_chain
         merged = [
-            merge([(c.trees[row], ids[row]) for c, ids in zip(drafts, token_ids, strict=True)])
+            merge([
+                (c.trees[row], ids[row], c.sources_of(row))
+                for c, ids in zip(drafts, token_ids, strict=True)
+            ])
             for row in range(input_ids.shape[0])
-        ]
-        return Candidates.from_rows(
-            [tree for tree, _ in merged], [ids for _, ids in merged], input_ids
-        )
+        ]  # fmt: skip
+        trees, ids, sources = zip(*merged, strict=True)
+        return Candidates.from_rows(trees, ids, input_ids, sources)
 
 
-def _first_chain(proposals: Sequence[tuple[DraftTree, list[int]]]) -> tuple[DraftTree, list[int]]:
-    tree, token_ids = next((p for p in proposals if p[0].num_nodes), proposals[-1])
-    return tree, token_ids[: tree.num_nodes]
+# A tree, and one token and one source per node, perhaps padded
+SourcedTree = tuple[DraftTree, Sequence[int], Sequence[str]]
 
 
-def merge_trees(
-    proposals: Sequence[tuple[DraftTree, Sequence[int]]],
-) -> tuple[DraftTree, list[int]]:
-    """Merge trees of tokens: a path that several of them propose appears once.
+def _first_chain(proposals: Sequence[SourcedTree]) -> SourcedTree:
+    tree, token_ids, sources = next((p for p in proposals if p[0].num_nodes), proposals[-1])
+    return tree, token_ids[: tree.num_nodes], sources
+
+
+def merge_trees(proposals: Sequence[SourcedTree]) -> SourcedTree:
+    """Merge trees of tokens: a path that several of them propose appears once, from its first source.
 
     Args:
-        proposals: trees, and one token per node; later ones are cut where `MAX_NODES` is reached.
+        proposals: trees, with tokens and sources; later ones are cut where `MAX_NODES` is reached.
     """
-    merged: dict[tuple[int, ...], None] = {}  # an ordered set
-    for tree, token_ids in proposals:
+    merged: dict[tuple[int, ...], str] = {}
+    for tree, token_ids, sources in proposals:
         paths: list[tuple[int, ...]] = [()]
-        for parent, token in zip(tree.parents, token_ids, strict=False):
+        for parent, token, source in zip(tree.parents, token_ids, sources, strict=False):
             path = (*paths[parent], token)
             paths.append(path)
             if len(merged) < MAX_NODES - 1 and (len(path) == 1 or path[:-1] in merged):
-                merged.setdefault(path)
+                merged.setdefault(path, source)
     return tree_from_paths(merged)
 
 

@@ -23,7 +23,7 @@ from .acceptance_lmtp import TokenSelector
 from .drafting_lmtp import Drafter, MergedDrafter
 from .leap_drafter_lmtp import DraftHeads
 from .leaps_lmtp import PATH, drafts
-from .outputs_lmtp import with_acceptance_lengths
+from .outputs_lmtp import as_lmtp_output
 from .path_drafter_lmtp import proposing_drafter
 from .planned_drafter_lmtp import PlannedDrafter
 from .planner_lmtp import DraftPlanner
@@ -75,7 +75,8 @@ class LMTPGenerationMixin(GenerationMixin):
 
         Returns:
             What the backbone's `generate` returns. With `use_lmtp=True` and `return_dict_in_generate=True`,
-            that is an `LMTPGenerateOutput`, which adds the acceptance lengths.
+            that is an `LMTPGenerateOutput`, which adds acceptance lengths, numbers of candidates and the
+            source of each token.
 
         Raises:
             ValueError: before any work, if the call contradicts itself, or passes settings or a drafter
@@ -169,7 +170,7 @@ class LMTPGenerationMixin(GenerationMixin):
             length = prompts.shape[1]
         else:  # Transformers starts from the BOS token, or from embeddings, which are not in the output
             length = 0 if kwargs.get("inputs_embeds") is not None else 1
-        return with_acceptance_lengths(output, length, self._end_ids(positional[1], kwargs))
+        return as_lmtp_output(output, length, self._end_ids(positional[1], kwargs))
 
     def _end_ids(
         self, generation_config: GenerationConfig | None, kwargs: dict[str, Any]

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from .drafting_lmtp import Candidates, Drafter, Proposal, ProposingDrafter
+from .drafting_lmtp import HEAD, Candidates, Drafter, Proposal, ProposingDrafter
 from .heads_lmtp import LeapHeads
 from .leaps_lmtp import draftable, drafts, embed_context, num_draft_states
 from .tree_lmtp import MAX_CHILDREN, DraftTree, grow_tree
@@ -91,7 +91,8 @@ class LeapHeadDrafter(Drafter):
         logits = self._logits(input_ids, hidden_states, depth)
         ranked = logits.topk(1 + max(tree.ranks), dim=-1).indices
         token_ids = self.heads.to_token_ids(ranked[:, distances, ranks])
-        return Candidates((tree,) * input_ids.shape[0], token_ids)
+        num_rows, sources = input_ids.shape[0], (HEAD,) * tree.num_nodes
+        return Candidates((tree,) * num_rows, token_ids, sources=(sources,) * num_rows)
 
     def _depth(self, hidden_states: torch.Tensor, max_depth: int) -> int:
         """Return the largest distance that has a state and may be emitted."""

@@ -16,10 +16,12 @@ from transformers.utils import ModelOutput
 
 from .acceptance_lmtp import AcceptedPath
 from .cache_lmtp import join_rows, move_left, num_slots_of, stop_rollback, take_row, window_of
+from .drafting_lmtp import Candidates
 from .rollback_lmtp import CacheSlots
 from .transformers_lmtp import extend, next_inputs, with_cache
 
 Layers = tuple[torch.Tensor, ...]
+PLAIN = "plain"  # the source of a token that was not drafted
 
 
 @dataclass
@@ -32,26 +34,36 @@ class LMTPGenerateOutput(GenerateDecoderOnlyOutput):
     Args:
         acceptance_lengths: for each row, the number of tokens that each backbone pass after the prefill
             emitted, the bonus token included; their mean is the tokens per step τ, 1 for plain decoding.
+        num_candidates: for each row, the number of candidates that each of these passes verified.
+        token_sources: for each row, what proposed each emitted token: `"head"`, `"lookup"`, `"drafter"` for
+            a drafter that does not say, or `"plain"` for the prefill's token and the last of each pass.
     """
 
     acceptance_lengths: list[list[int]] | None = None
+    num_candidates: list[list[int]] | None = None
+    token_sources: list[list[str]] | None = None
 
 
-def with_acceptance_lengths(
+def as_lmtp_output(
     output: ModelOutput, prompt_length: int, end_ids: Collection[int]
 ) -> LMTPGenerateOutput:
-    """Add the acceptance lengths to plain decoding's output: every pass emitted one token.
+    """Return plain decoding's output with the other fields: every pass emitted one token.
 
     Args:
         output: of plain decoding.
         prompt_length: how many tokens of each sequence are the prompt.
         end_ids: the tokens that end a row.
     """
-    lengths = []
+    num_passes = []
     for tokens in output.sequences[:, prompt_length:].tolist():
         ends = (index for index, token in enumerate(tokens) if token in end_ids)
-        lengths.append([1] * next(ends, len(tokens) - 1))
-    return LMTPGenerateOutput(**output, acceptance_lengths=lengths)
+        num_passes.append(next(ends, len(tokens) - 1))
+    return LMTPGenerateOutput(
+        **output,
+        acceptance_lengths=[[1] * count for count in num_passes],
+        num_candidates=[[0] * count for count in num_passes],
+        token_sources=[[PLAIN] * (1 + count) for count in num_passes],
+    )
 
 
 class EmittedTokens:
@@ -64,7 +76,7 @@ class EmittedTokens:
 
     Attributes:
         rows: the tokens after the prompt, per row.
-        acceptance_lengths: the number of tokens that each pass emitted, per row, without the prefill.
+        acceptance_lengths, num_candidates, token_sources: see `LMTPGenerateOutput`.
     """
 
     def __init__(
@@ -75,17 +87,24 @@ class EmittedTokens:
         self.streamer = streamer
         self.rows: list[list[int]] = [[] for _ in prompts]
         self.acceptance_lengths: list[list[int]] = [[] for _ in prompts]
+        self.num_candidates: list[list[int]] = [[] for _ in prompts]
+        self.token_sources: list[list[str]] = [[] for _ in prompts]
         self._num_streamed = 0
 
     def length(self, row: int) -> int:
         """Return the length of a row, prompt included."""
         return self.prompts.shape[1] + len(self.rows[row])
 
-    def emit(self, rows: Sequence[int], paths: Sequence[AcceptedPath]) -> None:
-        """Append the tokens that these rows accepted, and stream them."""
-        for row, path in zip(rows, paths, strict=True):
+    def emit(
+        self, rows: Sequence[int], paths: Sequence[AcceptedPath], candidates: Candidates
+    ) -> None:
+        """Append the tokens that these rows accepted of their candidates, and stream them."""
+        for place, (row, path) in enumerate(zip(rows, paths, strict=True)):
             if self.rows[row]:
                 self.acceptance_lengths[row].append(len(path.tokens))
+                self.num_candidates[row].append(candidates.trees[place].num_nodes)
+            sources = candidates.sources_of(place)
+            self.token_sources[row] += [*(sources[node - 1] for node in path.nodes[1:]), PLAIN]
             self.rows[row] += path.tokens
         if self.streamer is not None:
             for tokens in self.steps(self._num_streamed):

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import torch
 
-from .drafting_lmtp import Candidates, Proposal, ProposingDrafter
+from .drafting_lmtp import HEAD, Candidates, Proposal, ProposingDrafter
 from .leap_drafter_lmtp import DraftHeads, LeapHeadDrafter, ProposingLeapHeadDrafter
 from .leaps_lmtp import embed_context
 from .tree_lmtp import MAX_CHILDREN, DraftTree
@@ -51,7 +51,8 @@ class PathDrafter(LeapHeadDrafter):
             ranked = logits.topk(level.num_ranks, dim=-1).indices
             drafted = ranked[:, level.parents, level.ranks]
             token_ids[:, level.nodes] = self.heads.to_token_ids(drafted)
-        return Candidates((tree,) * input_ids.shape[0], token_ids[:, 1:])
+        num_rows, sources = input_ids.shape[0], (HEAD,) * tree.num_nodes
+        return Candidates((tree,) * num_rows, token_ids[:, 1:], sources=(sources,) * num_rows)
 
     def _level_logits(
         self,

@@ -19,7 +19,15 @@ from typing import NamedTuple
 
 import torch
 
-from .drafting_lmtp import Candidates, Drafter, Proposal, ProposingDrafter, tree_from_paths
+from .drafting_lmtp import (
+    HEAD,
+    LOOKUP,
+    Candidates,
+    Drafter,
+    Proposal,
+    ProposingDrafter,
+    tree_from_paths,
+)
 from .planner_lmtp import MAX_RATE, PASS_SIZES, AcceptanceRates, BatchMemory, DraftPlanner
 from .tree_lmtp import MAX_NODES
 
@@ -103,7 +111,7 @@ class PlannedDrafter(Drafter):
         draft = Draft([[] for _ in proposals], 0.0, 0.0)
         if max_depth > 0 and not memory.must_be_plain:
             proposals, draft = self._plan(memory, input_ids, hidden_states, max_depth)
-        candidates = _candidates(draft.rows, input_ids)
+        candidates = _candidates(draft.rows, proposals, input_ids)
         end = self.planner.clock()
         size = 1 + candidates.num_nodes
         self._step = PlannedStep(memory, proposals, draft, size, end - start, end)
@@ -225,9 +233,17 @@ def _count(rates: AcceptanceRates, proposals: Sequence[Proposal], emitted: Path)
 
 
 def _candidates(
-    rows: Sequence[Sequence[tuple[Path, float]]], input_ids: torch.Tensor
+    rows: Sequence[Sequence[tuple[Path, float]]],
+    proposals: Sequence[Sequence[Proposal]],
+    input_ids: torch.Tensor,
 ) -> Candidates:
+    """Return the paths to verify as candidates; what heads and lookup both propose counts as the heads'."""
     if not any(rows):
         return Candidates.none(input_ids)
-    grown = [tree_from_paths(path for path, _ in row) for row in rows]
-    return Candidates.from_rows([tree for tree, _ in grown], [ids for _, ids in grown], input_ids)
+    grown = []
+    for row, proposed in zip(rows, proposals, strict=True):
+        copied = {proposal.path for proposal in proposed if proposal.source == LOOKUP}
+        copied -= {proposal.path for proposal in proposed if proposal.source != LOOKUP}
+        grown.append(tree_from_paths({path: LOOKUP if path in copied else HEAD for path, _ in row}))
+    trees, token_ids, sources = zip(*grown, strict=True)
+    return Candidates.from_rows(trees, token_ids, input_ids, sources)

@@ -6,10 +6,12 @@ import re
 import pytest
 from bench_runs import write_checkpoint
 from commands import error_of, lmtp
+from rich.console import Console
 from tiny import tiny_llama, tiny_tokenizer
 from transformers import AutoModelForCausalLM
 
 from modeling_lmtp import LMTPForCausalLM
+from modeling_lmtp.benchmarks.streaming import split_text
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*pin_memory.*:UserWarning")
 TRAINING = [
@@ -75,6 +77,58 @@ def test_generate_streams_the_plain_text(checkpoint):
     fast = lmtp("generate", checkpoint, "The sea", "--max_new_tokens", 20)
     assert fast.stdout == plain.stdout
     assert "tokens per step" in fast.stderr
+
+
+def test_shown_drafts_are_the_plain_text_and_add_up(checkpoint):
+    plain = lmtp("generate", checkpoint, "The sea", "--max_new_tokens", 20, "--plain")
+    shown = lmtp("generate", checkpoint, "The sea", "--max_new_tokens", 20, "--show-drafts")
+    assert shown.stdout == plain.stdout
+    legend = re.search(r"tokens by source: (\d+) plain, (\d+) head, (\d+) lookup\n", shown.stderr)
+    [steps] = re.findall(
+        r"20 tokens in (\d+) steps? after the prefill: [\d.]+ tokens per step, [\d.]+ candidates "
+        r"per step, [\d.]+ tokens/s",
+        shown.stderr,
+    )
+    assert sum(map(int, legend.groups())) == 20
+    assert int(legend[1]) == 1 + int(steps) < 20
+    assert "1.00 tokens per step, 0.00 candidates per step" in plain.stderr
+
+
+def test_shown_drafts_have_a_style_for_each_source_where_the_terminal_has_any(
+    checkpoint, monkeypatch
+):
+    terminal = Console(soft_wrap=True, force_terminal=True, color_system="standard")
+    monkeypatch.setattr("modeling_lmtp.benchmarks.streaming.console", terminal)
+    arguments = ["generate", checkpoint, "The sea", "--max_new_tokens", 20]
+    plain, shown = lmtp(*arguments, "--plain"), lmtp(*arguments, "--show_drafts")
+    assert re.sub(r"\x1b\[[\d;]*m", "", shown.stdout) == plain.stdout
+    counts = re.search(r"(\d+) plain, (\d+) head, (\d+) lookup", shown.stderr)
+    for source, style in ((2, "1;32"), (3, "4;36")):
+        assert shown.stdout.count(f"\x1b[{style}m") <= int(
+            counts[source]
+        )  # some may end no character
+    assert "\x1b[" in shown.stdout
+
+
+TEXTS = ["The sea\t🦊 asks", "猫🦊", "x\r\n\x07y", "a<|im_end|>", "🦊"]
+
+
+@pytest.mark.parametrize("text", TEXTS, ids=ascii)
+def test_tokens_get_the_characters_that_they_complete(text):
+    tokenizer = tiny_tokenizer()
+    tokens = tokenizer(text, add_special_tokens=False).input_ids
+    pieces = split_text(tokenizer, tokens)
+    assert "".join(pieces) == tokenizer.decode(tokens, skip_special_tokens=True)
+    assert len(pieces) == len(tokens)
+    for count in range(1, len(tokens)):
+        known = tokenizer.decode(tokens[:count], skip_special_tokens=True)
+        assert "".join(pieces[:count]) == known.rstrip("\ufffd")
+
+
+def test_an_answer_may_end_inside_a_character():
+    tokenizer = tiny_tokenizer()
+    tokens = tokenizer("猫🦊", add_special_tokens=False).input_ids[:-1]
+    assert "".join(split_text(tokenizer, tokens)) == tokenizer.decode(tokens)
 
 
 def test_an_answer_of_one_token_has_no_steps_to_count(checkpoint):

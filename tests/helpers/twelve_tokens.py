@@ -12,7 +12,7 @@ BATCH_MASK = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1]])
 def wrapped(architecture: str = "llama", **settings) -> LMTPForCausalLM:
     """Random heads over twelve tokens, so that they are right now and then."""
     model = LMTPForCausalLM.from_backbone(
-        tiny_causal_lm(architecture, vocab_size=12), leap_offsets=(2, 3, 5), **settings
+        tiny_causal_lm(architecture, vocab_size=12), **{"leap_offsets": (2, 3, 5), **settings}
     )
     generator = torch.Generator().manual_seed(6)
     for parameter in model.leap_heads.parameters():

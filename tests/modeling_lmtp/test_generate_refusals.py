@@ -201,6 +201,8 @@ def test_plain_decoding_instead_tells_its_acceptance_lengths_and_streams_once(mo
     output = model.generate(PROMPT, streamer=ours, **options)
     assert ours.given == plain.given
     assert output.acceptance_lengths == [[1, 1, 1]]
+    assert output.num_candidates == [[0, 0, 0]]
+    assert output.token_sources == [["plain"] * 4]
 
 
 @pytest.mark.parametrize(

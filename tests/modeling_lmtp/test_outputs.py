@@ -197,7 +197,8 @@ def test_what_is_not_asked_for_is_none(llama, inputs, asked):
     for name in FIELDS:
         assert (getattr(ours, name) is None) == (getattr(plain, name) is None) == (name != asked)
     assert cache_of(ours) is not None
-    assert set(plain.keys()) | {"acceptance_lengths"} == set(ours.keys())
+    added = {"acceptance_lengths", "num_candidates", "token_sources"}
+    assert set(plain.keys()) | added == set(ours.keys())
 
 
 @pytest.mark.parametrize("asked", FIELDS)

@@ -202,13 +202,19 @@ def test_lookup_makes_a_text_that_repeats_itself_cheaper(settings):
 # Drafters that are merged
 
 
-def test_merged_trees_hold_all_paths_once():
+def test_merged_trees_hold_all_paths_once_from_their_first_source():
     generator = torch.Generator().manual_seed(3)
     for _ in range(50):
         proposals = [random_proposal(generator) for _ in range(3)]
-        tree, token_ids = merge_trees(proposals)
-        wanted = {path for proposal in proposals for path in token_paths(*proposal)}
+        names = [[name] * tree.num_nodes for name, (tree, _) in zip("abc", proposals, strict=True)]
+        tree, token_ids, sources = merge_trees([
+            (*proposal, own) for proposal, own in zip(proposals, names, strict=True)
+        ])  # fmt: skip
+        paths = [token_paths(*proposal) for proposal in proposals]
+        wanted = set(itertools.chain(*paths))
         merged = token_paths(tree, token_ids)
+        firsts = [next(n for n, own in zip("abc", paths, strict=True) if p in own) for p in merged]
+        assert list(sources) == firsts
         assert len(merged) == len(set(merged)) == tree.num_nodes
         assert set(merged) == wanted
         assert list(tree.depths) == sorted(tree.depths)  # so that it can be cut
@@ -228,9 +234,9 @@ def random_proposal(generator: torch.Generator) -> tuple[DraftTree, list[int]]:
 
 
 def test_a_full_tree_takes_what_comes_first():
-    first = (DraftTree.chain(60), list(range(60)))
-    second = (DraftTree.from_paths([(0,), (1,), (2,), (3,), (3, 0)]), [0, 80, 81, 82, 83])
-    tree, token_ids = merge_trees([first, second])
+    first = (DraftTree.chain(60), list(range(60)), ["lookup"] * 60)
+    second = (DraftTree.from_paths([(0,), (1,), (2,), (3,), (3, 0)]), [0, *range(80, 84)], "heads")
+    tree, token_ids, _ = merge_trees([first, second])
     assert tree.num_nodes == MAX_NODES - 1
     paths = token_paths(tree, token_ids)
     assert tuple(range(60)) in paths
