@@ -144,7 +144,8 @@ def test_verify_finds_equal_texts_and_writes_the_figures(folder, checkpoint, tmp
     result = lmtp("verify", checkpoint, *arguments, "--output", figures)
     assert result.exit_code == 0, result.output
     results = json.loads(figures.read_text())["results"]
-    assert set(results) == {"greedy, chain", "greedy, tree", "sampling, chain", "sampling, tree"}
+    modes, drafts = ("greedy", "sampling"), ("chain", "tree", "planned")
+    assert set(results) == {f"{mode}, {draft}" for mode in modes for draft in drafts}
     assert all(result["equal"] == result["prompts"] == 3 for result in results.values())
     assert "Tier: tree (trees are exact; float32, cpu, sdpa" in result.output
 
