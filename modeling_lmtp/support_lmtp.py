@@ -409,8 +409,9 @@ def _reason_inexact(
 ) -> str | None:
     """Return why the logits on the paths, and after them, are wrong, or None if they are right.
 
-    They are compared with those for other rejected candidates, and with those of plain decoding, token by
-    token after the prompt. The prompt exceeds every window of the model, unless it is to be `short`.
+    They are compared with those for other rejected candidates, with those of plain decoding, token by
+    token after the prompt, and with those of one pass over everything. The prompt exceeds every window of
+    the model, unless it is to be `short`.
     """
     vocab_size = backbone.get_output_embeddings().weight.shape[0]
     windows = [window for window in _windows(backbone) if window < MAX_PROBE_LENGTH]
@@ -427,11 +428,13 @@ def _reason_inexact(
     for row, path in enumerate(paths):
         known = tokens[row : row + 1, : length + len(path) + 1]
         plain, plain_cache = _run_in_parts(backbone, known, [length] + [1] * (len(path) + 1))
-        plain = plain[0, length:]
+        at_once, _ = _run_in_parts(backbone, known, [known.shape[1]])
+        plain, at_once = plain[0, length:], at_once[0, length:]
         scale = plain.abs().max()
         if (logits[row] - others[row]).abs().max() > trace_tolerance * scale:
             return "rejected candidates leave a trace"
-        if (logits[row] - plain).abs().max() > plain_tolerance * scale:
+        difference = max((logits[row] - other).abs().max() for other in (plain, at_once))
+        if difference > plain_tolerance * scale:
             return "several tokens at once give other logits than one after the other"
         if has_recurrent_states(cache) and _steps_differ(backbone, known, plain_tolerance):
             return "a recurrence over several tokens gives other logits than token after token"

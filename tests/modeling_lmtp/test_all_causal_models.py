@@ -19,6 +19,10 @@ REPRESENTATIVE = {
     "bart": ("chain", "equal"),  # the decoder of an encoder and a decoder
     "gemma4_text": ("tree", "equal"),
     "kimi_linear": ("chain", "equal"),
+    "moshi": (
+        "plain",
+        "plain",
+    ),  # several tokens after others get other logits than all in one pass
     "reformer": ("plain", "plain"),
 }
 

@@ -29,6 +29,7 @@ from batches import (
 from drafters import CHAIN, TREE, Oracle, always, sometimes
 from transformers import DynamicCache
 
+from modeling_lmtp.support_lmtp import decoding_support
 from modeling_lmtp.transformers_lmtp import cache_of, with_cache
 
 KINDS = ("llama", "mistral", "gemma2", "bloom", "lfm2", "qwen3_next", "roformer")
@@ -89,6 +90,8 @@ def test_rows_that_have_ended_leave_the_backbone_s_batch(architecture, in_step, 
     handle = model.get_input_embeddings().register_forward_hook(
         lambda _module, args, _output: rows_per_pass.append(args[0].shape[0])
     )
+    decoding_support(model.backbone)  # with a hook, it is tried again
+    rows_per_pass.clear()
     leap(model, whole, **options, return_dict_in_generate=returns_dict)
     handle.remove()
     passes = [len(accepted) for accepted in output.acceptance_lengths]
