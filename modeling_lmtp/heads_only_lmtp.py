@@ -217,11 +217,6 @@ def _load_backbone(
                 "backbone=, a model, id or folder."
             )
         where = f", revision {revision}" if revision else ""
-        if not where and not Path(named).is_dir():
-            where = (
-                ", revision main, which may change: no commit is pinned. `lmtp publish --form heads "
-                "--base_revision COMMIT` pins one"
-            )
         logger.warning_once(
             f"The checkpoint contains leap heads only; loading their backbone {named!r}{where}."
         )
@@ -229,6 +224,11 @@ def _load_backbone(
         options = {**_quantization(config, loaded_from, options), **options}
         model = AutoModelForCausalLM.from_pretrained(named, revision=loaded_from, **options)
         config.base_model_revision = commit_of(model.config, loaded_from) or revision
+        if config.base_model_revision and not revision:
+            logger.warning_once(
+                f"The checkpoint pins no commit of {named!r}; loaded {config.base_model_revision} of its main "
+                "branch, which may change. `lmtp publish --form heads --base_revision COMMIT` pins one."
+            )
     differing = differing_sizes(config, model.config)
     if differing:
         raise ValueError(

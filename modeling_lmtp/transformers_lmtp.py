@@ -13,7 +13,6 @@ import re
 from collections.abc import Callable, Collection, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from importlib import import_module
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -373,28 +372,21 @@ def commit_of(config: Any, revision: str | None = None) -> str | None:
 
     Args:
         config: names the repository, or a snapshot in the cache.
-        revision: that it was loaded from. If it is not known, the only commit in the cache counts; of
-            several none does, because a guess might pin another commit.
+        revision: that it was loaded from. Unless the name is of a snapshot, None gives None, because a
+            guess might pin another commit.
     """
     stored = getattr(config, "_commit_hash", None)
-    if stored:
-        return stored
     name = getattr(config, "name_or_path", None)
-    if not name:
+    if stored or not name:
+        return stored
+    snapshot = re.search(r"snapshots[/\\]([0-9a-f]{40})[/\\]?$", name)
+    if snapshot:
+        return snapshot[1]
+    try:
+        path = revision and try_to_load_from_cache(name, "config.json", revision=revision)
+    except ValueError:  # a folder
         return None
-    snapshot = Path(name)
-    if not snapshot.is_dir():
-        try:
-            path = try_to_load_from_cache(name, "config.json", revision=revision)
-        except ValueError:  # no repository can have that name
-            return None
-        if not isinstance(path, str):
-            return None
-        snapshot = Path(path).parent
-        if revision is None and len(list(snapshot.parent.iterdir())) > 1:
-            return None
-    is_in_cache = snapshot.absolute().parent.name == "snapshots"
-    return snapshot.name if is_in_cache and re.fullmatch("[0-9a-f]{40}", snapshot.name) else None
+    return path.replace("\\", "/").split("/")[-2] if isinstance(path, str) else None
 
 
 def keep_commit(config: Any, revision: str | None = None) -> None:

@@ -226,8 +226,9 @@ def test_without_the_flag_generation_is_the_backbone_s(architecture):
 def test_a_right_draft_saves_passes():
     model = wrapped()
     plain = plain_tokens(model, max_new_tokens=26, **GREEDY)
-    decoding_tier(model.backbone)  # tried once per model, with passes of its own
     calls = []
     model.backbone.register_forward_hook(lambda *_: calls.append(None))
+    decoding_tier(model.backbone)  # tried once per model and its hooks, with passes of its own
+    calls.clear()
     leap(model, max_new_tokens=26, drafter=Oracle(plain, CHAIN, always), **GREEDY)
     assert len(calls) == 1 + 25 // 5

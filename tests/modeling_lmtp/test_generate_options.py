@@ -21,6 +21,7 @@ from transformers import (
 from transformers.generation.streamers import BaseStreamer
 
 from modeling_lmtp import LMTPForCausalLM
+from modeling_lmtp.support_lmtp import decoding_support
 from modeling_lmtp.transformers_lmtp import cache_of, with_cache
 
 PROMPT = torch.tensor([[3, 17, 5, 9, 44]])
@@ -348,6 +349,8 @@ def drafted_depths(model: LMTPForCausalLM, **options) -> set[int]:
     handle = model.get_input_embeddings().register_forward_hook(
         lambda _module, args, _output: sizes.add(args[0].shape[1])
     )
+    decoding_support(model.backbone)  # with a hook, it is tried again
+    sizes.clear()
     generate(model, do_sample=False, max_new_tokens=4, **options)
     handle.remove()
     return sizes - {LENGTH}

@@ -12,6 +12,7 @@ from transformers import Trainer, TrainingArguments
 
 from modeling_lmtp import LMTPForCausalLM
 from modeling_lmtp.losses_lmtp import CHUNK_SIZE, leap_positions, sum_of_means, token_cross_entropy
+from modeling_lmtp.unembeddings_lmtp import logit_scale
 
 VOCAB_SIZE = 61  # no other axis of these models has this size
 SCHEDULES = [(3, 5, 7), (2, 3, 4), (2, 3, 5)]
@@ -302,6 +303,7 @@ def test_stage_2_keeps_no_more_logits_for_backward_than_plain_training():
 
 def test_stage_1_computes_one_chunk_of_logits_at_a_time():
     model = wrapped()
+    logit_scale(model.backbone)  # found out once, with a pass of its own
     num_logits = []
     model.backbone.lm_head.register_forward_hook(
         lambda _module, _args, output: num_logits.append(output.numel() // VOCAB_SIZE)

@@ -93,6 +93,7 @@ def test_autocast_gives_plain_text_up_to_a_near_tie_and_leaves_no_verdict_behind
 
 def test_a_call_in_training_mode_leaves_no_verdict_behind():
     model = wrapped("llama", attention_dropout=0.1).train()
+    model.backbone.train()  # which a frozen one is not, unless it is told apart
     with pytest.raises(ValueError, match=r"it is in training mode, call eval\(\) first"):
         generate(model, use_lmtp="strict")
     assert_same_texts(model.eval(), tree=TREE)
