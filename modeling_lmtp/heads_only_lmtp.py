@@ -226,8 +226,8 @@ def _load_backbone(
         config.base_model_revision = commit_of(model.config, loaded_from) or revision
         if config.base_model_revision and not revision:
             logger.warning_once(
-                f"The checkpoint pins no commit of {named!r}; loaded {config.base_model_revision} of its main "
-                "branch, which may change. `lmtp publish --form heads --base_revision COMMIT` pins one."
+                f"The checkpoint pins no commit of {named!r}; loaded {config.base_model_revision} of its "
+                "main branch, which may change. Pin it: `lmtp publish --form heads --base_revision COMMIT`."
             )
     differing = differing_sizes(config, model.config)
     if differing:

@@ -9,6 +9,8 @@ from typing import Any
 
 from torch import nn
 
+from .transformers_lmtp import hooks_of
+
 
 def _identity(function: Any) -> tuple[int, str]:
     """Identify a function, or the function of a bound method: the same for each object that has it."""
@@ -43,9 +45,9 @@ def fingerprint(model: nn.Module) -> int:
                 module.training,
                 # Accelerate and torch.compile replace it
                 _identity(vars(module).get("forward")),
-                *map(_identity, _hooks(module._forward_pre_hooks).values()),
+                *map(_identity, _hooks(hooks_of(module).before).values()),
                 None,
-                *map(_identity, _hooks(module._forward_hooks).values()),
+                *map(_identity, _hooks(hooks_of(module).after).values()),
             )
             for module in model.modules()
         )
@@ -60,8 +62,8 @@ def reason_hooked(backbone: nn.Module) -> str | None:
     name, so a hook on it that looks at a pass gets them too.
     """
     for module in backbone.modules():
-        with_arguments = module is not backbone and module._forward_pre_hooks_with_kwargs
-        if with_arguments and _hooks(module._forward_pre_hooks).keys() & with_arguments.keys():
+        hooks = hooks_of(module)
+        if module is not backbone and {*_hooks(hooks.before)} & {*hooks.with_arguments}:
             return (
                 f"a forward hook passes arguments to {type(module).__name__} layers, as PEFT does for "
                 "adapter_names and activated LoRA, and they are for the rows and tokens of plain decoding"

@@ -13,10 +13,11 @@ import re
 from collections.abc import Callable, Collection, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from importlib import import_module
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from huggingface_hub import try_to_load_from_cache
+from torch import nn
 from transformers import Cache, GenerationConfig, GenerationMixin, PreTrainedModel
 from transformers import __version__ as VERSION
 from transformers.utils import ModelOutput
@@ -362,6 +363,28 @@ def is_stateful(backbone: PreTrainedModel) -> bool:
 def block_classes(model: PreTrainedModel) -> frozenset[str]:
     """Return the names of a model's block classes, which must not be split over devices."""
     return frozenset(getattr(model, "_no_split_modules", None) or ())
+
+
+class ForwardHooks(NamedTuple):
+    """The forward hooks of a module, for which torch has no public name.
+
+    Args:
+        before, after: the forward, by key.
+        with_arguments: the keys of those before it that get the arguments that are passed by name.
+    """
+
+    before: Mapping[int, Any]
+    after: Mapping[int, Any]
+    with_arguments: Collection[int]
+
+
+def hooks_of(module: nn.Module) -> ForwardHooks:
+    """Return the forward hooks of a module itself."""
+    return ForwardHooks(
+        module._forward_pre_hooks,
+        module._forward_hooks,
+        module._forward_pre_hooks_with_kwargs.keys(),
+    )
 
 
 def commit_of(config: Any, revision: str | None = None) -> str | None:
