@@ -10,7 +10,6 @@ import json
 import os
 import subprocess
 import sys
-from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +35,6 @@ KINDS = {
 }
 LENGTHS = (7, 3, 41, 20)  # shorter and longer than a block, and than a chunk
 NEW_TOKENS = 40
-NUM_SAMPLES = 240
 
 
 def tiny_base() -> LlamaForCausalLM:
@@ -169,51 +167,6 @@ def test_texts_and_steps_are_those_of_our_chain(models, options, tmp_path):
             assert ids_of(call) == list(texts), name
             if "preempted" not in name:  # what is computed again is drafted for again
                 assert taken == sum(steps), name
-
-
-@torch.no_grad()
-def distribution(model: LMTPForCausalLM, prompt: list[int], length: int) -> dict[Any, float]:
-    """Return the probability of each text of some length after a prompt."""
-    found: dict[Any, float] = {(): 1.0}
-    for _ in range(length):
-        ids = torch.tensor([[*prompt, *text] for text in found])
-        rows = model.backbone(ids).logits[:, -1].double().softmax(-1).tolist()
-        found = {
-            (*text, token): chance * next_chance
-            for (text, chance), row in zip(found.items(), rows, strict=True)
-            for token, next_chance in enumerate(row)
-        }
-    return found
-
-
-def p_value(counts: Counter[Any], chances: dict[Any, float]) -> float:
-    """Return the p-value of Pearson's test; texts expected less than five times are one cell."""
-    total = counts.total()
-    often = {text for text, chance in chances.items() if chance * total >= 5}
-    rare = sum(chance for text, chance in chances.items() if text not in often) * total
-    cells = [(counts[text], chances[text] * total) for text in often]
-    cells.append((total - sum(observed for observed, _ in cells), rare))
-    statistic = sum((observed - expected) ** 2 / expected for observed, expected in cells)
-    half_freedom = torch.tensor([len(often) / 2, statistic / 2], dtype=torch.float64)
-    return float(torch.special.gammaincc(*half_freedom))
-
-
-@pytest.mark.slow
-def test_sampled_texts_have_the_distribution_of_the_model(models, tmp_path):
-    """Four texts per request, on the second runner: on a CPU the first samples wrongly with any drafts."""
-    prompt = prompts()[1]
-    sampling = {"temperature": 1.0, "n": 4, "max_tokens": 3, "detokenize": False}
-    call = [[prompt, {**sampling, "seed": seed}] for seed in range(NUM_SAMPLES // 4)]
-    (result,) = run([job(models, "path", [call], max_num_seqs=64)], tmp_path, "--v2")
-    texts = [tuple(output["ids"]) for outputs in result["outputs"][0] for output in outputs]
-    chances = distribution(models["path"], prompt, 3)
-    assert len(texts) == NUM_SAMPLES
-    assert result["steps"][0] < 2 * NUM_SAMPLES  # some drafts are accepted
-    assert p_value(Counter(texts), chances) > 1e-3
-    # The test can fail: it notices one text in four
-    likeliest = max(chances, key=chances.__getitem__)
-    wrong = [likeliest if index % 4 == 0 else text for index, text in enumerate(texts)]
-    assert p_value(Counter(wrong), chances) < 1e-3
 
 
 def test_what_cannot_be_served_ends_with_the_reason(models, tmp_path):
