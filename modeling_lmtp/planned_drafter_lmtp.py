@@ -164,7 +164,7 @@ class PlannedDrafter(Drafter):
     def _best(self, memory: BatchMemory, proposals: list[list[Proposal]]) -> Draft:
         """Return the draft that is worth most, of these proposals per row."""
         rows = [self._ranked(row) for row in proposals]
-        longest = min(self.max_nodes, max(map(len, rows)))
+        longest = min(self.max_nodes, max(map(len, rows)), memory.costs.largest - 1)
         gains = [0.0] * (1 + longest)
         for row in rows:
             sums = [0.0, *accumulate(value for _, value in row)]

@@ -101,6 +101,15 @@ class PassCosts:
             self._costs[size] = max(1.0, self._level(size) / self._level(1)) if size > 1 else 1.0
         return self._costs[size]
 
+    @property
+    def largest(self) -> int:
+        """The largest size to try: few tokens at first, then twice as many as are known.
+
+        Tokens may cost far more than was assumed, such as in bfloat16 on a CPU without instructions for it.
+        """
+        known = max((size for size in self._ratios if self.num_passes(size) > 1), default=1)
+        return max(4, 2 * known)
+
     def cost_per_token(self, num_tokens: int) -> float:
         """Return the least that one more token per row costs, up to `num_tokens`."""
         sizes = [size for size in PASS_SIZES if size <= max(2, num_tokens)]

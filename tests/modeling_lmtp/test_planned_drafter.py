@@ -185,6 +185,20 @@ def statistics_of(steps) -> float:
     return sorted(nodes for nodes, _ in steps)[len(steps) // 2]
 
 
+def test_where_tokens_are_far_dearer_than_assumed_few_are_tried():
+    """As in bfloat16 on a CPU without instructions for it, where 32 tokens took 12 plain passes."""
+    clock, texts = Clock(), texts_of(1)
+    copies = Guesser(texts, 0.9, 0.3, clock, depth=30, source="lookup")
+    drafter = PlannedDrafter(DraftPlanner(clock), None, copies)
+
+    def seconds(num_rows: int, size: int) -> float:
+        return 0.04 * (1 + 0.35 * (size - 1))
+
+    steps = decode(drafter, texts, clock, seconds)
+    assert max(nodes for nodes, _ in steps) <= 7
+    assert (LENGTH - 2) * 0.04 / clock.seconds > 0.97
+
+
 def test_candidates_are_dropped_where_a_pass_over_them_is_dear():
     _, cheap, _ = speed_up(0.5, 0.5, flat)
     _, expensive, _ = speed_up(0.5, 0.5, dear)
@@ -223,6 +237,8 @@ def test_what_is_drafted_is_worth_most_of_all_prefixes_by_value():
         planner = DraftPlanner(clock)
         memory = planner.batch(2)
         memory.costs._token_cost = generator.choice([0.01, 0.05, 0.2])
+        for _ in range(2):
+            memory.costs.observe(32, 1.0)  # so that no size is too large to try
         drafter = PlannedDrafter(planner, None, None)
         rows = [
             [
