@@ -46,9 +46,11 @@ def logit_scale(backbone: PreTrainedModel) -> float:
         tokens = torch.arange(2, device=unembedding_device(backbone))[None]
         modes = [(module, module.training) for module in backbone.modules()]
         backbone.eval()  # dropout would draw, and a run that goes on draws anew
-        outputs, states = run_pass(backbone, LAST, {"input_ids": tokens})
-        for module, mode in modes:
-            module.training = mode
+        try:
+            outputs, states = run_pass(backbone, LAST, {"input_ids": tokens})
+        finally:
+            for module, mode in modes:
+                module.training = mode
         unscaled = backbone.get_output_embeddings()(states).double()
         logits = outputs.logits.to(unscaled)
         scale = float((unscaled * logits).sum() / unscaled.square().sum())
