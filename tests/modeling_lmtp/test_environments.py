@@ -178,7 +178,9 @@ def test_compiled_code_gives_plain_text_and_its_states_to_the_drafter(compiled, 
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:Dynamo does not know:UserWarning")
-@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")  # Dynamo asks for it
+@pytest.mark.filterwarnings(
+    "ignore:The .grad attribute of a Tensor:UserWarning"
+)  # Dynamo asks for it
 @pytest.mark.parametrize("compiled", [compile_backbone, compile_model])
 def test_code_compiled_without_the_heads_is_named_and_the_remedy_helps(compiled):
     torch.compiler.reset()
