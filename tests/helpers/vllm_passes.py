@@ -7,7 +7,13 @@ from typing import Any
 import torch
 
 
-def first_runner(heads: Any, model: Any, texts: list[torch.Tensor], states: list[torch.Tensor]):
+def first_runner(
+    heads: Any,
+    model: Any,
+    texts: list[torch.Tensor],
+    states: list[torch.Tensor],
+    drafts: torch.Tensor | None = None,
+):
     """All tokens of all requests in the first pass, one row per request in the others, no step said.
 
     Args:
@@ -15,51 +21,63 @@ def first_runner(heads: Any, model: Any, texts: list[torch.Tensor], states: list
         model: the `LMTPForCausalLM` they stand on.
         texts: of each request the known tokens `(L,)`; the last one has no state yet.
         states: of each request the states of the other tokens, `(L - 1, H)`.
+        drafts: the drafts `(requests, heads)` to follow; None follows the likeliest tokens.
 
     Returns:
-        Drafts `(requests, heads)`.
+        Logits `(requests, heads, vocabulary size)`; a draft is their argmax.
     """
     input_ids = torch.cat([text[1:] for text in texts])
     last = torch.tensor([len(text) - 1 for text in texts]).cumsum(0) - 1
     # Rows that pad a captured graph hold what an earlier pass left there
     stale = heads(input_ids[:2], torch.cat(states)[-2:])
     passed = heads(_padded(input_ids), torch.cat([*states, stale]))[last]
-    drafts: list[torch.Tensor] = []
+    logits: list[torch.Tensor] = []
     for step in range(len(heads.widths)):
         if step:
             stale = torch.cat(states)[:2]
-            passed = heads(_padded(drafts[-1]), torch.cat([passed, stale]))[: len(texts)]
-        drafts.append(_tokens(heads, model, passed, heads.step_of(passed)))
-    return torch.stack(drafts, dim=1)
+            new = _followed(logits, drafts)
+            passed = heads(_padded(new), torch.cat([passed, stale]))[: len(texts)]
+        logits.append(_logits(heads, model, passed, heads.step_of(passed)))
+    return torch.stack(logits, dim=1)
 
 
 def _padded(input_ids: torch.Tensor) -> torch.Tensor:
     return torch.cat([input_ids, input_ids.new_zeros(2)])
 
 
-def second_runner(heads: Any, model: Any, texts: list[torch.Tensor], states: list[torch.Tensor]):
+def second_runner(
+    heads: Any,
+    model: Any,
+    texts: list[torch.Tensor],
+    states: list[torch.Tensor],
+    drafts: torch.Tensor | None = None,
+):
     """All rows in every pass, the tokens moved up by one before each, and the step said."""
     input_ids = [text[1:] for text in texts]
     last = torch.tensor([len(text) - 1 for text in texts]).cumsum(0) - 1
     passed = torch.cat(states)
-    drafts: list[torch.Tensor] = []
+    logits: list[torch.Tensor] = []
     for step in range(len(heads.widths)):
         if step:
-            new = drafts[-1].unbind()
+            new = _followed(logits, drafts).unbind()
             input_ids = [
                 torch.cat([ids[1:], token[None]]) for ids, token in zip(input_ids, new, strict=True)
             ]
         passed = heads(torch.cat(input_ids), passed)
-        drafts.append(_tokens(heads, model, passed[last], step))
-    return torch.stack(drafts, dim=1)
+        logits.append(_logits(heads, model, passed[last], step))
+    return torch.stack(logits, dim=1)
 
 
-def _tokens(heads: Any, model: Any, passed: torch.Tensor, step: int) -> torch.Tensor:
+def _followed(logits: list[torch.Tensor], drafts: torch.Tensor | None) -> torch.Tensor:
+    return logits[-1].argmax(dim=-1) if drafts is None else drafts[:, len(logits) - 1]
+
+
+def _logits(heads: Any, model: Any, passed: torch.Tensor, step: int) -> torch.Tensor:
     features = heads.features(passed, step, model.get_input_embeddings())
-    logits = heads.draft_logits(features, step, shared_logits(heads, model))
-    tokens = heads.top_tokens(logits)
-    assert heads.logits(logits).argmax(dim=-1).tolist() == tokens.tolist()
-    return tokens
+    drafted = heads.draft_logits(features, step, shared_logits(heads, model))
+    logits = heads.logits(drafted)
+    assert logits.argmax(dim=-1).tolist() == heads.top_tokens(drafted).tolist()
+    return logits
 
 
 def shared_logits(heads: Any, model: Any) -> Any:
