@@ -257,13 +257,16 @@ def keep_paths(cache: Cache, paths: Sequence[Sequence[int]], num_slots: int) -> 
     ]
     if moves:
         # One transfer per path and device, not one per layer
-        on_device: dict[tuple[int, torch.device], torch.Tensor] = {}
+        on_device: dict[tuple[int, int, torch.device], torch.Tensor] = {}
         for states in _states_by_slot(cache):
+            prefix = states.shape[-2] - num_slots
             for row, path, shift in moves:
-                key = row, states.device
+                key = row, prefix, states.device
                 if key not in on_device:
-                    on_device[key] = torch.tensor(path, device=states.device)
-                _keep_path_of_row(states[row], path, on_device[key], num_slots, shift)
+                    slots = [prefix + node for node in path]
+                    on_device[key] = torch.tensor(slots, device=states.device)
+                of_row = states if len(paths) == 1 else states[row]
+                _keep_path_of_row(of_row, prefix, path, on_device[key], shift)
     cache.crop(-(num_slots - longest))
 
 
@@ -279,23 +282,22 @@ def _states_by_slot(cache: Cache) -> Iterator[torch.Tensor]:
 
 
 def _keep_path_of_row(
-    states: torch.Tensor, path: list[int], nodes: torch.Tensor, num_slots: int, shift: int
+    states: torch.Tensor, prefix: int, path: list[int], slots: torch.Tensor, shift: int
 ) -> None:
     """Gather the path's slots after those of the prefix, then move both to the right, in place.
 
     Args:
         states: `(…, W, D)`, one row.
-        path, nodes: the accepted nodes, on the host and on the states' device.
-        num_slots: `1 + N`.
+        prefix: the number of slots before the root's.
+        path: the accepted nodes, root first.
+        slots: theirs, on the states' device.
         shift: the number of slots to move by.
     """
-    prefix = states.shape[-2] - num_slots
+    end = prefix + len(path)
     if path != list(range(len(path))):
-        accepted = states[..., prefix:, :].index_select(-2, nodes)
-        states[..., prefix : prefix + len(path), :] = accepted
+        states[..., prefix:end, :] = states.index_select(-2, slots)
     if shift:
-        kept = states[..., : prefix + len(path), :].clone()
-        states[..., shift : prefix + len(path) + shift, :] = kept
+        states[..., shift : end + shift, :] = states[..., :end, :].clone()
 
 
 def select_rows(cache: Cache, rows: Sequence[int]) -> None:
@@ -388,10 +390,10 @@ class GrowingLayer(DynamicLayer):
 
     def crop(self, tokens_to_remove: int) -> None:
         """Drop the last slots, but keep the buffers."""
-        uses_buffers = self._has_room(0)
-        super().crop(tokens_to_remove)
-        if uses_buffers:
-            self._set_length(self.keys.shape[-2])
+        if tokens_to_remove < 0 and self._has_room(0):
+            self._set_length(max(0, self.keys.shape[-2] + tokens_to_remove))
+        else:
+            super().crop(tokens_to_remove)
 
     def _has_room(self, length: int) -> bool:
         """Return whether keys and values are the current views, of buffers with that many slots."""

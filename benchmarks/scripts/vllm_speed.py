@@ -1,9 +1,10 @@
 """vLLM with leap heads against plain vLLM: tokens per second, both engines up and taking turns.
 
-Each engine is a process of its own, on all cores. In every round both answer the same groups of prompts,
-first one and then the other. Run it on a quiet machine; two cores take about seven minutes.
+Each engine is a process of its own, with a thread per core. In every round both answer the same groups of prompts,
+first one and then the other. Run it on a quiet machine. The output file keeps the runs of other dtypes.
 
     python benchmarks/scripts/vllm_speed.py HEADS --base FOLDER --output vllm_speed.json
+    python benchmarks/scripts/vllm_speed.py … --dtype float32
 """
 
 import argparse
@@ -11,11 +12,12 @@ import json
 import os
 import statistics
 import time
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
-from vllm_engine import Engine, prepare, speculation
+from vllm_engine import EngineProcess, speculation
 
 from modeling_lmtp.benchmarks.quiet import measure_quietness, quartiles, quiet_record
 from modeling_lmtp.conversion.loading import first_prompts, load_tokenizer
@@ -23,10 +25,11 @@ from modeling_lmtp.conversion.prompts import render_prompt
 from modeling_lmtp.conversion.saving import versions
 
 BATCHES = (1, 8)
+CACHED_PREFIXES = {"enable_prefix_caching": True, "block_size": 16}  # decoding is timed, not prefills
 Rounds = dict[str, list[float]]  # of each engine, the seconds of each round
 
 
-def seconds_of(engine: Engine, prompts: list[list[int]], tokens: int) -> float:
+def seconds_of(engine: EngineProcess, prompts: list[list[int]], tokens: int) -> float:
     """Return the time that one call takes; no text ends early."""
     sampling = [{"temperature": 0, "max_tokens": tokens, "ignore_eos": True}] * len(prompts)
     start = time.perf_counter()
@@ -35,7 +38,7 @@ def seconds_of(engine: Engine, prompts: list[list[int]], tokens: int) -> float:
 
 
 def time_round(
-    engines: dict[str, Engine], prompts: list[list[int]], batch: int, tokens: int, is_odd: bool
+    engines: dict[str, EngineProcess], prompts: list[list[int]], batch: int, tokens: int, is_odd: bool
 ) -> dict[str, float]:
     """Return the seconds that each engine takes for all prompts; they take turns group by group."""
     seconds = dict.fromkeys(engines, 0.0)
@@ -71,7 +74,7 @@ def summarize(rounds: Rounds, num_tokens: int, tokens_per_step: float | None) ->
 
 
 def compare(
-    engines: dict[str, Engine], prompts: list[list[int]], options: argparse.Namespace
+    engines: dict[str, EngineProcess], prompts: list[list[int]], options: argparse.Namespace
 ) -> list[dict[str, Any]]:
     """Return a row of figures for each batch size."""
     rows = []
@@ -84,7 +87,7 @@ def compare(
                 rounds[name].append(seconds)
         steps = engines["heads"].new_steps().tokens_per_step
         figures = summarize(rounds, len(prompts) * options.tokens, steps)
-        rows.append({"dtype": options.dtype, "batch_size": batch, **figures})
+        rows.append({"batch_size": batch, **figures})
         print(rows[-1], flush=True)
     return rows
 
@@ -102,29 +105,28 @@ def main() -> None:
     parser.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16")
     parser.add_argument("--output", type=Path, required=True)
     options = parser.parse_args()
-    prepare(in_process=False)
     # vLLM would keep a core back, and bind all engines to the same others
     os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
     threads = os.environ.setdefault("OMP_NUM_THREADS", str(os.cpu_count()))
-    import vllm
-
     before = measure_quietness(torch.device("cpu"))
     tokenizer = load_tokenizer(options.base)
     texts = first_prompts(options.prompts, "prompt", options.num_prompts)
     prompts = [render_prompt(tokenizer, text) for text in texts]
     engines = {
-        name: Engine(
+        name: EngineProcess(
             model=str(options.base),
             dtype=options.dtype,
             max_model_len=1024,
             max_num_seqs=max(BATCHES),
+            **CACHED_PREFIXES,
             speculative_config=speculation(heads, options.depth),
         )
         for name, heads in {"plain": None, "heads": options.heads}.items()
     }
     for engine in engines.values():
         for batch in BATCHES:
-            seconds_of(engine, prompts[:batch], 8)
+            for start in range(0, len(prompts), batch):
+                seconds_of(engine, prompts[start : start + batch], 8)
     rows = compare(engines, prompts, options)
     record = {
         "heads": options.heads.name,
@@ -135,11 +137,13 @@ def main() -> None:
         "rounds": options.rounds,
         "device": "cpu",
         "threads": int(threads),
-        "versions": {**versions(), "vllm": vllm.__version__},
+        "versions": {**versions(), "vllm": version("vllm-cpu")},
         **quiet_record(before, measure_quietness(torch.device("cpu"))),
         "rows": rows,
     }
-    options.output.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    found = json.loads(options.output.read_text()) if options.output.exists() else {}
+    text = json.dumps({**found, options.dtype: record}, indent=2)
+    options.output.write_text(text + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
