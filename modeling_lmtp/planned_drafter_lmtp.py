@@ -6,7 +6,8 @@ are emitted in the time of a plain step, the best draft is the one that maximize
 
     B + Σ p - ρ · cost(1 + N).
 
-Where no draft is better than none, the step is plain. `p` and the costs are learned, see `planner_lmtp`.
+Where no draft is better than none, the step is plain. `p` and the costs are learned, see `planner_lmtp`. A small
+share of the steps goes to larger drafts than the best one, to learn what they cost.
 
 Shapes: `B` batch, `L` known tokens, `S` known states, `H` hidden size, `N` candidates.
 """
@@ -40,12 +41,14 @@ class Draft(NamedTuple):
     Args:
         rows: per row, the paths of the candidates to verify, and the probability that each is accepted.
         expected: how many of them will be accepted.
-        worth: `B + Σ p - ρ · cost`.
+        worth: `B + Σ p - ρ · cost` of the best draft.
+        is_trial: whether this is another one, to show what a pass over so many tokens costs.
     """
 
     rows: list[list[tuple[Path, float]]]
     expected: float
     worth: float
+    is_trial: bool = False
 
 
 @dataclass
@@ -128,6 +131,7 @@ class PlannedDrafter(Drafter):
             step.draft_seconds,
             sum(map(len, tokens)),
             step.draft.expected,
+            step.draft.is_trial,
         )
         for proposals, emitted in zip(step.proposals, tokens, strict=True):
             _count(self.planner.rates, proposals, tuple(emitted))
@@ -178,7 +182,12 @@ class PlannedDrafter(Drafter):
             for count in [*counts, longest]
         }
         count = max(worths, key=lambda count: (worths[count], -count))
-        return Draft([row[:count] for row in rows], gains[count], worths[count])
+        worth, trial = worths[count], memory.costs.untried - 1
+        is_trial = count < trial <= longest and memory.may_try(
+            memory.costs.cost(1 + trial) - 1 - memory.correction * gains[trial] / memory.num_rows
+        )
+        count = trial if is_trial else count
+        return Draft([row[:count] for row in rows], gains[count], worth, is_trial)
 
     def _ranked(self, proposals: Sequence[Proposal]) -> list[tuple[Path, float]]:
         """Return a row's paths and their values, the best first; each comes after its parent."""

@@ -25,6 +25,9 @@ MAX_PASSES = 9  # of one size, the latest of which count
 # times as many
 MIN_PLAIN, PLAIN_INTERVAL = 3, 48
 MAX_REST = 32  # steps between two drafts of heads that do not pay
+# Of the time so far, what may be lost by trying sizes that no plan would choose: their costs are only
+# predicted, and a pass over more tokens may take less time than one over few
+TRIED_SHARE = 0.01
 EXPECTED_EDGES = (0.3, 1.0, 3.0)  # of the buckets of what is accepted per row without heads
 
 
@@ -107,8 +110,16 @@ class PassCosts:
 
         Tokens may cost far more than was assumed, such as in bfloat16 on a CPU without instructions for it.
         """
-        known = max((size for size in self._ratios if self.num_passes(size) > 1), default=1)
-        return max(4, 2 * known)
+        return max(4, 2 * self._largest_known)
+
+    @property
+    def untried(self) -> int:
+        """The smallest size that is larger than those that are known."""
+        return next((size for size in PASS_SIZES if size > self._largest_known), PASS_SIZES[-1])
+
+    @property
+    def _largest_known(self) -> int:
+        return max((size for size in self._ratios if self.num_passes(size) > 1), default=1)
 
     def cost_per_token(self, num_tokens: int) -> float:
         """Return the least that one more token per row costs, up to `num_tokens`."""
@@ -184,6 +195,7 @@ class BatchMemory:
         self._tokens = self._cost = 0.0
         self._accepted = self._expected = 4.0
         self._since_plain = 0
+        self._time = self._lost = 0.0  # in plain steps, of all steps and by trying
 
     @property
     def rate(self) -> float:
@@ -204,6 +216,10 @@ class BatchMemory:
         interval = PLAIN_INTERVAL if num_passes < MAX_PASSES else 10 * PLAIN_INTERVAL
         return num_passes < MIN_PLAIN or self._since_plain > interval
 
+    def may_try(self, loss: float) -> bool:
+        """Return whether a step that is expected to lose that many plain steps may show what its size costs."""
+        return self._lost + max(0.0, loss) <= TRIED_SHARE * self._time
+
     def head_use(self, expected: float) -> HeadUse:
         """Return whether heads pay where that many candidates would be accepted without them."""
         return self.head_uses[bisect_right(EXPECTED_EDGES, expected / self.num_rows)]
@@ -215,6 +231,7 @@ class BatchMemory:
         draft_seconds: float,
         num_tokens: int,
         expected: float,
+        is_trial: bool = False,
     ) -> None:
         """Record a step.
 
@@ -223,11 +240,16 @@ class BatchMemory:
             pass_seconds, draft_seconds: that verifying and drafting took.
             num_tokens: that all rows emitted.
             expected: how many candidates were expected to be accepted.
+            is_trial: whether the step was to show what its size costs.
         """
+        plain_seconds = self.costs.seconds
         self.costs.observe(size, pass_seconds)
         self._since_plain = 0 if size == 1 else self._since_plain + 1
         keep = 1 - 1 / 32
         cost = self.costs.cost(size) + draft_seconds / (self.costs.seconds or draft_seconds or 1)
+        self._time += cost
+        if is_trial and plain_seconds:
+            self._lost += max(0.0, pass_seconds / plain_seconds - num_tokens / self.num_rows)
         self._tokens = keep * self._tokens + num_tokens
         self._cost = keep * self._cost + cost
         if expected:

@@ -25,7 +25,7 @@ from modeling_lmtp.conversion.prompts import render_prompt
 from modeling_lmtp.conversion.saving import versions
 
 BATCHES = (1, 8)
-CACHED_PREFIXES = {"enable_prefix_caching": True, "block_size": 16}  # decoding is timed, not prefills
+CACHED_PREFIXES = {"enable_prefix_caching": True, "block_size": 32}  # decoding is timed, not prefills
 Rounds = dict[str, list[float]]  # of each engine, the seconds of each round
 
 
