@@ -14,6 +14,7 @@ from .totals import totals
 
 ALL_KINDS = "all"
 MAX_DIVERGENCES = 20  # listed per row
+MAX_METHODS = 5  # in a table of kinds, so that intervals fit into 80 columns
 MAX_POSITIONS = 4  # shown in the terminal; the result file has all
 OVERALL = (
     "tokens per step",
@@ -140,8 +141,12 @@ def tables(found: Sequence[dict[str, Any]], title: str) -> list[Table]:
     kinds = list(dict.fromkeys(row["prompts"] for row in compared))
     whole = [row for row in compared if row["prompts"] == kinds[-1]]  # the one over all comes last
     laid_out = [_methods_table(whole, title)]
+    methods = list(dict.fromkeys(row["decoding"] for row in compared))
     if len(kinds) > 1:
-        laid_out.append(_kinds_table(compared, kinds))
+        laid_out += [
+            _kinds_table(compared, kinds, methods[start : start + MAX_METHODS])
+            for start in range(0, len(methods), MAX_METHODS)
+        ]
     for shown in laid_out:
         for column in shown.columns:
             column.overflow = "fold"  # rather than cut figures off
@@ -166,10 +171,11 @@ def _methods_table(found: Sequence[dict[str, Any]], title: str) -> Table:
     return shown
 
 
-def _kinds_table(found: Sequence[dict[str, Any]], kinds: Sequence[str]) -> Table:
+def _kinds_table(
+    found: Sequence[dict[str, Any]], kinds: Sequence[str], methods: Sequence[str]
+) -> Table:
     """Lay out a line for each kind and a column for each method, which stays readable for many kinds."""
     by_place = {(row["prompts"], row["decoding"]): row for row in found}
-    methods = list(dict.fromkeys(row["decoding"] for row in found))
     shown = Table("prompts", *methods, title="speed-up and its 95 % interval, by kind of prompt")
     for kind in kinds:
         if kind == ALL_KINDS:

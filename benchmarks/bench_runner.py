@@ -130,7 +130,7 @@ def run(method: Method, batch: Batch, seed: int, options: Mapping[str, Any]) -> 
     # The dict holds a batch's cache as well, which costs passes after the last one that emits tokens
     returns_dict = batch.size == 1
     with PassClock(method.model.backbone) as clock:
-        output = method.model.generate(
+        output: Any = method.model.generate(
             batch.input_ids,
             attention_mask=batch.attention_mask,
             return_dict_in_generate=returns_dict,

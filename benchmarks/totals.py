@@ -80,10 +80,9 @@ def _with_interval(values: torch.Tensor, num_batches: int) -> Figure:
 
 def _conditional_acceptance(runs: Runs, weights: torch.Tensor) -> list[Figure] | None:
     """Return the share of each position with its interval."""
-    lengths = [[run.lengths for run in of_batch] for of_batch in runs]
-    if any(of_run is None for of_batch in lengths for of_run in of_batch):
+    if any(run.lengths is None for of_batch in runs for run in of_batch):
         return None
-    counts = [Counter(n for of_run in of_batch for n in of_run) for of_batch in lengths]
+    counts = [Counter(n for run in of_batch for n in run.lengths or ()) for of_batch in runs]
     deepest = max((n for of_batch in counts for n in of_batch), default=1)
     # (N, 1 + D): how many passes accepted d candidates or more, d = 0 … D
     accepted = torch.tensor(

@@ -6,7 +6,7 @@ import pytest
 import torch
 from bench_runs import batches, tiny_model, write_checkpoint, write_prompts
 from commands import error_of, lmtp
-from tiny import tiny_llama
+from tiny import tiny_llama, tiny_tokenizer
 
 from modeling_lmtp.benchmarks import bench, bench_runner
 from modeling_lmtp.benchmarks.bench_methods import Method, methods_to_compare, plain_method
@@ -17,6 +17,7 @@ from modeling_lmtp.benchmarks.figures import Speed, Timing
 from modeling_lmtp.benchmarks.pass_clock import PassClock
 from modeling_lmtp.benchmarks.pictures import pictures_available
 from modeling_lmtp.benchmarks.quiet import Quietness, quiet_record
+from modeling_lmtp.conversion.prompts import render_prompt
 from modeling_lmtp.drafting_lmtp import Candidates, Drafter
 from modeling_lmtp.support_lmtp import decoding_support
 from modeling_lmtp.tree_lmtp import DraftTree
@@ -202,6 +203,20 @@ def test_the_command_writes_rows_and_conditions(folder):
         for name in ("plain", "chain", "leap-1: chain")
     ]
     assert all(row["equal"] for row in record["rows"])
+
+
+def test_the_categories_of_a_file_of_spec_bench_are_the_kinds(folder):
+    path = folder / "question.jsonl"
+    asked = [("writing", ["A haiku.", "Again."]), ("qa", ["Why?"]), ("writing", ["An ode."])]
+    rows = [{"question_id": 1, "category": kind, "turns": turns} for kind, turns in asked]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    options = bench.BenchOptions(str(folder / "checkpoint"), prompts=[path])
+    found = bench.read_token_ids(options, bench.BenchSettings())
+    tokenizer = tiny_tokenizer()
+    assert found == {
+        "writing": [render_prompt(tokenizer, text) for text in ("A haiku.", "An ode.")],
+        "qa": [render_prompt(tokenizer, "Why?")],
+    }
 
 
 def test_answers_of_one_token_have_no_speed(folder, monkeypatch):

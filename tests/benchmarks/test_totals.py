@@ -47,6 +47,12 @@ def test_figures_are_ratios_of_totals():
     assert found["speed_up_of_totals"] == pytest.approx((12 / 5) / (12 / 6))
 
 
+def test_what_the_prefill_emits_is_not_counted_though_it_be_several_tokens():
+    own = Run([[1] * 9], 2.0, 3, [2.0], 3, 12, lengths=[2, 2, 2])  # three from the prefill
+    found = totals([[own]], [[run([1] * 8, 4.0)]])
+    assert (found["acceptance_length"], found["tokens_per_second"]) == (2.0, 3.0)
+
+
 def test_acceptance_by_position_is_what_a_count_by_hand_gives():
     own = [[run([1, 3, 2], 1.0), run([4], 1.0)], [run([1, 1, 2], 1.0)]]
     found = totals(own, own)
@@ -121,12 +127,11 @@ def test_one_prompt_has_no_interval():
 
 
 def test_a_resample_without_the_figure_does_not_count():
-    own = [[run([1, 1], 1.0)], [run([2, 2], 1.0)]]
-    low, high = totals(own, own)["conditional_acceptance_interval"][0]
-    assert (low, high) == (0.0, 1.0)
-    deep = [*own, [run([2, 3], 1.0)]]
-    # Only one prompt accepts a second candidate; many resamples hold no pass that accepted a first
-    assert totals(deep, deep)["conditional_acceptance_interval"][1] == [0.0, 0.5]
+    own = [[run([1, 1], 1.0)], [run([2, 3], 1.0)]]
+    first, second = totals(own, own)["conditional_acceptance_interval"]
+    assert first == [0.0, 1.0]
+    # A quarter of the resamples hold the first prompt alone, which never accepts a first candidate
+    assert second == [0.5, 0.5]
 
 
 def test_a_ratio_of_fractions_is_not_rounded_up():
@@ -188,12 +193,15 @@ def many_kinds(num_kinds: int, methods: tuple[str, ...]) -> list[dict]:
 
 @pytest.mark.parametrize("width", [80, 120])
 def test_many_kinds_take_a_line_each_and_lose_no_figure(width):
-    methods = ("prompt lookup", "chain", "static tree", "planned, heads alone", "planned")
+    methods = ("prompt lookup", "chain", "static tree", "planned, heads alone", "planned", "more")
     found = many_kinds(12, methods)
-    by_method, by_kind = tables(found, "title")
-    assert [by_method.row_count, by_kind.row_count] == [len(methods), 12 + 1]
+    by_method, *by_kind = tables(found, "title")
+    assert by_method.row_count == len(methods)
+    assert [len(table.columns) for table in by_kind] == [1 + 5, 1 + 1]
+    assert [table.row_count for table in by_kind] == [12 + 1] * 2
     with console.capture() as captured:
-        console.print(by_kind, width=width)
+        for table in by_kind:
+            console.print(table, width=width)
     lines = captured.get().splitlines()
     assert max(map(len, lines)) <= width
     assert "…" not in captured.get()
