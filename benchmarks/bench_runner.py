@@ -270,15 +270,16 @@ def _compare_row(
 ) -> None:
     """Compare what several methods made of one prompt `(1, L)`, a row of a batch, in the first round."""
     plain = measured[0].plain[place][0].texts[row]
-    parted: list[tuple[Measured, int]] = []
+    parted: dict[int, list[Measured]] = {}
     for result in measured:
         text = result.runs[place][0].texts[row]
         result.num_compared += 1
         result.num_equal += text == plain
         if text != plain:
-            parted.append((result, first_difference(plain, text)))
-    if parted:
-        positions = [position for _, position in parted]
-        judged = judge(measured[0].method.model, prompt, plain, positions, is_sampled)
-        for result, position in parted:
-            result.divergences.append(judged[position])
+            parted.setdefault(first_difference(plain, text), []).append(result)
+    model = measured[0].method.model  # all methods share its backbone
+    for position, results in parted.items():
+        known = torch.cat([prompt, prompt.new_tensor([plain[:position]])], dim=-1)
+        judged = judge(model, known, position, is_sampled)
+        for result in results:
+            result.divergences.append(judged)

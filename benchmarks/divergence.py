@@ -4,7 +4,7 @@ A backbone pass over several tokens rounds differently from passes over one. If 
 closer than that rounding, either token may win; any other difference is an error.
 """
 
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +12,6 @@ import torch
 
 from modeling_lmtp.cache_lmtp import new_cache
 from modeling_lmtp.modeling_lmtp import LMTPForCausalLM
-from modeling_lmtp.support_lmtp import Tier, decoding_tier
 from modeling_lmtp.transformers_lmtp import forward_parameters, forward_with_cache
 
 NO_ROUNDING = 1e-2  # of a logit: it changes one sampled token in hundreds
@@ -46,55 +45,26 @@ class Divergence:
 
 @torch.no_grad()
 def judge(
-    model: LMTPForCausalLM,
-    prompt: torch.Tensor,
-    plain_ids: list[int],
-    positions: Collection[int],
-    is_sampled: bool = False,
-) -> dict[int, Divergence]:
-    """Judge the tokens at some positions of a plain text, by plain decoding's logits and those of one pass.
+    model: LMTPForCausalLM, known: torch.Tensor, position: int, is_sampled: bool = False
+) -> Divergence:
+    """Judge the token after `known` `(1, L)` by plain decoding's logits and those of one pass.
 
-    Plain decoding reads the last known token alone, after a cache; the tokens before it are read together,
-    and once for all positions if the backbone can read several tokens after a cache.
-
-    Args:
-        model: its backbone judges.
-        prompt: `(1, L)`.
-        plain_ids: the new tokens of plain decoding.
-        positions: how many of them are known at each token to judge.
-        is_sampled: whether they were sampled.
+    Plain decoding reads the last known token alone, after a cache. What fills the cache is one pass over
+    the tokens before it, so that a verdict depends on the text alone.
     """
-    text = _extend(prompt, plain_ids[: max(positions)])
-    together = model(input_ids=text).logits[0]
-    cache, num_cached = new_cache(model.config), 0
-    continues = decoding_tier(model.backbone) is Tier.TREE
+    cache = new_cache(model.config)
     takes_number = "logits_to_keep" in forward_parameters(model.backbone)
     unread = (
         {"logits_to_keep": 1} if takes_number else {}
-    )  # those of a long text take as long as it
-    found = {}
-    for position in sorted(set(positions)):
-        if not continues:
-            cache, num_cached = new_cache(model.config), 0
-        last = prompt.shape[1] + position - 1
-        before = text[:, num_cached:last]
-        if before.shape[1]:
-            forward_with_cache(model.backbone, cache, input_ids=before, **unread)
-        alone = forward_with_cache(model.backbone, cache, input_ids=text[:, last : last + 1])
-        num_cached = last + 1
-        found[position] = _divergence(position, alone.logits[0, -1], together[last], is_sampled)
-    return found
-
-
-def _divergence(
-    position: int, alone: torch.Tensor, together: torch.Tensor, is_sampled: bool
-) -> Divergence:
-    """Compare the logits `(V,)` of a token in a pass by itself and in a pass over the text."""
-    plain = alone.float()
+    )  # a pass may spend half its time on logits
+    if known.shape[1] > 1:
+        forward_with_cache(model.backbone, cache, input_ids=known[:, :-1], **unread)
+    alone = forward_with_cache(model.backbone, cache, input_ids=known[:, -1:]).logits[0, -1]
+    plain, together = alone.float(), model(input_ids=known).logits[0, -1].float()
     best, second = plain.topk(2).values.tolist()
     # These two passes may agree by chance, but no logit is more precise than its last digit
     last_digit = torch.finfo(alone.dtype).eps * abs(best)
-    rounding = max(float((plain - together.float()).abs().max()), last_digit)
+    rounding = max(float((plain - together).abs().max()), last_digit)
     return Divergence(position, best - second, rounding, is_sampled)
 
 
@@ -113,7 +83,7 @@ def first_divergence(
 ) -> Divergence:
     """Judge the first token that differs after the prompt `(1, L)`."""
     position = first_difference(plain_ids, lmtp_ids)
-    return judge(model, prompt, plain_ids, [position], is_sampled)[position]
+    return judge(model, _extend(prompt, plain_ids[:position]), position, is_sampled)
 
 
 def divergences(
@@ -134,11 +104,11 @@ def divergences(
         lmtp_ids: the new tokens of L-MTP.
         options: the draft's options and those common to both calls, without `max_new_tokens`.
     """
-    positions = []
+    found = []
     start = 0
     while lmtp_ids != plain_ids[start:]:
         position = start + first_difference(plain_ids[start:], lmtp_ids)
-        positions.append(position)
+        found.append(judge(model, _extend(prompt, plain_ids[:position]), position))
         start = position + 1
         if start >= len(plain_ids):
             break
@@ -151,7 +121,7 @@ def divergences(
             **options,
         )
         lmtp_ids = output[0, known.shape[1] :].tolist()
-    return list(judge(model, prompt, plain_ids, positions).values()) if positions else []
+    return found
 
 
 def _extend(prompt: torch.Tensor, token_ids: list[int]) -> torch.Tensor:

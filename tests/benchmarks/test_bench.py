@@ -13,6 +13,7 @@ from modeling_lmtp.benchmarks.bench_methods import Method, methods_to_compare, p
 from modeling_lmtp.benchmarks.bench_pictures import draw_bench
 from modeling_lmtp.benchmarks.bench_report import rows
 from modeling_lmtp.benchmarks.bench_runner import Measured, Run, measure
+from modeling_lmtp.benchmarks.divergence import Divergence
 from modeling_lmtp.benchmarks.figures import Speed, Timing
 from modeling_lmtp.benchmarks.pass_clock import PassClock
 from modeling_lmtp.benchmarks.pictures import pictures_available
@@ -105,6 +106,26 @@ def test_a_text_that_differs_is_an_error_in_float32():
     assert wrong[0]["errors"] > 0
     assert wrong[-1]["prompts"] == "all"
     assert wrong[-1]["errors"] == sum(row["errors"] for row in wrong[:-1])
+
+
+def test_methods_that_part_from_the_plain_text_at_one_place_are_judged_there_once(monkeypatch):
+    model, judged = tiny_model(), []
+
+    def judge(model, known, position, is_sampled):
+        judged.append(position)
+        return Divergence(position, 0.0, 1.0)
+
+    monkeypatch.setattr(bench_runner, "judge", judge)
+    wrong = {"suppress_tokens": list(range(0, 320, 2))}
+    methods = [plain_method(model), *(Method(name, model, wrong) for name in ("one", "other"))]
+    measured = measure(
+        methods, batches(1), "greedy", max_new_tokens=NEW_TOKENS, rounds=1, progress=False
+    )
+    one, other = ([r for r in measured if r.method.name == name] for name in ("one", "other"))
+    places = [divergence.position for result in one for divergence in result.divergences]
+    assert places == [d.position for result in other for d in result.divergences]
+    assert judged == places
+    assert len(places) > 1
 
 
 @pytest.mark.parametrize("pad", [-1, 320, None])

@@ -52,50 +52,30 @@ def test_a_sampled_text_tells_its_first_difference(monkeypatch):
     assert [divergence.position for divergence in found.divergences] == [7]
 
 
-def judged(model: LMTPForCausalLM) -> Divergence:
-    """Judge the token after the prompt."""
-    return judge(model, PROMPT, [], [0])[0]
-
-
-def plain_text(architecture: str) -> tuple[LMTPForCausalLM, list[int], tuple[torch.Tensor, ...]]:
-    """Return a model, the plain text after the prompt, and the logits that it was selected from."""
-    model = LMTPForCausalLM.from_backbone(tiny_causal_lm(architecture)).eval()
-    output = model.generate(
-        PROMPT, do_sample=False, max_new_tokens=24, eos_token_id=None, output_logits=True,
-        return_dict_in_generate=True,
-    )  # fmt: skip
-    return model, output.sequences[0, 5:].tolist(), output.logits
-
-
-@pytest.mark.parametrize("architecture", ["llama", "mistral", "lfm2", "mpt"])
-def test_a_gap_is_that_of_the_logits_that_plain_decoding_saw(architecture):
-    model, tokens, logits = plain_text(architecture)
-    for position, found in judge(model, PROMPT, tokens, [9, 0, 4, 23]).items():
-        best, second = logits[position][0].topk(2).values.tolist()
-        assert found.top_two_gap == pytest.approx(best - second, abs=1e-5)
-
-
-# A pass of bamba over several tokens after a cache is not what two prefills would be
-@pytest.mark.parametrize("architecture", ["llama", "mistral", "bamba", "mpt"])
-def test_a_text_is_judged_at_several_positions_as_at_each_alone(architecture):
-    model, tokens, _ = plain_text(architecture)
-    together = judge(model, PROMPT, tokens, [9, 0, 4, 9, 24])
-    assert list(together) == [0, 4, 9, 24]
-    for position, found in together.items():
-        alone = judge(model, PROMPT, tokens, [position])[position]
-        assert found.top_two_gap == pytest.approx(alone.top_two_gap, abs=1e-5)
-        assert (found.position, found.is_error) == (position, alone.is_error)
-
-
 def test_a_gap_is_the_plain_model_s():
     model = LMTPForCausalLM.from_backbone(tiny_causal_lm("llama"))
     with torch.no_grad():
         best, second = model(PROMPT).logits[0, -1].topk(2).values.tolist()
-    found = judged(model)
-    assert found.position == 0
+    found = judge(model, PROMPT, 3)
+    assert found.position == 3
     assert found.top_two_gap == pytest.approx(best - second, abs=1e-5)
     assert 0 <= found.rounding < 1e-4
     assert found.is_error
+
+
+@pytest.mark.parametrize("architecture", ["llama", "mistral", "lfm2", "mpt"])
+@pytest.mark.parametrize("length", [1, 5])
+def test_a_gap_is_that_of_the_logits_that_plain_decoding_saw(architecture, length):
+    model = LMTPForCausalLM.from_backbone(tiny_causal_lm(architecture)).eval()
+    prompt = PROMPT[:, :length]
+    plain = model.generate(
+        prompt, do_sample=False, max_new_tokens=24, eos_token_id=None, output_logits=True,
+        return_dict_in_generate=True,
+    )  # fmt: skip
+    for position in (0, 4, 23):
+        best, second = plain.logits[position][0].topk(2).values.tolist()
+        found = judge(model, plain.sequences[:, : length + position], position)
+        assert found.top_two_gap == pytest.approx(best - second, abs=1e-5)
 
 
 def test_two_tokens_with_the_same_logit_are_a_near_tie():
@@ -103,14 +83,14 @@ def test_two_tokens_with_the_same_logit_are_a_near_tie():
     with torch.no_grad():
         best = int(backbone(PROMPT).logits[0, -1].argmax())
         backbone.lm_head.weight[(best + 1) % 96] = backbone.lm_head.weight[best]
-    assert not judged(LMTPForCausalLM.from_backbone(backbone)).is_error
+    assert not judge(LMTPForCausalLM.from_backbone(backbone), PROMPT, 0).is_error
 
 
 def test_a_logit_is_known_to_its_last_digit_even_where_two_passes_agree():
     backbone = tiny_causal_lm("llama", vocab_size=96).to(torch.bfloat16)
     with torch.no_grad():
         alone = backbone(PROMPT).logits[0, -1]
-    found = judged(LMTPForCausalLM.from_backbone(backbone))
+    found = judge(LMTPForCausalLM.from_backbone(backbone), PROMPT, 0)
     assert found.rounding >= alone.max().float() * 2.0**-7
 
 
