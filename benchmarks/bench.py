@@ -26,7 +26,7 @@ from modeling_lmtp.tree_lmtp import MAX_NODES
 
 from .bench_methods import Method, choose_methods, methods_to_compare
 from .bench_pictures import draw_bench
-from .bench_report import rows, table
+from .bench_report import rows, tables
 from .bench_runner import Mode, make_batches, measure
 from .conditions import model_conditions
 from .exactness import SAMPLING
@@ -45,7 +45,9 @@ class BenchOptions(Options):
     checkpoint: str = field(metadata={"help": "Folder or Hub id of a checkpoint with leap heads."})
     prompts: list[Path] = field(
         kw_only=True,
-        metadata={"help": 'Prompts, .jsonl or .jsonl.gz; rows may name their "kind".'},
+        metadata={
+            "help": "Prompts, .jsonl or .jsonl.gz, with their kinds; also Spec-Bench's and SPEED-Bench's."
+        },
     )
     against: list[str] = field(
         default_factory=list,
@@ -244,7 +246,8 @@ def measure_methods(
             stop_at_end=settings.stop_at_end,
         )
         added = rows(measured, dtype)
-        console.print(table(added, f"{dtype}, {mode}, batch size {batch_size}{note}"))
+        for table in tables(added, f"{dtype}, {mode}, batch size {batch_size}{note}"):
+            console.print(table)
         found += added
     return found
 

@@ -8,7 +8,12 @@ from .bench_methods import PLAIN
 from .bench_report import ALL_KINDS
 from .pictures import COLOURS, GREY, check_pictures
 
-PANELS = {"speed_up": "speed-up", "tokens_per_step": "tokens per step", "step_cost": "step cost"}
+PANELS = {
+    "speed_up_of_totals": "speed-up",
+    "acceptance_length": "tokens per step",
+    "step_cost": "step cost (median)",
+}
+GROUP_INCHES, BAR_INCHES = 0.3, 0.12  # so many kinds and methods stay readable
 
 
 def draw_bench(record: Mapping[str, Any], path: Path) -> None:
@@ -25,7 +30,7 @@ def draw_bench(record: Mapping[str, Any], path: Path) -> None:
     check_pictures()
     from matplotlib.figure import Figure
 
-    rows = [row for row in record["rows"] if row["decoding"] != PLAIN and row["speed_up"]]
+    rows = [row for row in record["rows"] if row["decoding"] != PLAIN and row["speed_up_of_totals"]]
     if not rows:
         raise ValueError(
             f"{str(path)!r} was not drawn: only plain decoding was measured. Name another method with "
@@ -33,7 +38,9 @@ def draw_bench(record: Mapping[str, Any], path: Path) -> None:
         )
     setting = ("dtype", "mode", "batch_size")
     rows = [row for row in rows if all(row[name] == rows[0][name] for name in setting)]
-    figure = Figure(figsize=(9, 9), dpi=150, layout="constrained")
+    num_kinds, num_methods = (len({row[name] for row in rows}) for name in ("prompts", "decoding"))
+    width = max(9, num_kinds * (GROUP_INCHES + num_methods * BAR_INCHES))
+    figure = Figure(figsize=(width, 9), dpi=150, layout="constrained")
     axes = figure.subplots(3, 1, sharex=True)
     for axis, (name, label) in zip(axes, PANELS.items(), strict=True):
         axis.spines[["top", "right"]].set_visible(False)
@@ -53,7 +60,7 @@ def _title(record: Mapping[str, Any], rows: Sequence[dict[str, Any]]) -> str:
     model = Path(conditions["base_model"] or conditions["checkpoint"]).name
     return (
         f"{model}, {conditions['device']}, {conditions['threads']} threads, {first['dtype']}, "
-        f"{first['mode']}, batch size {first['batch_size']}; medians and quartiles"
+        f"{first['mode']}, batch size {first['batch_size']}; 95 % intervals over prompts"
     )
 
 
@@ -77,12 +84,14 @@ def _bars(axis: Any, rows: Sequence[dict[str, Any]], name: str) -> None:
             hatch="" if number < len(COLOURS) else "//",
             label=method,
         )
-    axis.set_xticks(range(len(kinds)), kinds)
+    axis.set_xticks(range(len(kinds)), kinds, rotation=20, ha="right", rotation_mode="anchor")
+    axis.margins(x=0.02)
 
 
 def _errors(rows: Sequence[dict[str, Any]], name: str) -> list[list[float]]:
-    quartiles = [row[f"{name}_quartiles"] for row in rows]
+    """Return how far each interval, if there is one, reaches below and above its figure."""
+    intervals = [row.get(f"{name}_interval") or [row[name]] * 2 for row in rows]
     return [
-        [max(0.0, row[name] - lower) for row, (lower, _) in zip(rows, quartiles, strict=True)],
-        [max(0.0, upper - row[name]) for row, (_, upper) in zip(rows, quartiles, strict=True)],
+        [max(0.0, row[name] - lower) for row, (lower, _) in zip(rows, intervals, strict=True)],
+        [max(0.0, upper - row[name]) for row, (_, upper) in zip(rows, intervals, strict=True)],
     ]

@@ -1,7 +1,7 @@
 """The result of `lmtp bench`: a row of figures per kind of prompts, method and batch size."""
 
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -9,11 +9,21 @@ from rich.table import Table
 
 from .bench_methods import PLAIN
 from .bench_runner import Measured, Run
-from .figures import FIGURES, Speed, Timing
-from .quiet import quartiles
+from .figures import FIGURES, Speed
+from .totals import totals
 
 ALL_KINDS = "all"
 MAX_DIVERGENCES = 20  # listed per row
+MAX_METHODS = 5  # in a table of kinds, so that intervals fit into 80 columns
+MAX_POSITIONS = 4  # shown in the terminal; the result file has all
+OVERALL = (
+    "tokens per step",
+    "accepted at 1, 2, …",
+    "nodes",
+    "step cost",
+    "speed-up",
+    "equal texts",
+)
 
 
 def rows(measured: Sequence[Measured], dtype: str) -> list[dict[str, Any]]:
@@ -55,7 +65,7 @@ def _row(group: Sequence[Measured], kind: str, dtype: str) -> dict[str, Any]:
     }
     row |= _figures(speeds)
     row["noise"] = round(_noise(speeds), 4)
-    row["speed_up_of_totals"] = _speed_up_of_totals(runs, plain)
+    row |= totals(runs, plain)
     row["seconds_per_step"] = _median(
         run.timing.seconds_per_step for of_batch in runs for run in of_batch if run.passes
     )
@@ -65,12 +75,11 @@ def _row(group: Sequence[Measured], kind: str, dtype: str) -> dict[str, Any]:
 
 
 def _figures(speeds: Sequence[Sequence[Speed]]) -> dict[str, Any]:
-    """Return the median and quartiles of each figure, and its median for each batch."""
+    """Return the median of each figure over batches and rounds, and for each batch."""
     found: dict[str, Any] = {}
     for name in FIGURES:
         values = [getattr(speed, name) for of_batch in speeds for speed in of_batch]
         found[name] = round(statistics.median(values), 4) if values else None
-        found[f"{name}_quartiles"] = _rounded(quartiles(values)) if values else None
     found["by_batch"] = {
         name: _rounded(
             statistics.median(getattr(speed, name) for speed in of_batch) for of_batch in speeds
@@ -87,19 +96,6 @@ def _noise(speeds: Sequence[Sequence[Speed]]) -> float:
         values = [speed.speed_up for speed in of_batch]
         spreads.append((max(values) - min(values)) / statistics.median(values))
     return statistics.median(spreads) if spreads else 0.0
-
-
-def _speed_up_of_totals(
-    runs: Sequence[Sequence[Run]], plain: Sequence[Sequence[Run]]
-) -> float | None:
-    """Return total tokens per second over plain decoding's; None if the prefills emitted all tokens."""
-    total, plain_total = (
-        Timing.total(run.timing for of_batch in every for run in of_batch)
-        for every in (runs, plain)
-    )
-    if not (total.tokens and plain_total.tokens):
-        return None
-    return round(total.tokens_per_second / plain_total.tokens_per_second, 4)
 
 
 def _slowest_row_speed_up(
@@ -139,26 +135,64 @@ def _rounded(values: Iterable[float]) -> list[float]:
     return [round(value, 4) for value in values]
 
 
-def table(found: Sequence[dict[str, Any]], title: str) -> Table:
-    """Lay out rows for a terminal."""
-    shown = Table("prompts", "decoding", "tokens per step", "step cost", "speed-up", "quartiles")
-    shown.add_column("equal texts")
-    shown.title = title
-    before = None
+def tables(found: Sequence[dict[str, Any]], title: str) -> list[Table]:
+    """Lay out rows for a terminal: the figures over all prompts, and the speed-up for each kind of them."""
+    compared = [row for row in found if row["decoding"] != PLAIN]
+    kinds = list(dict.fromkeys(row["prompts"] for row in compared))
+    whole = [row for row in compared if row["prompts"] == kinds[-1]]  # the one over all comes last
+    laid_out = [_methods_table(whole, title)]
+    methods = list(dict.fromkeys(row["decoding"] for row in compared))
+    if len(kinds) > 1:
+        laid_out += [
+            _kinds_table(compared, kinds, methods[start : start + MAX_METHODS])
+            for start in range(0, len(methods), MAX_METHODS)
+        ]
+    for shown in laid_out:
+        for column in shown.columns:
+            column.overflow = "fold"  # rather than cut figures off
+    return laid_out
+
+
+def _methods_table(found: Sequence[dict[str, Any]], title: str) -> Table:
+    shown = Table("decoding", *OVERALL, title=title)
     for row in found:
-        if row["decoding"] == PLAIN:
-            continue
-        if before not in (None, row["prompts"]):
-            shown.add_section()
-        lower, upper = row["speed_up_quartiles"] or (float("nan"),) * 2
         texts = row["equal_texts"] if row["equal"] is not None else "-"
         errors = f" [red]{row['errors']} errors[/]" if row["errors"] else ""
+        accepted = row["conditional_acceptance"] or []
         shown.add_row(
-            row["prompts"] if row["prompts"] != before else "",
             row["decoding"],
-            *(f"{row[name]:.2f}" if row[name] is not None else "-" for name in FIGURES),
-            f"{lower:.2f} to {upper:.2f}",
+            number(row["acceptance_length"]),
+            " ".join(number(share) for share in accepted[:MAX_POSITIONS]) or "-",
+            number(row["nodes_per_step"], 1),
+            number(row["step_cost"]),
+            with_interval(row, "speed_up_of_totals"),
             texts + errors,
         )
-        before = row["prompts"]
     return shown
+
+
+def _kinds_table(
+    found: Sequence[dict[str, Any]], kinds: Sequence[str], methods: Sequence[str]
+) -> Table:
+    """Lay out a line for each kind and a column for each method, which stays readable for many kinds."""
+    by_place = {(row["prompts"], row["decoding"]): row for row in found}
+    shown = Table("prompts", *methods, title="speed-up and its 95 % interval, by kind of prompt")
+    for kind in kinds:
+        if kind == ALL_KINDS:
+            shown.add_section()
+        cells = [with_interval(by_place[kind, method], "speed_up_of_totals") for method in methods]
+        shown.add_row(kind, *cells)
+    return shown
+
+
+def number(value: float | None, digits: int = 2) -> str:
+    """Return a figure as tables show it."""
+    return "-" if value is None else f"{value:.{digits}f}"
+
+
+def with_interval(row: Mapping[str, Any], name: str) -> str:
+    """Return a figure of a row and, if the row has it, its interval."""
+    between = row.get(f"{name}_interval")
+    if between is None:
+        return number(row[name])
+    return f"{number(row[name])} {number(between[0])}-{number(between[1])}"

@@ -1,5 +1,6 @@
 """Decodes batches of prompts in several ways, which take turns in one process."""
 
+import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -11,7 +12,7 @@ from modeling_lmtp.conversion.batch_generation import pad_id
 from modeling_lmtp.modeling_lmtp import LMTPForCausalLM
 
 from .bench_methods import Method
-from .divergence import Divergence, first_divergence
+from .divergence import Divergence, first_difference, judge
 from .exactness import SAMPLING
 from .figures import Timing
 from .pass_clock import PassClock
@@ -48,17 +49,26 @@ class Run:
         seconds: the time after the prefill.
         passes: how many passes the backbone ran after the prefill.
         row_seconds: the times at which rows ended, sorted.
+        row_passes: these passes, counted once for each row in them.
+        nodes: the tokens that they ran over in all rows.
+        lengths: how many tokens each pass emitted; None for a batch, or if it cannot be told.
     """
 
     texts: list[list[int]]
     seconds: float
     passes: int
     row_seconds: list[float]
+    row_passes: int
+    nodes: int
+    lengths: list[int] | None = None
 
     @property
     def timing(self) -> Timing:
-        """Tokens, passes and seconds after the prefill, which emits the first token of each row."""
-        return Timing(sum(len(text) - 1 for text in self.texts), self.passes, self.seconds)
+        """Tokens, passes and seconds after the prefill."""
+        # Transformers' speculation may emit several tokens in the prefill; anything else emits one
+        first = sum(len(text) - 1 for text in self.texts)
+        tokens = first if self.lengths is None else sum(self.lengths)
+        return Timing(tokens, self.passes, self.seconds)
 
 
 @dataclass
@@ -117,17 +127,41 @@ def make_batches(
 def run(method: Method, batch: Batch, seed: int, options: Mapping[str, Any]) -> Run:
     """Generate once and time it."""
     torch.manual_seed(seed)
+    # The dict holds a batch's cache as well, which costs passes after the last one that emits tokens
+    returns_dict = batch.size == 1
     with PassClock(method.model.backbone) as clock:
-        sequences = method.model.generate(
+        output: Any = method.model.generate(
             batch.input_ids,
             attention_mask=batch.attention_mask,
+            return_dict_in_generate=returns_dict,
             **{**options, **method.options},
         )
+    sequences = output.sequences if returns_dict else output
     texts = [
         _up_to_end(row, _end_ids(method.model, options))
         for row in sequences[:, batch.input_ids.shape[1] :].tolist()
     ]
-    return Run(texts, clock.seconds, clock.passes, _row_seconds(clock, texts))
+    lengths = _lengths(output, clock, batch, texts) if returns_dict else None
+    passes = clock.passes if lengths is None else len(lengths)
+    return Run(
+        texts,
+        clock.seconds_after(passes),
+        passes,
+        _row_seconds(clock, texts),
+        row_passes=sum(clock.rows[:passes]),
+        nodes=sum(map(operator.mul, clock.rows[:passes], clock.nodes[:passes])),
+        lengths=lengths,
+    )
+
+
+def _lengths(
+    output: Any, clock: PassClock, batch: Batch, texts: Sequence[list[int]]
+) -> list[int] | None:
+    """Return how many tokens each pass emitted, for a batch of one prompt."""
+    of_rows = getattr(output, "acceptance_lengths", None)  # the heads' only
+    if of_rows is not None:
+        return list(of_rows[0])
+    return clock.emitted_by_passes(batch.input_ids.shape[1] + len(texts[0]))
 
 
 def _end_ids(model: LMTPForCausalLM, options: Mapping[str, Any]) -> set[int]:
@@ -198,8 +232,7 @@ def measure(
     bar.close()
     measured = _by_kind(methods, batches, runs, mode)
     if mode == "greedy" or size == 1:  # sampled rows of a batch are equal in distribution only
-        for result in measured:
-            _compare_texts(result, batches, is_sampled=mode == "sampling")
+        _compare_texts(measured, batches, is_sampled=mode == "sampling")
     return measured
 
 
@@ -220,15 +253,33 @@ def _by_kind(
     return measured
 
 
-def _compare_texts(measured: Measured, batches: Sequence[Batch], is_sampled: bool) -> None:
-    batches = [batch for batch in batches if batch.kind == measured.kind]
-    for batch, runs, plain in zip(batches, measured.runs, measured.plain, strict=True):
-        for row, (text, plain_text) in enumerate(zip(runs[0].texts, plain[0].texts, strict=True)):
-            measured.num_compared += 1
-            if text == plain_text:
-                measured.num_equal += 1
-                continue
-            prompt = batch.input_ids[row, batch.attention_mask[row].bool()][None]
-            measured.divergences.append(
-                first_divergence(measured.method.model, prompt, plain_text, text, is_sampled)
-            )
+def _compare_texts(
+    measured: Sequence[Measured], batches: Sequence[Batch], is_sampled: bool
+) -> None:
+    """Compare the texts with plain decoding's, and judge where they part: once for all methods."""
+    for kind in dict.fromkeys(result.kind for result in measured):
+        of_kind = [result for result in measured if result.kind == kind]
+        for place, batch in enumerate(batch for batch in batches if batch.kind == kind):
+            for row in range(batch.size):
+                prompt = batch.input_ids[row, batch.attention_mask[row].bool()][None]
+                _compare_row(of_kind, place, row, prompt, is_sampled)
+
+
+def _compare_row(
+    measured: Sequence[Measured], place: int, row: int, prompt: torch.Tensor, is_sampled: bool
+) -> None:
+    """Compare what several methods made of one prompt `(1, L)`, a row of a batch, in the first round."""
+    plain = measured[0].plain[place][0].texts[row]
+    parted: dict[int, list[Measured]] = {}
+    for result in measured:
+        text = result.runs[place][0].texts[row]
+        result.num_compared += 1
+        result.num_equal += text == plain
+        if text != plain:
+            parted.setdefault(first_difference(plain, text), []).append(result)
+    model = measured[0].method.model  # all methods share its backbone
+    for position, results in parted.items():
+        known = torch.cat([prompt, prompt.new_tensor([plain[:position]])], dim=-1)
+        judged = judge(model, known, position, is_sampled)
+        for result in results:
+            result.divergences.append(judged)

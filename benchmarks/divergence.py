@@ -12,7 +12,7 @@ import torch
 
 from modeling_lmtp.cache_lmtp import new_cache
 from modeling_lmtp.modeling_lmtp import LMTPForCausalLM
-from modeling_lmtp.transformers_lmtp import forward_with_cache
+from modeling_lmtp.transformers_lmtp import forward_parameters, forward_with_cache
 
 NO_ROUNDING = 1e-2  # of a logit: it changes one sampled token in hundreds
 SAFETY = 2.0  # rounding may move the two logits in opposite directions
@@ -47,9 +47,18 @@ class Divergence:
 def judge(
     model: LMTPForCausalLM, known: torch.Tensor, position: int, is_sampled: bool = False
 ) -> Divergence:
-    """Judge the token after `known` `(1, L)` by plain decoding's logits and those of one pass."""
+    """Judge the token after `known` `(1, L)` by plain decoding's logits and those of one pass.
+
+    Plain decoding reads the last known token alone, after a cache. What fills the cache is one pass over
+    the tokens before it, so that a verdict depends on the text alone.
+    """
     cache = new_cache(model.config)
-    forward_with_cache(model.backbone, cache, input_ids=known[:, :-1])
+    takes_number = "logits_to_keep" in forward_parameters(model.backbone)
+    unread = (
+        {"logits_to_keep": 1} if takes_number else {}
+    )  # a pass may spend half its time on logits
+    if known.shape[1] > 1:
+        forward_with_cache(model.backbone, cache, input_ids=known[:, :-1], **unread)
     alone = forward_with_cache(model.backbone, cache, input_ids=known[:, -1:]).logits[0, -1]
     plain, together = alone.float(), model(input_ids=known).logits[0, -1].float()
     best, second = plain.topk(2).values.tolist()

@@ -1,6 +1,7 @@
 """Records when the passes of a backbone start and end: one clock for all decoding methods."""
 
 import time
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -24,6 +25,7 @@ class PassClock:
     Attributes:
         starts: the start of each pass after the prefill.
         rows: the number of rows in each of them.
+        nodes: the number of tokens of each row in each of them: its last known one and its candidates.
     """
 
     only_watches = True  # see `hooks_lmtp`: drafts need not be tried again for its hooks
@@ -32,6 +34,8 @@ class PassClock:
         self.backbone = backbone
         self.starts: list[float] = []
         self.rows: list[int] = []
+        self.nodes: list[int] = []
+        self._positions: list[torch.Tensor | None] = []
         self._prefilled: float | None = None
         self._ended = 0.0
 
@@ -58,7 +62,12 @@ class PassClock:
     def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self._prefilled is not None:
             self.starts.append(time.perf_counter())
-            self.rows.append(len(kwargs["input_ids"]))
+            num_rows, num_nodes = kwargs["input_ids"].shape
+            self.rows.append(num_rows)
+            self.nodes.append(num_nodes)
+            positions = kwargs.get("position_ids")
+            # Reading it here would wait for the device; a view could change before it is read
+            self._positions.append(None if positions is None else positions[..., 0, 0].clone())
 
     def _end(self, module: nn.Module, args: tuple[Any, ...], outputs: Any) -> None:
         if self._prefilled is None:
@@ -81,6 +90,23 @@ class PassClock:
         """Seconds of each pass after the prefill, with everything up to the next one."""
         ends = [*self.starts[1:], self._ended]
         return [end - start for start, end in zip(self.starts, ends, strict=True)]
+
+    def emitted_by_passes(self, length: int) -> list[int] | None:
+        """Return how many tokens each pass after the prefill emitted, for a single row.
+
+        Each pass must begin with the last known token, as in plain decoding and the speculation of
+        Transformers. None if the model gets no positions, or others than those of the tokens.
+
+        Args:
+            length: of the prompt and the new tokens.
+        """
+        if any(position is None for position in self._positions):
+            return None
+        starts = [
+            int(position.flatten()[0]) for position in self._positions if position is not None
+        ]
+        emitted = [end - start for start, end in pairwise([*starts, length - 1])]
+        return emitted if min(emitted, default=1) > 0 else None
 
     def seconds_after(self, passes: int) -> float:
         """Return the seconds from the end of the prefill to the end of `passes` passes."""

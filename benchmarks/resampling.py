@@ -1,4 +1,4 @@
-"""Standard errors by resampling the answers that a figure was measured on (bootstrap).
+"""Standard errors and intervals by resampling the answers that a figure was measured on (bootstrap).
 
 The tokens of one answer depend on each other, so answers are drawn and not tokens.
 
@@ -9,7 +9,8 @@ from dataclasses import dataclass
 
 import torch
 
-NUM_RESAMPLES = 500
+NUM_RESAMPLES = 500  # enough for standard errors
+CONFIDENCE = 0.95  # of intervals
 
 
 @dataclass(frozen=True)
@@ -26,11 +27,11 @@ class Estimate:
         return f"{self.value:.2f} ± {self.standard_error:.2f}"
 
 
-def resample(num_answers: int, seed: int = 0) -> torch.Tensor:
+def resample(num_answers: int, seed: int = 0, num_resamples: int = NUM_RESAMPLES) -> torch.Tensor:
     """Return `(R, N)` counts: how often each resample contains each answer."""
     generator = torch.Generator().manual_seed(seed)
-    drawn = torch.randint(num_answers, (NUM_RESAMPLES, num_answers), generator=generator)
-    return torch.zeros(NUM_RESAMPLES, num_answers, dtype=torch.float64).scatter_add_(
+    drawn = torch.randint(num_answers, (num_resamples, num_answers), generator=generator)
+    return torch.zeros(num_resamples, num_answers, dtype=torch.float64).scatter_add_(
         1, drawn, torch.ones_like(drawn, dtype=torch.float64)
     )
 
@@ -48,12 +49,24 @@ def resampled_ratios(
         `(R, …)`, float64.
     """
     sums = torch.tensordot(resamples, totals.double(), dims=1)
-    return sums / torch.tensordot(resamples, counts.double(), dims=1).clamp(min=1)
+    counted = torch.tensordot(resamples, counts.double(), dims=1)
+    return torch.where(counted == 0, 0.0, sums / counted)  # counts may be fractions: seconds
 
 
 def standard_error(values: torch.Tensor, num_answers: int) -> float | None:
     """Return the standard deviation of resampled values `(R,)`; None if there was one answer."""
     return values.std().item() if num_answers > 1 else None
+
+
+def interval(values: torch.Tensor, num_answers: int) -> tuple[float, float] | None:
+    """Return the percentile interval of resampled values `(R,)`, at the confidence of `CONFIDENCE`.
+
+    Resamples in which the figure is not defined (NaN) do not count. None if there was one answer, or the
+    figure is defined in no resample.
+    """
+    tails = torch.tensor([(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2], dtype=values.dtype)
+    lower, upper = torch.nanquantile(values, tails).tolist()
+    return (lower, upper) if num_answers > 1 and lower == lower else None
 
 
 def ratio(totals: torch.Tensor, counts: torch.Tensor, seed: int = 0) -> Estimate:

@@ -21,6 +21,7 @@ import jinja2
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 SENTINEL = "lmtpsentinel"
+NOT_FETCHED = "FULL BENCHMARK DATA SHOULD BE FETCHED FROM THE SOURCE"  # as SPEED-Bench says it
 CLOCK = "strftime_now"  # what Transformers gives to chat templates
 
 
@@ -103,10 +104,11 @@ def read_prompts(
     """Read one prompt per line from a .jsonl or .jsonl.gz file.
 
     Args:
-        path: the file. A row may name its kind in the field "kind".
-        field: the name of the field that holds the prompt's text.
-        on_bad_row: called with an error that names `file:line` and the row's fields if `field` is not a
-            non-empty string, or `kind` is not a string. It may raise the error, as by default, or return
+        path: the file. A row may name its kind in the field "kind" or "category".
+        field: the name of the field that holds the prompt's text. A row without it may hold the user turns
+            of a conversation as "turns", as in Spec-Bench and SPEED-Bench: the first is the prompt.
+        on_bad_row: called with an error that names `file:line` and the row's fields if the prompt is not a
+            non-empty string, or the kind is not a string. It may raise the error, as by default, or return
             to skip the row.
 
     Raises:
@@ -124,13 +126,22 @@ def read_prompts(
 
 
 def _prompt(row: dict[str, Any], field: str, source: str) -> Prompt:
-    text, kind = row.get(field), row.get("kind")
+    text, kind_field = row.get(field), "kind" if "kind" in row else "category"
+    if field not in row and isinstance(row.get("turns"), list):
+        text = next(iter(row["turns"]), None)
+    kind = row.get(kind_field)
     if not isinstance(text, str) or not text.strip():
         raise ValueError(
             f"expected a non-empty string in field {field!r}, got {text!r}; fields found: {sorted(row)}"
         )
     if kind is not None and not isinstance(kind, str):
-        raise ValueError(f"expected a string in field 'kind', got {kind!r}")
+        raise ValueError(f"expected a string in field {kind_field!r}, got {kind!r}")
+    if text.startswith(NOT_FETCHED):
+        raise ValueError(
+            "SPEED-Bench holds this prompt as a reference to another data set. Fetch it with "
+            "examples/specdec_bench/prepare_data.py of NVIDIA/Model-Optimizer, and write the result as "
+            "JSON lines."
+        )
     text.encode()  # raises for half a surrogate pair, which tokenizers accept silently
     return Prompt(text, kind, source)
 

@@ -62,7 +62,49 @@ def bench_tables(record: Mapping[str, Any]) -> str:
 
 
 def group_table(rows: Sequence[Row]) -> str:
-    """Return speed-ups by kind, and tokens per step, step cost and equal texts over all kinds."""
+    """Return the figures over all kinds, and the speed-ups by kind; each speed-up with its interval."""
+    if "acceptance_length" not in rows[0]:
+        return former_table(rows)
+    kinds = list(dict.fromkeys(row["prompts"] for row in rows))
+    whole = [row for row in rows if row["prompts"] == kinds[-1]]
+    header = ["decoding", "speed-up", "tokens/s", "τ", "accepted at 1, 2, …", "nodes", "step cost"]
+    lines = [
+        [
+            row["decoding"],
+            with_interval(row, "speed_up_of_totals"),
+            number(row["tokens_per_second"], 1),
+            with_interval(row, "acceptance_length"),
+            " ".join(map(number, row["conditional_acceptance"] or [None])),
+            number(row["nodes_per_step"], 1),
+            number(row["step_cost"]),
+            row["equal_texts"] if row["equal"] is not None else "-",
+            str(row["errors"]),
+        ]
+        for row in whole
+    ]
+    table = markdown([*header, "equal texts", "errors"], lines)
+    return table if len(kinds) == 1 else f"{table}\n\n{kinds_table(rows, kinds)}"
+
+
+def kinds_table(rows: Sequence[Row], kinds: Sequence[str]) -> str:
+    """Return a line of speed-ups for each kind."""
+    by_place = {(row["prompts"], row["decoding"]): row for row in rows}
+    ways = list(dict.fromkeys(row["decoding"] for row in rows))
+    lines = [
+        [kind, *(with_interval(by_place[kind, way], "speed_up_of_totals") for way in ways)]
+        for kind in kinds
+    ]
+    return markdown(["speed-up", *ways], lines)
+
+
+def with_interval(row: Row, name: str) -> str:
+    """Return a figure and its 95 % interval, if it has one."""
+    value, between = number(row[name]), row[f"{name}_interval"]
+    return value if between is None else f"{value} ({number(between[0])}–{number(between[1])})"
+
+
+def former_table(rows: Sequence[Row]) -> str:
+    """Return the table of a file of version 0.1: medians, without intervals."""
     kinds = list(dict.fromkeys(row["prompts"] for row in rows))
     header = ["decoding", *(f"speed-up, {kind}" for kind in kinds)]
     header += ["total", "τ", "step cost", "speed-up / τ", "equal texts", "errors"]

@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from bench_runs import KINDS, PROMPTS, tiny_model, write_checkpoint, write_prompts
+from bench_runs import batches, tiny_model, write_checkpoint, write_prompts
 from commands import error_of, lmtp
 from tiny import tiny_llama, tiny_tokenizer
 
@@ -12,24 +12,18 @@ from modeling_lmtp.benchmarks import bench, bench_runner
 from modeling_lmtp.benchmarks.bench_methods import Method, methods_to_compare, plain_method
 from modeling_lmtp.benchmarks.bench_pictures import draw_bench
 from modeling_lmtp.benchmarks.bench_report import rows
-from modeling_lmtp.benchmarks.bench_runner import Measured, Run, make_batches, measure
+from modeling_lmtp.benchmarks.bench_runner import Measured, Run, measure
+from modeling_lmtp.benchmarks.divergence import Divergence
 from modeling_lmtp.benchmarks.figures import Speed, Timing
 from modeling_lmtp.benchmarks.pass_clock import PassClock
 from modeling_lmtp.benchmarks.pictures import pictures_available
-from modeling_lmtp.benchmarks.quiet import Quietness, quartiles, quiet_record
+from modeling_lmtp.benchmarks.quiet import Quietness, quiet_record
 from modeling_lmtp.conversion.prompts import render_prompt
 from modeling_lmtp.drafting_lmtp import Candidates, Drafter
 from modeling_lmtp.support_lmtp import decoding_support
 from modeling_lmtp.tree_lmtp import DraftTree
 
-CPU = torch.device("cpu")
 NEW_TOKENS = 12
-
-
-def batches(size):
-    tokenizer = tiny_tokenizer()
-    tokens = {kind: [render_prompt(tokenizer, t) for t in PROMPTS[kind]] for kind in KINDS}
-    return make_batches(tokens, size, 2, CPU)
 
 
 class Knowing(Drafter):
@@ -62,8 +56,9 @@ def test_a_clock_counts_the_passes_after_the_prefill():
 
 
 def test_figures_follow_from_tokens_passes_and_seconds():
-    plain = Run([[1] * 9, [1] * 5], seconds=8.0, passes=8, row_seconds=[])
-    own = Run([[1] * 9, [1] * 5], seconds=6.0, passes=4, row_seconds=[])
+    texts = [[1] * 9, [1] * 5]
+    plain = Run(texts, seconds=8.0, passes=8, row_seconds=[], row_passes=16, nodes=16)
+    own = Run(texts, seconds=6.0, passes=4, row_seconds=[], row_passes=6, nodes=24)
     speed = Speed.over(own.timing, plain.timing)
     assert speed == Speed(tokens_per_step=2.0, step_cost=1.5)
     assert speed.speed_up == pytest.approx(8 / 6)
@@ -113,6 +108,26 @@ def test_a_text_that_differs_is_an_error_in_float32():
     assert wrong[-1]["errors"] == sum(row["errors"] for row in wrong[:-1])
 
 
+def test_methods_that_part_from_the_plain_text_at_one_place_are_judged_there_once(monkeypatch):
+    model, judged = tiny_model(), []
+
+    def judge(model, known, position, is_sampled):
+        judged.append(position)
+        return Divergence(position, 0.0, 1.0)
+
+    monkeypatch.setattr(bench_runner, "judge", judge)
+    wrong = {"suppress_tokens": list(range(0, 320, 2))}
+    methods = [plain_method(model), *(Method(name, model, wrong) for name in ("one", "other"))]
+    measured = measure(
+        methods, batches(1), "greedy", max_new_tokens=NEW_TOKENS, rounds=1, progress=False
+    )
+    one, other = ([r for r in measured if r.method.name == name] for name in ("one", "other"))
+    places = [divergence.position for result in one for divergence in result.divergences]
+    assert places == [d.position for result in other for d in result.divergences]
+    assert judged == places
+    assert len(places) > 1
+
+
 @pytest.mark.parametrize("pad", [-1, 320, None])
 def test_rows_that_end_are_padded_with_a_token_that_the_model_embeds(pad):
     model = tiny_model()
@@ -137,7 +152,7 @@ def test_ways_take_turns(monkeypatch):
 
     def record(method, batch, seed, options):
         order.append((method.name, batch.kind, options["max_new_tokens"]))
-        return Run([[1, 1]] * batch.size, 1.0, 1, [1.0] * batch.size)
+        return Run([[1, 1]] * batch.size, 1.0, 1, [1.0] * batch.size, batch.size, batch.size)
 
     monkeypatch.setattr(bench_runner, "run", record)
     methods = [plain_method(model), Method("a", model, {}), Method("b", model, {})]
@@ -149,9 +164,9 @@ def test_ways_take_turns(monkeypatch):
     assert len({tuple(names[3 * turn : 3 * turn + 3]) for turn in range(4)}) == 3
 
 
-def test_medians_and_quartiles_are_over_batches_and_rounds():
+def test_medians_are_over_batches_and_rounds():
     def runs(*seconds):
-        return [Run([[1] * 11], second, 10, [second]) for second in seconds]
+        return [Run([[1] * 11], second, 10, [second], 10, 10) for second in seconds]
 
     method = Method("a", tiny_model(), {})
     measured = Measured(
@@ -159,7 +174,6 @@ def test_medians_and_quartiles_are_over_batches_and_rounds():
     )
     [row] = rows([measured], "float32")
     assert row["speed_up"] == 1.5
-    assert row["speed_up_quartiles"] == list(quartiles([4, 2, 1, 1]))
     assert row["by_batch"]["speed_up"] == [3, 1]
     assert row["speed_up_of_totals"] == pytest.approx(16 / 11, abs=1e-4)
     assert row["noise"] == pytest.approx((2 / 3 + 0) / 2, abs=1e-4)
@@ -210,6 +224,20 @@ def test_the_command_writes_rows_and_conditions(folder):
         for name in ("plain", "chain", "leap-1: chain")
     ]
     assert all(row["equal"] for row in record["rows"])
+
+
+def test_the_categories_of_a_file_of_spec_bench_are_the_kinds(folder):
+    path = folder / "question.jsonl"
+    asked = [("writing", ["A haiku.", "Again."]), ("qa", ["Why?"]), ("writing", ["An ode."])]
+    rows = [{"question_id": 1, "category": kind, "turns": turns} for kind, turns in asked]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    options = bench.BenchOptions(str(folder / "checkpoint"), prompts=[path])
+    found = bench.read_token_ids(options, bench.BenchSettings())
+    tokenizer = tiny_tokenizer()
+    assert found == {
+        "writing": [render_prompt(tokenizer, text) for text in ("A haiku.", "An ode.")],
+        "qa": [render_prompt(tokenizer, "Why?")],
+    }
 
 
 def test_answers_of_one_token_have_no_speed(folder, monkeypatch):
@@ -321,10 +349,10 @@ def test_other_heads_must_stand_on_the_same_backbone(folder):
 
 
 def row_of(kind, decoding, speed_up):
-    figures = {"tokens_per_step": 2.0, "step_cost": 2.0 / speed_up, "speed_up": speed_up}
     return {
         "prompts": kind, "decoding": decoding, "dtype": "float32", "mode": "greedy", "batch_size": 1,
-        **figures, **{f"{name}_quartiles": [value, value] for name, value in figures.items()},
+        "speed_up_of_totals": speed_up, "speed_up_of_totals_interval": [speed_up - 0.1, speed_up + 0.2],
+        "acceptance_length": 2.0, "acceptance_length_interval": None, "step_cost": 2.0 / speed_up,
     }  # fmt: skip
 
 

@@ -63,6 +63,21 @@ def test_a_gap_is_the_plain_model_s():
     assert found.is_error
 
 
+@pytest.mark.parametrize("architecture", ["llama", "mistral", "lfm2", "mpt"])
+@pytest.mark.parametrize("length", [1, 5])
+def test_a_gap_is_that_of_the_logits_that_plain_decoding_saw(architecture, length):
+    model = LMTPForCausalLM.from_backbone(tiny_causal_lm(architecture)).eval()
+    prompt = PROMPT[:, :length]
+    plain = model.generate(
+        prompt, do_sample=False, max_new_tokens=24, eos_token_id=None, output_logits=True,
+        return_dict_in_generate=True,
+    )  # fmt: skip
+    for position in (0, 4, 23):
+        best, second = plain.logits[position][0].topk(2).values.tolist()
+        found = judge(model, plain.sequences[:, : length + position], position)
+        assert found.top_two_gap == pytest.approx(best - second, abs=1e-5)
+
+
 def test_two_tokens_with_the_same_logit_are_a_near_tie():
     backbone = tiny_causal_lm("llama", vocab_size=96)
     with torch.no_grad():

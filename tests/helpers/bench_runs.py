@@ -7,6 +7,8 @@ import torch
 from tiny import tiny_llama, tiny_tokenizer
 
 from modeling_lmtp import LMTPForCausalLM
+from modeling_lmtp.benchmarks.bench_runner import Batch, make_batches
+from modeling_lmtp.conversion.prompts import render_prompt
 
 KINDS = ("maths", "chat")
 PROMPTS = {
@@ -20,6 +22,13 @@ def tiny_model(**options) -> LMTPForCausalLM:
     torch.manual_seed(0)
     options = {"leap_offsets": (2, 3, 4), "head_context": "path", **options}
     return LMTPForCausalLM.from_backbone(tiny_llama(), **options).eval()
+
+
+def batches(size: int) -> list[Batch]:
+    """Return the prompts as batches, by kind."""
+    tokenizer = tiny_tokenizer()
+    tokens = {kind: [render_prompt(tokenizer, t) for t in PROMPTS[kind]] for kind in KINDS}
+    return make_batches(tokens, size, 2, torch.device("cpu"))
 
 
 def write_checkpoint(folder: Path, **options) -> Path:

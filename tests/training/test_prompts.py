@@ -51,9 +51,61 @@ def test_prompts_are_read_from_the_given_field(tmp_path):
     assert read_prompts(write_prompts(tmp_path / "p.jsonl", {"q": "a"}), "q") == [Prompt("a")]
 
 
+SPEC_BENCH = [
+    {
+        "question_id": 81,
+        "category": "writing",
+        "turns": ["Write a haiku.", "Now without the letter e."],
+    },
+    {
+        "question_id": 201,
+        "category": "translation",
+        "turns": ["Translate: Guten Tag."],
+        "reference": [],
+    },
+]
+SPEED_BENCH = [
+    {
+        "question_id": "4f1c", "category": "coding", "sub_category": "python", "source": "self",
+        "turns": ["Sort a list.", "In reverse."], "src_id": "1", "difficulty": None, "multiturn": True,
+    },
+    {"question_id": "9ab0", "category": "math", "turns": ["What is 6 times 7?"], "multiturn": False},
+]  # fmt: skip
+
+
+def test_the_first_turns_of_spec_bench_and_speed_bench_are_prompts(tmp_path):
+    path = write_prompts(tmp_path / "question.jsonl", *SPEC_BENCH)
+    assert read_prompts(path) == [
+        Prompt("Write a haiku.", "writing"), Prompt("Translate: Guten Tag.", "translation"),
+    ]  # fmt: skip
+    path = write_prompts(tmp_path / "speed_bench.jsonl", *SPEED_BENCH)
+    assert read_prompts(path) == [
+        Prompt("Sort a list.", "coding"), Prompt("What is 6 times 7?", "math"),
+    ]  # fmt: skip
+
+
+def test_the_field_of_the_prompt_and_the_kind_go_before_turns_and_category(tmp_path):
+    row = {"prompt": "a", "turns": ["b"], "kind": "maths", "category": "c"}
+    assert read_prompts(write_prompts(tmp_path / "p.jsonl", row)) == [Prompt("a", "maths")]
+
+
 @pytest.mark.parametrize(
     ("row", "message"),
     [
+        ({"turns": []}, r"p.jsonl:2: expected a non-empty string in field 'prompt', got None"),
+        ({"turns": [{"role": "user"}]}, r"p.jsonl:2: expected a non-empty string .* got {'role'"),
+        (
+            {"turns": ["b"], "category": 3},
+            r"p.jsonl:2: expected a string in field 'category', got 3",
+        ),
+        (
+            {
+                "turns": [
+                    "FULL BENCHMARK DATA SHOULD BE FETCHED FROM THE SOURCE USING SPECDEC_BENCH"
+                ]
+            },
+            r"p.jsonl:2: SPEED-Bench holds this prompt as a reference .*prepare_data.py",
+        ),
         ({"text": "b", "id": 1}, r"p.jsonl:2: .*field 'prompt', got None; .*\['id', 'text'\]"),
         ({"prompt": " "}, r"p.jsonl:2: expected a non-empty string in field 'prompt', got ' '"),
         ({"prompt": ["b"]}, r"p.jsonl:2: expected a non-empty string .* got \['b'\]"),
@@ -61,7 +113,18 @@ def test_prompts_are_read_from_the_given_field(tmp_path):
         ("b", r"p.jsonl:2: expected a JSON object, got str"),
         ({"prompt": "a \ud83d b"}, r"p.jsonl:2: .* surrogates not allowed"),
     ],
-    ids=["missing", "blank", "list", "kind", "no object", "half a pair"],
+    ids=[
+        "no turns",
+        "turns of roles",
+        "category",
+        "reference",
+        "missing",
+        "blank",
+        "list",
+        "kind",
+        "no object",
+        "half a pair",
+    ],
 )
 def test_the_error_names_file_and_line_of_an_invalid_prompt(tmp_path, row, message):
     with pytest.raises(ValueError, match=message):
