@@ -6,8 +6,8 @@ are emitted in the time of a plain step, the best draft is the one that maximize
 
     B + Σ p - ρ · cost(1 + N).
 
-Where no draft is better than none, the step is plain. `p` and the costs are learned, see `planner_lmtp`. A small
-share of the steps goes to larger drafts than the best one, to learn what they cost.
+Where no draft is better than none, the step is plain. `p` and the costs are learned, see `planner_lmtp`. A
+small share of the steps goes to larger drafts than the best one, to learn what they cost.
 
 Shapes: `B` batch, `L` known tokens, `S` known states, `H` hidden size, `N` candidates.
 """

@@ -217,7 +217,7 @@ class BatchMemory:
         return num_passes < MIN_PLAIN or self._since_plain > interval
 
     def may_try(self, loss: float) -> bool:
-        """Return whether a step that is expected to lose that many plain steps may show what its size costs."""
+        """Return whether a step expected to lose that many plain steps may show what its size costs."""
         return self._lost + max(0.0, loss) <= TRIED_SHARE * self._time
 
     def head_use(self, expected: float) -> HeadUse:

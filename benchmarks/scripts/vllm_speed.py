@@ -1,7 +1,8 @@
 """vLLM with leap heads against plain vLLM: tokens per second, both engines up and taking turns.
 
-Each engine is a process of its own, with a thread per core. In every round both answer the same groups of prompts,
-first one and then the other. Run it on a quiet machine. The output file keeps the runs of other dtypes.
+Each engine is a process of its own, with a thread per core. In every round both answer the same groups of
+prompts, first one and then the other. Prefills are cached, so that decoding is timed. Run it on a quiet
+machine. The output file keeps the runs of other dtypes.
 
     python benchmarks/scripts/vllm_speed.py HEADS --base FOLDER --output vllm_speed.json
     python benchmarks/scripts/vllm_speed.py … --dtype float32
@@ -25,7 +26,7 @@ from modeling_lmtp.conversion.prompts import render_prompt
 from modeling_lmtp.conversion.saving import versions
 
 BATCHES = (1, 8)
-CACHED_PREFIXES = {"enable_prefix_caching": True, "block_size": 32}  # decoding is timed, not prefills
+CACHED_PREFIXES = {"enable_prefix_caching": True, "block_size": 32}
 Rounds = dict[str, list[float]]  # of each engine, the seconds of each round
 
 
@@ -38,7 +39,11 @@ def seconds_of(engine: EngineProcess, prompts: list[list[int]], tokens: int) -> 
 
 
 def time_round(
-    engines: dict[str, EngineProcess], prompts: list[list[int]], batch: int, tokens: int, is_odd: bool
+    engines: dict[str, EngineProcess],
+    prompts: list[list[int]],
+    batch: int,
+    tokens: int,
+    is_odd: bool,
 ) -> dict[str, float]:
     """Return the seconds that each engine takes for all prompts; they take turns group by group."""
     seconds = dict.fromkeys(engines, 0.0)
