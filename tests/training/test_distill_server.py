@@ -18,7 +18,8 @@ from tiny import tiny_tokenizer
 from modeling_lmtp.conversion.prompts import Prompt
 from modeling_lmtp.training.answers import read_examples
 from modeling_lmtp.training.distill import DistillSettings, manifest_path, read_rows
-from modeling_lmtp.training.distill_server import Server, distill_from_server
+from modeling_lmtp.training.distill_server import distill_from_server
+from modeling_lmtp.training.server import Server
 
 TEXTS = ["Hi", "the sea", "A spider asks", "é?", "Paris", "What is the capital of France?"]
 PROMPTS = [Prompt(text, "tiny") for text in TEXTS]
@@ -246,7 +247,7 @@ def test_the_backoff_doubles_unless_the_server_sends_retry_after(
             pauses.append(timeout)
             return False
 
-    monkeypatch.setattr("modeling_lmtp.training.distill_server.Event", Impatient)
+    monkeypatch.setattr("modeling_lmtp.training.server.Event", Impatient)
     fake.faults = [status(429, **{"Retry-After": "7"}), hang_up, status(503), None, status(500)]
     run(replace(server, backoff=0.5), tmp_path / "out.jsonl", replace(SETTINGS, batch_size=1))
     assert pauses == [7.0, 1.0, 2.0, 0.5]
