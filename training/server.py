@@ -24,7 +24,7 @@ class Server:
         url: base URL, including `/v1`.
         model: the name under which the server serves the model.
         api_key: sent as a bearer token, if given.
-        timeout: seconds to wait for one answer.
+        timeout: seconds to wait for one answer; a request that is given up and tried again starts anew.
         tries: number of attempts per request.
         backoff: seconds before the second attempt; doubles with each further one.
 
@@ -35,7 +35,7 @@ class Server:
     url: str
     model: str
     api_key: str | None = field(default=None, repr=False)
-    timeout: float = 600.0
+    timeout: float = 3600.0
     tries: int = 6
     backoff: float = 1.0
 
