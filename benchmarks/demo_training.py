@@ -17,6 +17,7 @@ from modeling_lmtp.training.examples import split_examples
 from modeling_lmtp.training.leap_trainer import LeapTrainer
 from modeling_lmtp.training.self_written import self_written_prompts
 from modeling_lmtp.training.train_command import add_heads
+from modeling_lmtp.training.writers import ModelWriter
 
 from .smollm2 import HUB_REPOSITORY
 
@@ -101,7 +102,9 @@ def _distil(
     prompts, answers = output / "prompts.jsonl", output / "answers.jsonl"
     if not prompts.exists():
         console.print(f"The model writes {recipe.num_prompts} prompts itself.")
-        written = self_written_prompts(backbone, tokenizer, recipe.num_prompts, settings)
+        written = self_written_prompts(
+            ModelWriter(backbone, tokenizer), recipe.num_prompts, settings
+        )
         append_rows(prompts, [{"prompt": p.text, "kind": p.kind} for p in written])
     console.print("It answers them; the heads will learn these answers.")
     distill(backbone, tokenizer, read_prompts(prompts), answers, settings)

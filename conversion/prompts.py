@@ -147,7 +147,11 @@ def _prompt(row: dict[str, Any], field: str, source: str) -> Prompt:
 
 
 def render_prompt(
-    tokenizer: PreTrainedTokenizerBase, prompt: str, now: datetime | None = None
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: str,
+    now: datetime | None = None,
+    *,
+    system: str | None = None,
 ) -> list[int]:
     """Return the token ids up to where the answer to `prompt` begins.
 
@@ -159,13 +163,14 @@ def render_prompt(
         tokenizer: the backbone's.
         prompt: the text of the user.
         now: the time for templates that write it; that of the call by default.
+        system: the system message; by default what the template writes without one.
 
     Raises:
         ValueError: the chat template cannot render one user turn, or leaves out its text.
     """
     if not tokenizer.chat_template:
         return list(tokenizer(prompt)["input_ids"])
-    text = render_turns(tokenizer, prompt, add_generation_prompt=True, now=now)
+    text = render_turns(tokenizer, prompt, add_generation_prompt=True, now=now, system=system)
     return encode(tokenizer, text)
 
 
@@ -174,14 +179,18 @@ def render_turns(
     *turns: str,
     add_generation_prompt: bool,
     now: datetime | None = None,
+    system: str | None = None,
 ) -> str:
-    """Render turns of user and assistant alternately.
+    """Render turns of user and assistant alternately, after the system message if there is one.
 
     Raises:
         ValueError: the chat template cannot render them, or leaves out their text.
     """
     takes_parts = _takes_parts(tokenizer, str(tokenizer.chat_template))
-    return _render(tokenizer, turns, takes_parts, add_generation_prompt, now)
+    messages = [(("user", "assistant")[number % 2], turn) for number, turn in enumerate(turns)]
+    if system is not None:
+        messages.insert(0, ("system", system))
+    return _render(tokenizer, messages, takes_parts, add_generation_prompt, now)
 
 
 def depends_on_time(tokenizer: PreTrainedTokenizerBase) -> bool:
@@ -208,7 +217,7 @@ def _takes_parts(tokenizer: PreTrainedTokenizerBase, chat_template: str) -> bool
     A template that loops over parts renders a string without an error, and without its text.
     """
     for takes_parts in (False, True):
-        if SENTINEL in _render(tokenizer, (SENTINEL,), takes_parts, True, None):
+        if SENTINEL in _render(tokenizer, [("user", SENTINEL)], takes_parts, True, None):
             return takes_parts
     raise ValueError(
         "The chat template renders a user turn without its text, whether its content is a string or a "
@@ -218,29 +227,27 @@ def _takes_parts(tokenizer: PreTrainedTokenizerBase, chat_template: str) -> bool
 
 def _render(
     tokenizer: PreTrainedTokenizerBase,
-    turns: Sequence[str],
+    messages: Sequence[tuple[str, str]],
     takes_parts: bool,
     add_generation_prompt: bool,
     now: datetime | None,
 ) -> str:
-    messages = [
-        {
-            "role": ("user", "assistant")[number % 2],
-            "content": [{"type": "text", "text": turn}] if takes_parts else turn,
-        }
-        for number, turn in enumerate(turns)
+    conversation = [
+        {"role": role, "content": [{"type": "text", "text": text}] if takes_parts else text}
+        for role, text in messages
     ]
     options: dict[str, Any] = {}
     if now is not None and depends_on_time(tokenizer):
         options = _at(str(tokenizer.chat_template), now)
     try:
         rendered = tokenizer.apply_chat_template(
-            messages, tokenize=False, add_generation_prompt=add_generation_prompt, **options
+            conversation, tokenize=False, add_generation_prompt=add_generation_prompt, **options
         )
     except (jinja2.TemplateError, TypeError) as error:  # a TypeError: text where parts are expected
         if isinstance(error, TypeError) and not takes_parts:
             return ""
-        raise ValueError(f"The chat template cannot render a user turn alone: {error}.") from error
+        roles = " and ".join(f"a {role} turn" for role, _ in messages)
+        raise ValueError(f"The chat template cannot render {roles} alone: {error}.") from error
     return str(rendered)
 
 

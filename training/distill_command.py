@@ -6,10 +6,10 @@ import sys
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from modeling_lmtp.conversion.command_line import console
@@ -26,10 +26,13 @@ from .distill_files import (
     replace_rows,
     writer_lock,
 )
-from .distill_server import Server, distill_from_server
+from .distill_server import distill_from_server, server_settings
 from .processes import MainProcessError, on_main, process_state
 from .prompt_datasets import DatasetSource, read_dataset_prompts
+from .prompt_kinds import ALL, KINDS, PromptKind, prompt_kinds
 from .self_written import SampleLog, self_written_prompts
+from .server import Server
+from .writers import ModelWriter, ServerWriter, Writer
 
 logger = logging.get_logger(__name__)
 
@@ -98,6 +101,13 @@ class PromptOptions(Options):
     self_written: Annotated[int, Range(ge=0)] = dataclasses.field(
         default=0, metadata={"help": "Let the model (an instruct model) write N prompts itself."}
     )
+    kinds: list[str] = dataclasses.field(
+        default_factory=list,
+        metadata={
+            "metavar": "KIND",
+            "help": f"Spread self-written prompts over kinds: {ALL}, or some of {', '.join(KINDS)}.",
+        },
+    )
     limit: Annotated[int | None, Range(ge=1)] = dataclasses.field(
         default=None, metadata={"help": "Use the first N prompts of the file or dataset."}
     )
@@ -123,6 +133,11 @@ class PromptOptions(Options):
                 raise ValueError(
                     f"--{name} {getattr(self, name)} needs --dataset NAME. Add it, or leave --{name} out."
                 )
+        prompt_kinds(self.kinds)
+        if self.kinds and not self.self_written:
+            raise ValueError(
+                f"--kinds {' '.join(self.kinds)} needs --self_written N. Add it, or leave --kinds out."
+            )
         if self.prompts is None and self.dataset is None and self.limit is not None:
             raise ValueError(
                 f"--limit {self.limit} needs --prompts FILE or --dataset NAME. Leave it out: "
@@ -160,11 +175,12 @@ def distill_answers(
     """Let a backbone answer prompts: its answers are what leap heads learn.
 
     `accelerate launch --num_processes 2 --no_python lmtp distill ...` splits the work across processes.
-    With --server, a server such as vLLM answers and no model is loaded here. Serve MODEL in the precision
+    With --server, a server such as vLLM writes and no model is loaded here. Serve MODEL in the precision
     in which the heads will run; OPENAI_API_KEY holds the key, if the server needs one.
 
     Examples:
     lmtp distill MODEL answers.jsonl --self_written 2000
+    lmtp distill MODEL answers.jsonl --self_written 9000 --kinds all --server http://localhost:8000/v1
     lmtp distill MODEL answers.jsonl --dataset HuggingFaceH4/no_robots --field messages
     lmtp distill MODEL answers.jsonl --prompts prompts.jsonl --server http://localhost:8000/v1
     """
@@ -209,71 +225,86 @@ def run_distillation(
         ValueError: the prompts cannot be read, or `output` belongs to another run.
     """
     check_output_name(output)
-    if server is not None and prompt_options.self_written:
-        raise ValueError(
-            f"--self_written must be 0 with --server, got {prompt_options.self_written}: a server cannot "
-            "continue a bare user turn. Let `lmtp distill` write prompts with a smaller model first, and "
-            "pass them with --prompts."
-        )
     # gloo, because only small objects travel; the others may wait days for the slowest process
     process_state(backend="gloo", timeout=timedelta(weeks=1))
     prompts, sources = on_main(prompt_options.read)
-    if server is not None:
-        on_bad_row = BadRowHandler(prompt_options.bad_rows)
-        record: dict[str, Any] = {"model": source, "sources": sources}
-        try:
-            return distill_from_server(
-                server, prompts, output, settings, on_bad_row=on_bad_row, **record
-            )
-        finally:
-            for note in on_bad_row.notes():
-                logger.warning(note)
-    model, tokenizer = load_backbone(source, dtype), load_tokenizer(source)
     count = prompt_options.self_written
+    if server is None:
+        model, tokenizer = load_backbone(source, dtype), load_tokenizer(source)
+        answer = partial(distill, model, tokenizer)
+        writer: Writer = ModelWriter(model, tokenizer)
+        identity = {**model_identity(model, tokenizer), "settings": asdict(settings)}
+    else:
+        answer = partial(_distill_from_server, server, source, prompt_options.bad_rows)
+        if count:
+            writer = ServerWriter(server, load_tokenizer(source), settings.batch_size)
+        identity = {"server_model": server.model, "settings": server_settings(settings, count > 0)}
     if not count:
-        return distill(model, tokenizer, prompts, output, settings, sources=sources)
-    log = SampleLog(Path(f"{output}.samples.jsonl"), model_identity(model, tokenizer), settings)
-    prompts += _self_written(model, tokenizer, output, settings, count, log)
-    sources["self_written"] = count
-    report = distill(model, tokenizer, prompts, output, settings, sources=sources)
+        return answer(prompts, output, settings, sources=sources)
+    kinds = prompt_kinds(prompt_options.kinds)
+    written: dict[str, Any] = {"self_written": count}
+    if prompt_options.kinds:
+        written["kinds"] = [kind.name for kind in kinds]
+    log = SampleLog(Path(f"{output}.samples.jsonl"), identity, settings)
+    earlier = on_main(lambda: _earlier_prompts(output, identity, written))
+    prompts += earlier or _write_prompts(writer, output, settings, count, kinds, log)
+    report = answer(prompts, output, settings, sources={**sources, **written})
     on_main(lambda: log.path.unlink(missing_ok=True))
     return report
 
 
-def _self_written(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
+def _distill_from_server(
+    server: Server, source: str, bad_rows: str, *arguments: Any, **options: Any
+) -> DistillReport:
+    on_bad_row = BadRowHandler(bad_rows)
+    try:
+        return distill_from_server(
+            server, *arguments, model=source, on_bad_row=on_bad_row, **options
+        )
+    finally:
+        for note in on_bad_row.notes():
+            logger.warning(note)
+
+
+def _write_prompts(
+    writer: Writer,
     output: Path,
     settings: DistillSettings,
     count: int,
+    kinds: list[PromptKind],
     log: SampleLog,
 ) -> list[Prompt]:
-    """Return the self-written prompts of the run to resume, or let the model write new ones."""
-    prompt_file = Path(f"{output}.prompts.jsonl")
-    identity = {**model_identity(model, tokenizer), "settings": asdict(settings)}
-    earlier = on_main(lambda: _earlier_prompts(output, prompt_file, identity, count))
-    if earlier is not None:
-        return earlier
+    """Let the model write prompts, and keep them in a file for a run that resumes."""
     with writer_lock(log.path) if process_state().is_main_process else nullcontext():
-        prompts = self_written_prompts(model, tokenizer, count, settings, log=log, progress=True)
+        prompts = self_written_prompts(writer, count, settings, kinds=kinds, log=log, progress=True)
     rows = [{"prompt": prompt.text, "kind": prompt.kind} for prompt in prompts]
-    on_main(lambda: replace_rows(prompt_file, rows))
+    on_main(lambda: replace_rows(_prompt_file(output), rows))
     return prompts
 
 
 def _earlier_prompts(
-    output: Path, prompt_file: Path, identity: dict[str, Any], count: int
+    output: Path, identity: dict[str, Any], written: dict[str, Any]
 ) -> list[Prompt] | None:
+    """Return the self-written prompts of the run to resume, if there is one."""
     # Refuse the output of another run now, not after hours of sampling
     manifest = check_same_run(output, identity, tuple(identity))
     if not manifest:
         return None
-    earlier = (manifest.get("prompt_sources") or {}).get("self_written", count)
-    if prompt_file.exists() and earlier == count:
+    sources, prompt_file = manifest.get("prompt_sources") or {}, _prompt_file(output)
+    earlier = {name: sources[name] for name in ("self_written", "kinds") if name in sources}
+    if prompt_file.exists() and earlier == written:
         return read_prompts(prompt_file)
-    how = (
-        f"with --self_written {earlier}" if prompt_file.exists() else f"without {prompt_file.name}"
-    )
     raise ValueError(
-        f"{output} was made {how}. Choose another output, or delete this one with its manifest."
+        f"{output} was made {_how(earlier) if prompt_file.exists() else f'without {prompt_file.name}'}. "
+        "Choose another output, or delete this one with its manifest."
     )
+
+
+def _how(written: dict[str, Any]) -> str:
+    """Return the options that made self-written prompts."""
+    kinds = ["--kinds", *written["kinds"]] if "kinds" in written else []
+    return " ".join(["with --self_written", str(written.get("self_written", 0)), *kinds])
+
+
+def _prompt_file(output: Path) -> Path:
+    return Path(f"{output}.prompts.jsonl")

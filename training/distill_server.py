@@ -9,16 +9,10 @@ quantized model gives other answers. The server must not add sampling options (v
 from __future__ import annotations
 
 import json
-import logging
-import urllib.error
-import urllib.request
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass, field
-from http.client import HTTPException
 from itertools import chain, islice
 from pathlib import Path
-from threading import Event
 from typing import Any
 
 from modeling_lmtp.conversion.batch_generation import derived_seed
@@ -36,50 +30,18 @@ from .distill_run import (
     split_batches,
 )
 from .distill_settings import DistillSettings
-
-logger = logging.getLogger(__name__)
+from .server import RejectedError, Requests, Server
 
 # The settings that affect a server's answers; the server chooses its own batches
 SETTINGS = ("max_new_tokens", "temperature", "top_p", "num_answers", "seed")
-_MAX_WAIT = 60.0  # seconds between two attempts
+# Those that also affect what it writes itself
+PROMPT_SETTINGS = ("magpie_temperature", "magpie_top_p", "magpie_max_tokens")
 OF_THE_PROMPT = (400, 413, 422)  # statuses that may be due to one prompt
 NOT_ANSWERED = (
     "content_filter",
     "tool_calls",
     "function_call",
 )  # finish reasons without a whole text
-
-
-@dataclass(frozen=True)
-class Server:
-    """An OpenAI-compatible endpoint, and how to call it.
-
-    Args:
-        url: base URL, including `/v1`.
-        model: the name under which the server serves the model.
-        api_key: sent as a bearer token, if given.
-        timeout: seconds to wait for one answer.
-        tries: number of attempts per request.
-        backoff: seconds before the second attempt; doubles with each further one.
-
-    Raises:
-        ValueError: `url` is not an http(s) URL.
-    """
-
-    url: str
-    model: str
-    api_key: str | None = field(default=None, repr=False)
-    timeout: float = 600.0
-    tries: int = 6
-    backoff: float = 1.0
-
-    def __post_init__(self) -> None:
-        """Check the URL."""
-        if not self.url.startswith(("http://", "https://")):
-            raise ValueError(
-                "server must be a URL that ends in /v1, such as http://localhost:8000/v1, got "
-                f"{self.url!r}."
-            )
 
 
 def distill_from_server(
@@ -123,7 +85,7 @@ def distill_from_server(
         "server_model": server.model,
         "prompts_sha256": prompts_sha256(tasks),
         "prompt_sources": sources,
-        "settings": {name: getattr(settings, name) for name in SETTINGS},
+        "settings": server_settings(settings, "self_written" in (sources or {})),
         "versions": [versions()],
     }
     files = AnswerFiles(output, manifest, [task.id for task in tasks], duplicates)
@@ -136,6 +98,12 @@ def distill_from_server(
     return report
 
 
+def server_settings(settings: DistillSettings, self_written: bool) -> dict[str, Any]:
+    """Return the settings that identify a run of a server; `self_written`: it wrote prompts itself."""
+    names = SETTINGS + (PROMPT_SETTINGS if self_written else ())
+    return {name: getattr(settings, name) for name in names}
+
+
 class _NoAnswerError(ValueError):
     """The server has no answer to one prompt, while it may answer others."""
 
@@ -146,10 +114,9 @@ class _RequestPool:
     def __init__(
         self, server: Server, settings: DistillSettings, on_bad_row: Callable[[ValueError], None]
     ) -> None:
-        self.server = server
+        self.requests = Requests(server)
         self.settings = settings
         self.on_bad_row = on_bad_row
-        self.stopping = Event()
 
     def answer(self, batches: list[Batch]) -> Iterator[list[Row]]:
         """Yield rows as they arrive; after an error, yield the running requests' rows and raise it."""
@@ -164,12 +131,12 @@ class _RequestPool:
                     done, running = wait(running, return_when=FIRST_COMPLETED)
                     failure = failure or self._first_failure(done)
                     if failure:
-                        self.stopping.set()
+                        self.requests.stopping.set()
                     else:
                         running |= {pool.submit(self._ask, i) for i in islice(tasks, len(done))}
                     yield [future.result() for future in done if not future.exception()]
             finally:
-                self.stopping.set()
+                self.requests.stopping.set()
         if failure:
             raise failure
 
@@ -186,7 +153,6 @@ class _RequestPool:
 
     def _ask(self, task: AnswerTask) -> Row:
         payload = {
-            "model": self.server.model,
             "messages": [{"role": "user", "content": task.prompt.text}],
             "temperature": self.settings.temperature,
             "top_p": self.settings.top_p,
@@ -197,65 +163,19 @@ class _RequestPool:
             # Some servers accept only non-negative 32-bit seeds
             "seed": derived_seed(self.settings.seed, task.id) >> 32,
         }
-        answer = _parse_answer(self._post(json.dumps(payload).encode(), task), task)
+        try:
+            body = self.requests.post("chat/completions", payload)
+        except RejectedError as error:
+            raise _rejection(self.requests.server, task, error) from error
+        answer = _parse_answer(body, task)
         return {"id": task.id, "kind": task.prompt.kind, "prompt": task.prompt.text, **answer}
 
-    def _post(self, payload: bytes, task: AnswerTask) -> bytes:
-        """Send a request, retry it if the error may be temporary, and return the reply's body."""
-        for attempt in range(1, self.server.tries + 1):
-            try:
-                return _send(self.server, payload)
-            except urllib.error.HTTPError as error:
-                reason, retry_after = _describe(error), error.headers.get("Retry-After", "")
-                if error.code not in (408, 429) and error.code < 500:
-                    raise _rejection(self.server, task, error.code, reason) from error
-            except (OSError, HTTPException) as error:
-                reason, retry_after = f"{type(error).__name__}: {error}", ""
-            backoff = self.server.backoff * 2 ** (attempt - 1)
-            pause = float(retry_after) if retry_after.isdigit() else backoff
-            if attempt == self.server.tries or self.stopping.is_set():
-                break
-            logger.warning("%s: %s; retrying in %.0f s", self.server.url, reason, pause)
-            self.stopping.wait(min(pause, _MAX_WAIT))
-        raise ConnectionError(
-            f"The server {self.server.url} gave no answer (attempts: {attempt}); the last error was "
-            f"{reason}. Check that it runs, and run the command again to resume."
-        )
 
-
-class _NoRedirects(urllib.request.HTTPRedirectHandler):
-    """Turns redirects into errors, because following one would send the API key to another host."""
-
-    def redirect_request(self, *args: Any) -> None:
-        """Do not follow the redirect."""
-
-
-_OPENER = urllib.request.build_opener(_NoRedirects)
-
-
-# urllib, because huggingface_hub changed its HTTP client between versions 0 and 1, and no other
-# client is a dependency
-def _send(server: Server, payload: bytes) -> bytes:
-    headers = {"Content-Type": "application/json"}
-    if server.api_key:
-        headers["Authorization"] = f"Bearer {server.api_key}"
-    url = f"{server.url.rstrip('/')}/chat/completions"
-    request = urllib.request.Request(url, payload, headers, method="POST")
-    with _OPENER.open(request, timeout=server.timeout) as response:
-        return bytes(response.read())
-
-
-def _describe(error: urllib.error.HTTPError) -> str:
-    with error:
-        body = error.read(300).decode("utf-8", "replace").strip()
-    return f"HTTP {error.code} {error.reason}" + (f": {body}" if body else "")
-
-
-def _rejection(server: Server, task: AnswerTask, code: int, reason: str) -> ValueError:
+def _rejection(server: Server, task: AnswerTask, error: RejectedError) -> ValueError:
     """Return the error for a prompt that a server rejected, perhaps because it rejects every prompt."""
-    what = f"The server {server.url} rejected {_name(task)}: {reason}. Check"
+    what = f"The server {server.url} rejected {_name(task)}: {error}. Check"
     options = "--server (the URL must end in /v1), --server_model, OPENAI_API_KEY"
-    if code in OF_THE_PROMPT:
+    if error.code in OF_THE_PROMPT:
         return _NoAnswerError(f"{what} the prompt's length, {options}")
     return ValueError(f"{what} {options}, and run again to resume.")
 

@@ -12,7 +12,7 @@ from transformers import GenerationConfig, GPT2Config, GPT2LMHeadModel
 
 from modeling_lmtp import LMTPForCausalLM
 from modeling_lmtp.conversion.prompts import Prompt, render_prompt
-from modeling_lmtp.training import self_written as prompts_module
+from modeling_lmtp.training import distill as distill_module
 from modeling_lmtp.training.distill import (
     DistillSettings,
     append_rows,
@@ -190,13 +190,13 @@ def test_a_kill_in_the_middle_of_a_run_keeps_the_answers_so_far(
     model, tokenizer, tmp_path, monkeypatch
 ):
     run(model, tokenizer, tmp_path / "whole.jsonl", SAMPLED)
-    calls = []
+    calls, generate_ids = [], distill_module.generate_ids
 
     def killed(*args, **kwargs):
         calls.append(args)
         if len(calls) == 2:
             raise KeyboardInterrupt
-        return prompts_module.generate_ids(*args, **kwargs)
+        return generate_ids(*args, **kwargs)
 
     output = tmp_path / "out.jsonl"
     with monkeypatch.context() as patch:

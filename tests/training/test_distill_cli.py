@@ -87,13 +87,13 @@ def test_self_written_prompts_survive_a_stop_at_any_time(folder, tmp_path, monke
         assert "out.jsonl.samples.jsonl" in {path.name for path in tmp_path.iterdir()}
         # What was sampled is not sampled again
         with monkeypatch.context() as patch:
-            patch.setattr("modeling_lmtp.training.self_written.generate_ids", None)
+            patch.setattr("modeling_lmtp.training.writers.generate_ids", None)
             patch.setattr(f"modeling_lmtp.{stage}", stopped)
             distill(folder, output, "--self_written", 3)
     assert distill(folder, output, "--self_written", 3).exit_code == 0
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == whole
     with monkeypatch.context() as patch:
-        patch.setattr("modeling_lmtp.training.self_written.generate_ids", None)
+        patch.setattr("modeling_lmtp.training.writers.generate_ids", None)
         assert "0 of them new" in distill(folder, output, "--self_written", 3).stdout
 
 
@@ -120,7 +120,7 @@ def test_an_output_without_self_written_prompts_is_refused_before_any_are_sample
 ):
     output = tmp_path / "out.jsonl"
     distill(folder, output, "--prompts", folder / "prompts.jsonl")
-    monkeypatch.setattr("modeling_lmtp.training.self_written.generate_ids", None)
+    monkeypatch.setattr("modeling_lmtp.training.writers.generate_ids", None)
     message = error_of(folder, output, "--self_written", 2)
     assert "was made without out.jsonl.prompts.jsonl" in message
 
@@ -139,10 +139,8 @@ def test_an_output_without_self_written_prompts_is_refused_before_any_are_sample
         (["--limit", 9], "There are no prompts to answer"),
         (["--prompts", "p.jsonl", "--server_model", "m"], "--server_model m needs --server"),
         (["--prompts", "p.jsonl", "--server", "localhost:8000"], "server must be a URL"),
-        (
-            ["--server", "http://x/v1", "--self_written", 2],
-            "--self_written must be 0 with --server",
-        ),
+        (["--prompts", "p.jsonl", "--kinds", "all"], "--kinds all needs --self_written N"),
+        (["--self_written", 2, "--kinds", "prose"], "kinds must be all, or some of chat, writing"),
         (
             ["--server", "http://x/v1", "--prompts", "p.jsonl", "--dtype", "float16"],
             "--dtype float16 has no effect with --server",

@@ -24,6 +24,7 @@ from modeling_lmtp.training.distill import (
 from modeling_lmtp.training.distill_files import AnswerFiles, find_parts, part_path, writer_lock
 from modeling_lmtp.training.processes import MainProcessError, on_main, process_state
 from modeling_lmtp.training.self_written import SampleLog, self_written_prompts
+from modeling_lmtp.training.writers import ModelWriter
 
 # Python 3.12 and later warn of every fork beside other threads; torch keeps some. Accelerate warns
 # where it chooses the number of threads.
@@ -282,7 +283,7 @@ def sample_log(model, path, settings=WRITING):
 
 def write(model, tokenizer, path, count=COUNT):
     log = sample_log(model, path)
-    return self_written_prompts(model, tokenizer, count, WRITING, log=log)
+    return self_written_prompts(ModelWriter(model, tokenizer), count, WRITING, log=log)
 
 
 def test_self_written_prompts_do_not_depend_on_the_number_of_processes(model, tokenizer, tmp_path):
@@ -320,7 +321,7 @@ def test_stopped_sampling_resumes_after_the_logged_batches(model, tokenizer, tmp
 def test_finished_sampling_does_not_run_the_model_again(model, tokenizer, tmp_path, monkeypatch):
     path = tmp_path / "log.jsonl"
     prompts = write(model, tokenizer, path)
-    monkeypatch.setattr("modeling_lmtp.training.self_written.generate_ids", None)
+    monkeypatch.setattr("modeling_lmtp.training.writers.generate_ids", None)
     assert write(model, tokenizer, path) == prompts
     assert write(model, tokenizer, path, count=1) == prompts[:1]
 

@@ -6,110 +6,33 @@ import json
 import logging
 import re
 import threading
-import time
-from contextlib import contextmanager
 from dataclasses import replace
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 from commands import error_of, lmtp
+from fake_server import (
+    FakeServer,
+    answers,
+    break_off,
+    completion,
+    hang_up,
+    raw,
+    send,
+    serving,
+    status,
+)
 from tiny import tiny_tokenizer
 
 from modeling_lmtp.conversion.prompts import Prompt
 from modeling_lmtp.training.answers import read_examples
 from modeling_lmtp.training.distill import DistillSettings, manifest_path, read_rows
-from modeling_lmtp.training.distill_server import Server, distill_from_server
+from modeling_lmtp.training.distill_server import distill_from_server
+from modeling_lmtp.training.server import Server
 
 TEXTS = ["Hi", "the sea", "A spider asks", "é?", "Paris", "What is the capital of France?"]
 PROMPTS = [Prompt(text, "tiny") for text in TEXTS]
 SETTINGS = DistillSettings(max_new_tokens=9, batch_size=3)
 SAMPLED = replace(SETTINGS, temperature=0.7, top_p=0.9, num_answers=2, seed=5)
-
-
-def completion(request, **changes):
-    """Return what an OpenAI-compatible server answers: the prompt and the seed, said again."""
-    text = f"{request['messages'][0]['content']}! {request['seed']}"
-    message = {"role": "assistant", "content": text, **changes.pop("message", {})}
-    choice = {"index": 0, "message": message, "finish_reason": changes.pop("reason", "stop")}
-    return {"choices": [choice], "usage": {"completion_tokens": len(text)}, **changes}
-
-
-class FakeServer:
-    """A server in a thread; `faults` holds what it does instead of answering, first come first."""
-
-    def __init__(self):
-        self.requests, self.headers, self.faults = [], [], []
-        self.under_way = self.most_under_way = 0
-        self.delay = 0.0
-        self.lock = threading.Lock()
-
-    def reply(self, handler):
-        body = handler.rfile.read(int(handler.headers["Content-Length"]))
-        request = json.loads(body)
-        with self.lock:
-            self.requests.append((handler.path, request))
-            self.headers.append(dict(handler.headers))
-            self.under_way += 1
-            self.most_under_way = max(self.under_way, self.most_under_way)
-            fault = self.faults.pop(0) if self.faults else None
-        time.sleep(self.delay)
-        with self.lock:
-            self.under_way -= 1
-        if callable(fault):
-            fault(handler, request)
-        else:
-            send(handler, 200, completion(request))
-
-
-def send(handler, status, value, headers=(), length=None):
-    body = value if isinstance(value, bytes) else json.dumps(value).encode()
-    handler.send_response(status)
-    for name, text in headers:
-        handler.send_header(name, text)
-    handler.send_header("Content-Length", str(length or len(body)))
-    handler.end_headers()
-    handler.wfile.write(body)
-
-
-def status(code, text="", **headers):
-    return lambda handler, _request: send(handler, code, text.encode(), headers.items())
-
-
-def answers(**changes):
-    return lambda handler, request: send(handler, 200, completion(request, **dict(changes)))
-
-
-def raw(body):
-    return lambda handler, _request: send(handler, 200, body)
-
-
-def hang_up(_handler, _request):
-    """Close the connection without a word."""
-
-
-def break_off(handler, request):
-    body = json.dumps(completion(request)).encode()
-    send(handler, 200, body[:30], length=len(body))
-
-
-@contextmanager
-def serving(fake):
-    class Handler(BaseHTTPRequestHandler):
-        def do_POST(self):
-            fake.reply(self)
-
-        def log_message(self, *args):
-            pass
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    thread = threading.Thread(target=server.serve_forever, args=(0.01,))
-    thread.start()
-    try:
-        yield f"http://127.0.0.1:{server.server_port}/v1"
-    finally:
-        server.shutdown()
-        thread.join()
-        server.server_close()
 
 
 @pytest.fixture
@@ -246,7 +169,7 @@ def test_the_backoff_doubles_unless_the_server_sends_retry_after(
             pauses.append(timeout)
             return False
 
-    monkeypatch.setattr("modeling_lmtp.training.distill_server.Event", Impatient)
+    monkeypatch.setattr("modeling_lmtp.training.server.Event", Impatient)
     fake.faults = [status(429, **{"Retry-After": "7"}), hang_up, status(503), None, status(500)]
     run(replace(server, backoff=0.5), tmp_path / "out.jsonl", replace(SETTINGS, batch_size=1))
     assert pauses == [7.0, 1.0, 2.0, 0.5]

@@ -18,11 +18,12 @@ from modeling_lmtp.conversion.prompts import (
     read_prompts,
     render_prompt,
 )
-from modeling_lmtp.training import self_written as prompts_module
+from modeling_lmtp.training import writers as writers_module
 from modeling_lmtp.training.distill import (
     DistillSettings,
 )
 from modeling_lmtp.training.self_written import self_written_prompts
+from modeling_lmtp.training.writers import ModelWriter
 
 
 @pytest.fixture(scope="module")
@@ -204,15 +205,17 @@ OPEN_END = "{{ '[' + messages[0]['content'] }}{% if add_generation_prompt %}{{ '
 def test_the_model_writes_prompts_itself(model, template):
     tokenizer = tiny_tokenizer(chat_template=template)
     settings = DistillSettings(batch_size=32, magpie_max_tokens=48)
-    prompts = self_written_prompts(model, tokenizer, 3, settings)
+    prompts = self_written_prompts(ModelWriter(model, tokenizer), 3, settings)
     assert len({prompt.text for prompt in prompts}) == 3
     assert {prompt.kind for prompt in prompts} == {"self-written"}
     for prompt in prompts:
         assert prompt.text == prompt.text.strip() != ""
         assert ")" not in prompt.text or template == CHAT_TEMPLATE
         assert not any(token in prompt.text for token in tokenizer.all_special_tokens)
-    assert self_written_prompts(model, tokenizer, 3, settings) == prompts
-    assert self_written_prompts(model, tokenizer, 3, replace(settings, seed=1)) != prompts
+    assert self_written_prompts(ModelWriter(model, tokenizer), 3, settings) == prompts
+    assert (
+        self_written_prompts(ModelWriter(model, tokenizer), 3, replace(settings, seed=1)) != prompts
+    )
 
 
 def scripted(monkeypatch, tokenizer, batches):
@@ -224,7 +227,7 @@ def scripted(monkeypatch, tokenizer, batches):
         calls.append(tokenizer.decode(headers[0]))
         return [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
 
-    monkeypatch.setattr(prompts_module, "generate_ids", generate)
+    monkeypatch.setattr(writers_module, "generate_ids", generate)
     return calls
 
 
@@ -232,7 +235,7 @@ def test_unusable_prompts_are_dropped_and_replaced(model, tokenizer, monkeypatch
     first = [f"One{END_OF_TURN}", f" \n{END_OF_TURN}", "cut off", f"One {END_OF_TURN}"]
     second = [f"a{START_OF_TURN}b{END_OF_TURN}", f"Two{END_OF_TURN}", f"Three{END_OF_TURN}", ""]
     calls = scripted(monkeypatch, tokenizer, [first, second])
-    prompts = self_written_prompts(model, tokenizer, 2, DistillSettings(batch_size=4))
+    prompts = self_written_prompts(ModelWriter(model, tokenizer), 2, DistillSettings(batch_size=4))
     assert [prompt.text for prompt in prompts] == ["One", "Two"]
     assert calls == [f"{START_OF_TURN}user\n"] * 2
 
@@ -241,14 +244,18 @@ def test_a_space_before_the_turn_is_left_to_its_first_word(model, monkeypatch):
     template = "{{ '[INST] ' + messages[0]['content'] + ' [/INST]' }}"
     tokenizer = tiny_tokenizer(chat_template=template)
     calls = scripted(monkeypatch, tokenizer, [[" One [/INST] and more"]])
-    prompts = self_written_prompts(model, tokenizer, 1, DistillSettings(batch_size=1))
+    prompts = self_written_prompts(ModelWriter(model, tokenizer), 1, DistillSettings(batch_size=1))
     assert (calls, prompts[0].text) == (["[INST]"], "One")
 
 
 def test_a_model_that_repeats_itself_warns_and_stops(model, tokenizer, monkeypatch):
     calls = scripted(monkeypatch, tokenizer, [[f"One{END_OF_TURN}"]])
-    with pytest.warns(UserWarning, match="The model wrote only 1 of 2 prompts in 20 samples"):
-        prompts = self_written_prompts(model, tokenizer, 2, DistillSettings(batch_size=1))
+    with pytest.warns(
+        UserWarning, match="only 1 of 2 prompts of the kind 'self-written' in 20 samples"
+    ):
+        prompts = self_written_prompts(
+            ModelWriter(model, tokenizer), 2, DistillSettings(batch_size=1)
+        )
     assert [prompt.text for prompt in prompts] == ["One"]
     assert len(calls) == 20
 
@@ -256,7 +263,7 @@ def test_a_model_that_repeats_itself_warns_and_stops(model, tokenizer, monkeypat
 def test_a_model_that_writes_no_prompt_raises(model, tokenizer, monkeypatch):
     scripted(monkeypatch, tokenizer, [["never closed"]])
     with pytest.raises(RuntimeError, match=r"0 of 2 prompts.*magpie_max_tokens=128"):
-        self_written_prompts(model, tokenizer, 2, DistillSettings())
+        self_written_prompts(ModelWriter(model, tokenizer), 2, DistillSettings())
 
 
 @pytest.mark.parametrize(
@@ -270,12 +277,14 @@ def test_a_model_that_writes_no_prompt_raises(model, tokenizer, monkeypatch):
 )
 def test_self_written_prompts_need_a_user_turn_in_the_template(model, template, message):
     with pytest.raises(ValueError, match=f"tokenizer.*{message}"):
-        self_written_prompts(model, tiny_tokenizer(chat_template=template), 1, DistillSettings())
+        self_written_prompts(
+            ModelWriter(model, tiny_tokenizer(chat_template=template)), 1, DistillSettings()
+        )
 
 
 def test_the_number_of_self_written_prompts_is_at_least_one(model, tokenizer):
     with pytest.raises(ValueError, match="count must be at least 1, got 0"):
-        self_written_prompts(model, tokenizer, 0, DistillSettings())
+        self_written_prompts(ModelWriter(model, tokenizer), 0, DistillSettings())
 
 
 @pytest.mark.parametrize(
