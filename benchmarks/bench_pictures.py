@@ -60,7 +60,7 @@ def _title(record: Mapping[str, Any], rows: Sequence[dict[str, Any]]) -> str:
     model = Path(conditions["base_model"] or conditions["checkpoint"]).name
     return (
         f"{model}, {conditions['device']}, {conditions['threads']} threads, {first['dtype']}, "
-        f"{first['mode']}, batch size {first['batch_size']}; 95 % intervals over prompts"
+        f"{first['mode']}, batch size {first['batch_size']}\n95 % intervals over prompts"
     )
 
 

@@ -106,11 +106,12 @@ class PassCosts:
 
     @property
     def largest(self) -> int:
-        """The largest size to try: few tokens at first, then twice as many as are known.
+        """The largest size to try: twice the largest that is known.
 
-        Tokens may cost far more than was assumed, such as in bfloat16 on a CPU without instructions for it.
+        Tokens may cost far more than was assumed, such as in batches, or in bfloat16 on a CPU without
+        instructions for it.
         """
-        return max(4, 2 * self._largest_known)
+        return 2 * self._largest_known
 
     @property
     def untried(self) -> int:
