@@ -181,13 +181,12 @@ class PlannedDrafter(Drafter):
             - memory.rate * memory.costs.cost(1 + count)
             for count in [*counts, longest]
         }
-        count = max(worths, key=lambda count: (worths[count], -count))
-        worth, trial = worths[count], memory.costs.untried - 1
-        is_trial = count < trial <= longest and memory.may_try(
-            memory.costs.cost(1 + trial) - 1 - memory.correction * gains[trial] / memory.num_rows
-        )
-        count = trial if is_trial else count
-        return Draft([row[:count] for row in rows], gains[count], worth, is_trial)
+        best = max(worths, key=lambda count: (worths[count], -count))
+        size = memory.costs.uncertain(1 + best)
+        trial = size - 1 if size is not None and size <= 1 + longest else best
+        is_trial = trial != best and memory.may_try((worths[best] - worths[trial]) / memory.rate)
+        count = trial if is_trial else best
+        return Draft([row[:count] for row in rows], gains[count], worths[best], is_trial)
 
     def _ranked(self, proposals: Sequence[Proposal]) -> list[tuple[Path, float]]:
         """Return a row's paths and their values, the best first; each comes after its parent."""

@@ -28,6 +28,7 @@ MAX_REST = 32  # steps between two drafts of heads that do not pay
 # Of the time so far, what may be lost by trying sizes that no plan would choose: their costs are only
 # predicted, and a pass over more tokens may take less time than one over few
 TRIED_SHARE = 0.01
+SURE_PASSES = 4  # of one size, before what they took is trusted
 EXPECTED_EDGES = (0.3, 1.0, 3.0)  # of the buckets of what is accepted per row without heads
 
 
@@ -113,10 +114,13 @@ class PassCosts:
         """
         return 2 * self._largest_known
 
-    @property
-    def untried(self) -> int:
-        """The smallest size that is larger than those that are known."""
-        return next((size for size in PASS_SIZES if size > self._largest_known), PASS_SIZES[-1])
+    def uncertain(self, size: int) -> int | None:
+        """Return the smallest size above this one that had few passes, if any.
+
+        The first of them may have prepared kernels for it.
+        """
+        larger = PASS_SIZES[bisect_right(PASS_SIZES, size) :]
+        return next((size for size in larger if self.num_passes(size) < SURE_PASSES), None)
 
     @property
     def _largest_known(self) -> int:
@@ -218,8 +222,8 @@ class BatchMemory:
         return num_passes < MIN_PLAIN or self._since_plain > interval
 
     def may_try(self, loss: float) -> bool:
-        """Return whether a step expected to lose that many plain steps may show what its size costs."""
-        return self._lost + max(0.0, loss) <= TRIED_SHARE * self._time
+        """Return whether a step may lose the time of that many plain steps to show what its size costs."""
+        return self._lost + loss <= TRIED_SHARE * self._time
 
     def head_use(self, expected: float) -> HeadUse:
         """Return whether heads pay where that many candidates would be accepted without them."""
@@ -250,7 +254,7 @@ class BatchMemory:
         cost = self.costs.cost(size) + draft_seconds / (self.costs.seconds or draft_seconds or 1)
         self._time += cost
         if is_trial and plain_seconds:
-            self._lost += max(0.0, pass_seconds / plain_seconds - num_tokens / self.num_rows)
+            self._lost += max(0.0, pass_seconds / plain_seconds - num_tokens / self.rate)
         self._tokens = keep * self._tokens + num_tokens
         self._cost = keep * self._cost + cost
         if expected:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import random
+from collections import Counter
 
 import pytest
 import torch
@@ -213,6 +214,19 @@ def test_larger_drafts_are_tried_where_smaller_ones_are_too_dear():
     steps = decode(drafter, texts, clock, uneven)
     assert statistics_of(steps[-60:]) == 15
     assert (LENGTH - 2) * uneven(1, 1) / clock.seconds > 1.8
+
+
+def test_a_size_whose_first_passes_were_slow_is_tried_again():
+    """As where kernels are prepared for each size: the first passes say little about the later ones."""
+    clock, texts, passes = Clock(), texts_of(1, 1500), Counter()
+
+    def seconds(num_rows: int, size: int) -> float:
+        passes[size] += 1
+        return 0.04 * (1 + 0.2 * (size - 1)) * (2 if size > 1 and passes[size] <= 2 else 1)
+
+    copies = Guesser(texts, 0.6, 0.6, clock, depth=1, source="lookup")
+    steps = decode(PlannedDrafter(DraftPlanner(clock), None, copies), texts, clock, seconds, 1500)
+    assert statistics_of(steps[-60:]) == 1
 
 
 @pytest.mark.parametrize("seconds", [linear, dear, uneven], ids=["linear", "dear", "uneven"])
