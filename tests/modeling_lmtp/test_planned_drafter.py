@@ -239,7 +239,7 @@ def test_trying_costs_next_to_nothing_where_it_finds_nothing(seconds):
 
 
 def test_a_first_short_call_of_a_batch_is_hardly_slower_where_tokens_are_dear():
-    """As in bfloat16 on a CPU without instructions for it: two tokens in each of four rows take 1.7 passes."""
+    """As in bfloat16 on a CPU without instructions for it: two tokens in four rows take 1.7 passes."""
 
     def seconds(num_rows: int, size: int) -> float:
         return 0.1 * (1 + 0.7 * (size - 1))
