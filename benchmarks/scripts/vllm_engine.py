@@ -118,7 +118,7 @@ class EngineProcess:
     """An engine in a process of its own, so that several engines can take turns.
 
     The process is vLLM's engine and worker in one. Where vLLM starts the two as processes, each waits for
-    the other by spinning, which on a few cores halves the speed.
+    the other by spinning, which takes cores away where there are few.
 
     Args:
         settings: of `vllm.LLM`.
