@@ -4,11 +4,10 @@ Both are learned as decoding goes, and live with the model. Neither affects the 
 are verified, see `planned_drafter_lmtp`.
 """
 
+import math
 from bisect import bisect_left, bisect_right
-from collections import deque
 from collections.abc import Callable, Hashable
 from itertools import pairwise
-from statistics import median_low
 from time import perf_counter
 
 # Tokens of a pass per row, root included. Few sizes, because each has a cost of its own to learn, and
@@ -20,10 +19,16 @@ PRIOR_STRENGTH = 8.0  # how many observations a drafter's own probability counts
 MEMORY = 256  # observations after which an earlier one counts for a third
 EDGES = (0.02, 0.05, 0.1, 0.2, 0.35, 0.5, 0.65, 0.8, 0.9, 0.96)  # of the buckets of probabilities
 MAX_RATE = 0.98
-MAX_PASSES = 9  # of one size, the latest of which count
-# At first, this many steps are plain; then one in so many until `MAX_PASSES` are known, then one in ten
+# Of the logarithms of costs before any pass: the variances of the exponent with which costs grow with the
+# sizes, of a step between one token and two, and of steps between further neighbours
+EXPONENT, FIRST_STEP, STEP = 0.1, 0.1, 0.01
+# Of the logarithm of a pass' time: the variance of its noise, and what a pass adds to the variances of the
+# sizes' costs and of the level
+PASS_NOISE = 0.02
+DRIFTS = (0.0, *[1e-5] * (len(PASS_SIZES) - 1), 3e-4)
+# At first, this many steps are plain; then one in so many until `KNOWN_PLAIN` are known, then one in ten
 # times as many
-MIN_PLAIN, PLAIN_INTERVAL = 3, 48
+MIN_PLAIN, PLAIN_INTERVAL, KNOWN_PLAIN = 3, 48, 9
 MAX_REST = 32  # steps between two drafts of heads that do not pay
 # Of the time so far, what may be lost by trying sizes that no plan would choose: their costs are only
 # predicted, and a pass over more tokens may take less time than one over few
@@ -58,52 +63,63 @@ class AcceptanceRates:
 class PassCosts:
     """What a pass over several tokens per row costs, in passes of one token.
 
-    The cost of a size is the median of its latest passes. All are relative to a base that follows every
-    pass, so that a growing context, which makes all sizes slower, is no cost of the size at hand. A size
-    that was not tried yet is predicted from its neighbour.
+    The logarithm of a pass' time is the sum of a level, which drifts with the context and with what else
+    the machine does, of the logarithm of its size's cost, and of noise. A Kalman filter follows them all:
+    a slow pass counts against its size where the level was seen a moment ago, and against the level where
+    the size is known. Neighbouring sizes are assumed to cost about alike, so that a size that was tried
+    says something of those that were not.
 
     Args:
-        num_rows: `B`, for the prediction before any pass.
+        num_rows: `B`, for the costs before any pass.
     """
 
     def __init__(self, num_rows: int = 1) -> None:
-        self._token_cost = PRIOR_TOKEN_COST * num_rows**0.7
-        self._base: float | None = None  # seconds of a pass of one token
-        self._ratios: dict[int, deque[float]] = {}
-        self._counts: dict[int, int] = {}
-        self._costs: dict[int, float] = {}
+        token_cost = PRIOR_TOKEN_COST * num_rows**0.7
+        # Per size, and last the level; the cost of one token is 1 by definition
+        self._means = [math.log(1 + token_cost * (size - 1)) for size in PASS_SIZES] + [0.0]
+        places = range(len(PASS_SIZES))
+        self._covariances = [[*(_prior_covariance(i, j) for j in places), 0.0] for i in places]
+        self._covariances.append([*(0.0 for _ in places), PASS_NOISE])
+        self._counts = [0] * len(PASS_SIZES)
 
     @property
     def seconds(self) -> float | None:
         """The seconds of a pass of one token; None before the first pass."""
-        return None if self._base is None else self._base * self._level(1)
+        return math.exp(self._means[-1]) if any(self._counts) else None
 
     def num_passes(self, size: int) -> int:
-        """Return how many of the latest passes had this size."""
-        return len(self._ratios.get(size, ()))
+        """Return how many passes had this size."""
+        return self._counts[_place(size)]
 
     def observe(self, size: int, seconds: float) -> None:
         """Record a pass over `size` tokens per row."""
-        size, seconds = self._known_size(size), max(seconds, 1e-9)
-        if self._base is None:
-            self._base = seconds / self._prior(size)
-        ratio, level = seconds / self._base, self._level(size)
-        self._counts[size] = count = self._counts.get(size, 0) + 1
-        is_known = count > MAX_PASSES
-        # Of a size that is known, the base follows the passes, and the size itself only slowly
-        if not is_known or count % MAX_PASSES == 0:
-            self._ratios.setdefault(size, deque(maxlen=MAX_PASSES)).append(ratio)
-            self._costs.clear()
-        # Slow passes, such as the first ones of a size, say little about the base
-        change = max(-0.3, min(0.3, ratio / level - 1))
-        self._base *= 1 + (0.3 if is_known else 0.1) * change
+        place, observed = _place(size), math.log(max(seconds, 1e-9))
+        if self.seconds is None:
+            self._means[-1] = observed - self._means[place]
+        self._counts[place] += 1
+        error = observed - self._means[place] - self._means[-1]
+        # The first pass of a size may have prepared kernels for it
+        if self._counts[place] > 1 or error <= 0:
+            self._correct(place, error)
+
+    def _correct(self, place: int, error: float) -> None:
+        """Update the filter with how much slower a pass of one size was than expected."""
+        for i, drift in enumerate(DRIFTS):
+            self._covariances[i][i] += drift
+        shares = [
+            a + b for a, b in zip(self._covariances[place], self._covariances[-1], strict=True)
+        ]
+        variance = shares[place] + shares[-1] + PASS_NOISE
+        # Much may slow a pass down by chance, but nothing speeds it up
+        error = min(error, 2 * math.sqrt(variance))
+        for i, share in enumerate(shares):
+            self._means[i] += share / variance * error
+            for j, other in enumerate(shares):
+                self._covariances[i][j] -= share * other / variance
 
     def cost(self, size: int) -> float:
         """Return the cost of a pass over `size` tokens per row, 1 for one token."""
-        size = self._known_size(size)
-        if size not in self._costs:
-            self._costs[size] = max(1.0, self._level(size) / self._level(1)) if size > 1 else 1.0
-        return self._costs[size]
+        return max(1.0, math.exp(self._means[_place(size)]))
 
     @property
     def largest(self) -> int:
@@ -112,7 +128,7 @@ class PassCosts:
         Tokens may cost far more than was assumed, such as in batches, or in bfloat16 on a CPU without
         instructions for it.
         """
-        return 2 * self._largest_known
+        return 2 * max((size for size in PASS_SIZES if self.num_passes(size) > 1), default=1)
 
     def uncertain(self, size: int) -> int | None:
         """Return the smallest size above this one that had few passes, if any.
@@ -122,10 +138,6 @@ class PassCosts:
         larger = PASS_SIZES[bisect_right(PASS_SIZES, size) :]
         return next((size for size in larger if self.num_passes(size) < SURE_PASSES), None)
 
-    @property
-    def _largest_known(self) -> int:
-        return max((size for size in self._ratios if self.num_passes(size) > 1), default=1)
-
     def cost_per_token(self, num_tokens: int) -> float:
         """Return the least that one more token per row costs, up to `num_tokens`."""
         sizes = [size for size in PASS_SIZES if size <= max(2, num_tokens)]
@@ -134,31 +146,18 @@ class PassCosts:
             for size, larger in pairwise(sizes)
         )
 
-    def _known_size(self, size: int) -> int:
-        return PASS_SIZES[min(bisect_left(PASS_SIZES, size), len(PASS_SIZES) - 1)]
 
-    def _prior(self, size: int) -> float:
-        return 1 + self._token_cost * (size - 1)
+def _place(size: int) -> int:
+    """Return the place in `PASS_SIZES` of the smallest size that is no smaller, or of the largest."""
+    return min(bisect_left(PASS_SIZES, size), len(PASS_SIZES) - 1)
 
-    def _level(self, size: int) -> float:
-        """Return the cost of a size relative to the base."""
-        ratios = self._ratios.get(size, ())
-        if len(ratios) >= 2:
-            return median_low(ratios)
-        predicted = self._predicted(size)
-        # The first pass of a size may have prepared kernels for it
-        return min(predicted, *ratios) if ratios else predicted
 
-    def _predicted(self, size: int) -> float:
-        """Predict from the nearest smaller size that is known: more tokens are as much dearer as there."""
-        known = [other for other in self._ratios if 1 < other < size and self.num_passes(other) > 1]
-        plain = median_low(self._ratios[1]) if self.num_passes(1) > 1 else 1.0
-        if size == 1 or not known:
-            return plain * self._prior(size)
-        other = max(known)
-        found = median_low(self._ratios[other])
-        per_token = max(found / plain - 1, 0.1 * (self._prior(other) - 1)) / (other - 1)
-        return found + plain * per_token * (size - other)
+def _prior_covariance(place: int, other: int) -> float:
+    """Return the covariance of the logarithms of two sizes' costs before any pass; 0 for one token."""
+    if not (num_steps := min(place, other)):
+        return 0.0
+    grown = EXPONENT * math.log(PASS_SIZES[place]) * math.log(PASS_SIZES[other])
+    return grown + FIRST_STEP + STEP * (num_steps - 1)
 
 
 class HeadUse:
@@ -212,13 +211,13 @@ class BatchMemory:
     @property
     def correction(self) -> float:
         """The accepted tokens per expected one."""
-        return min(1.25, self._accepted / self._expected)
+        return min(1.0, self._accepted / self._expected)
 
     @property
     def must_be_plain(self) -> bool:
         """Whether too little is known of plain steps, with which all others are compared."""
         num_passes = self.costs.num_passes(1)
-        interval = PLAIN_INTERVAL if num_passes < MAX_PASSES else 10 * PLAIN_INTERVAL
+        interval = PLAIN_INTERVAL if num_passes < KNOWN_PLAIN else 10 * PLAIN_INTERVAL
         return num_passes < MIN_PLAIN or self._since_plain > interval
 
     def may_try(self, loss: float) -> bool:

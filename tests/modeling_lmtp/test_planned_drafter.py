@@ -13,7 +13,7 @@ from architectures import tiny_causal_lm
 from modeling_lmtp import LMTPForCausalLM
 from modeling_lmtp.drafting_lmtp import Proposal, ProposingDrafter
 from modeling_lmtp.planned_drafter_lmtp import PlannedDrafter, best_chain, path_values
-from modeling_lmtp.planner_lmtp import AcceptanceRates, DraftPlanner
+from modeling_lmtp.planner_lmtp import PASS_SIZES, AcceptanceRates, DraftPlanner
 
 PROMPT = torch.tensor([[3, 17, 5, 9, 44, 3, 17, 5]])
 
@@ -249,6 +249,20 @@ def test_a_first_short_call_of_a_batch_is_hardly_slower_where_tokens_are_dear():
     assert max(nodes for nodes, _ in steps) == 1
 
 
+@pytest.mark.parametrize("seed", range(6))
+def test_a_machine_that_is_now_fast_and_now_slow_drafts_what_pays(seed):
+    clock, texts, generator = Clock(), texts_of(1), random.Random(seed)
+
+    def noisy(num_rows: int, size: int) -> float:
+        cost = {1: 1.0, 2: 1.9, 3: 1.95, 4: 2.5}.get(size, 0.45 * size)
+        return 0.05 * cost * generator.lognormvariate(0, 0.15)
+
+    copies = Guesser(texts, 0.9, 0.9, clock, depth=7, source="lookup")
+    steps = decode(PlannedDrafter(DraftPlanner(clock), None, copies), texts, clock, noisy)
+    assert statistics_of(steps) > 1
+    assert (LENGTH - 2) * 0.05 / clock.seconds > 1.2
+
+
 def test_candidates_are_dropped_where_a_pass_over_them_is_dear():
     _, cheap, _ = speed_up(0.5, 0.5, flat)
     _, expensive, _ = speed_up(0.5, 0.5, dear)
@@ -286,9 +300,9 @@ def test_what_is_drafted_is_worth_most_of_all_prefixes_by_value():
         clock = Clock()
         planner = DraftPlanner(clock)
         memory = planner.batch(2)
-        memory.costs._token_cost = generator.choice([0.01, 0.05, 0.2])
-        for _ in range(2):
-            memory.costs.observe(32, 1.0)  # so that no size is too large to try
+        token_cost = generator.choice([0.01, 0.05, 0.2])
+        for size in [*PASS_SIZES] * 2:  # so that no size is too large to try
+            memory.costs.observe(size, 1 + token_cost * (size - 1))
         drafter = PlannedDrafter(planner, None, None)
         rows = [
             [

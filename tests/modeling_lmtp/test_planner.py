@@ -110,6 +110,26 @@ def test_a_growing_context_is_no_cost_of_the_sizes_at_hand():
     assert costs.cost(8) == pytest.approx(1.2, rel=0.05)
 
 
+def test_what_drafts_cost_is_found_out_although_they_come_one_after_another():
+    """The level must not take over what their size costs: plain passes show it again and again."""
+    costs = fed(PassCosts(), lambda size: 0.04, (1, 3))  # the size was cheap at first
+    for _ in range(12):
+        for size in [1] * 5 + [3] * 10:
+            costs.observe(size, 0.04 * (1.3 if size == 3 else 1))
+    assert costs.cost(3) == pytest.approx(1.3, rel=0.04)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_costs_are_known_on_a_machine_whose_speed_drifts(seed):
+    generator, costs, drift = random.Random(seed), PassCosts(), 1.0
+    for _ in range(600):
+        size = generator.choice((1, 1, 1, 3, 8))
+        drift *= generator.lognormvariate(0, 0.01)
+        costs.observe(size, 0.02 * (1 + size) * drift * generator.lognormvariate(0, 0.15))
+    assert costs.cost(3) == pytest.approx(2, rel=0.12)
+    assert costs.cost(8) == pytest.approx(4.5, rel=0.12)
+
+
 def test_the_first_pass_of_a_size_may_be_slow():
     costs = fed(PassCosts(), CURVES["linear"], (1, 4))
     expected = costs.cost(8)
@@ -151,6 +171,13 @@ def test_the_rate_counts_what_drafting_takes():
         memory.observe_step(size, 0.04, drafting, tokens, float(tokens - 1))
     assert memory.rate == pytest.approx(3 / 1.5, rel=0.02)
     assert memory.correction == pytest.approx(1, abs=0.02)
+
+
+def test_luck_in_one_text_is_not_expected_in_the_next():
+    memory = BatchMemory(1)
+    for _ in range(100):
+        memory.observe_step(4, 0.04, 0.0, num_tokens=4, expected=1.5)
+    assert memory.correction == 1
 
 
 def test_plain_steps_are_measured_first_and_again_until_they_are_known():
