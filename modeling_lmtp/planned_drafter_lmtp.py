@@ -6,8 +6,10 @@ are emitted in the time of a plain step, the best draft is the one that maximize
 
     B + Σ p - ρ · cost(1 + N).
 
-Where no draft is better than none, the step is plain. `p` and the costs are learned, see `planner_lmtp`. A
-small share of the steps goes to larger drafts than the best one, to learn what they cost.
+Where no draft is better than none, the step is plain. `p` and the costs are learned, see `planner_lmtp`.
+Costs beyond those of a plain pass count for `MARGIN` times as much, because the draft that looks best of
+many often looks better than it is. A small share of the steps goes to larger drafts than the best one, to
+learn what they cost.
 
 Shapes: `B` batch, `L` known tokens, `S` known states, `H` hidden size, `N` candidates.
 """
@@ -29,8 +31,10 @@ from .drafting_lmtp import (
     ProposingDrafter,
     tree_from_paths,
 )
-from .planner_lmtp import MAX_RATE, PASS_SIZES, AcceptanceRates, BatchMemory, DraftPlanner
+from .planner_lmtp import MAX_RATE, PASS_SIZES, BatchMemory, DraftPlanner, TextRates
 from .tree_lmtp import MAX_NODES
+
+MARGIN = 1.1  # what a draft must be expected to gain, for each token that its time is worth
 
 Path = tuple[int, ...]
 
@@ -98,10 +102,12 @@ class PlannedDrafter(Drafter):
         self.takes_trees = takes_trees
         self.num_states = 1 if heads is None else heads.num_states
         self._step: PlannedStep | None = None
+        self._texts: list[TextRates] = []  # one per row
 
     def reset(self) -> None:
-        """Forget the last step, but not what it has shown."""
+        """Begin new texts; what earlier ones have shown stays known."""
         self._step = None
+        self._texts = []
 
     def draft(
         self, input_ids: torch.Tensor, hidden_states: torch.Tensor, max_depth: int
@@ -130,11 +136,17 @@ class PlannedDrafter(Drafter):
             self.planner.clock() - step.began,
             step.draft_seconds,
             sum(map(len, tokens)),
-            step.draft.expected,
             step.draft.is_trial,
         )
-        for proposals, emitted in zip(step.proposals, tokens, strict=True):
-            _count(self.planner.rates, proposals, tuple(emitted))
+        texts = self._rates_of_texts(len(tokens))
+        for rates, proposals, emitted in zip(texts, step.proposals, tokens, strict=True):
+            _count(rates, proposals, tuple(emitted))
+
+    def _rates_of_texts(self, num_rows: int) -> list[TextRates]:
+        """Return the rates in each row's text; they begin anew when rows have left the batch."""
+        if len(self._texts) != num_rows:
+            self._texts = [TextRates(self.planner.rates) for _ in range(num_rows)]
+        return self._texts
 
     def _plan(
         self,
@@ -154,7 +166,7 @@ class PlannedDrafter(Drafter):
             return proposals, draft
         start = self.planner.clock()
         # A row's candidate must be worth its share of the cost of a token in every row
-        least = memory.rate * memory.costs.cost_per_token(self.max_nodes) / memory.correction
+        least = memory.rate * memory.costs.cost_per_token(self.max_nodes)
         by_heads = self.heads.propose(
             input_ids, hidden_states, max_depth, min(0.5, 0.5 * least / num_rows)
         )
@@ -167,7 +179,8 @@ class PlannedDrafter(Drafter):
 
     def _best(self, memory: BatchMemory, proposals: list[list[Proposal]]) -> Draft:
         """Return the draft that is worth most, of these proposals per row."""
-        rows = [self._ranked(row) for row in proposals]
+        texts = self._rates_of_texts(len(proposals))
+        rows = [self._ranked(row, rates) for row, rates in zip(proposals, texts, strict=True)]
         longest = min(self.max_nodes, max(map(len, rows)), memory.costs.largest - 1)
         gains = [0.0] * (1 + longest)
         for row in rows:
@@ -177,8 +190,8 @@ class PlannedDrafter(Drafter):
         counts = [size - 1 for size in PASS_SIZES if size <= longest]
         worths = {
             count: memory.num_rows
-            + memory.correction * gains[count]
-            - memory.rate * memory.costs.cost(1 + count)
+            + gains[count]
+            - memory.rate * (1 + MARGIN * (memory.costs.cost(1 + count) - 1))
             for count in [*counts, longest]
         }
         best = max(worths, key=lambda count: (worths[count], -count))
@@ -188,23 +201,23 @@ class PlannedDrafter(Drafter):
         count = trial if is_trial else best
         return Draft([row[:count] for row in rows], gains[count], worths[best], is_trial)
 
-    def _ranked(self, proposals: Sequence[Proposal]) -> list[tuple[Path, float]]:
+    def _ranked(self, proposals: Sequence[Proposal], rates: TextRates) -> list[tuple[Path, float]]:
         """Return a row's paths and their values, the best first; each comes after its parent."""
-        values = path_values(self.planner.rates, proposals)
+        values = path_values(rates, proposals)
         if not self.takes_trees:
             values = best_chain(values)
         # No path is likelier than its parent
         return sorted(values.items(), key=lambda item: (-item[1], len(item[0])))
 
 
-def path_values(rates: AcceptanceRates, proposals: Sequence[Proposal]) -> dict[Path, float]:
+def path_values(rates: TextRates, proposals: Sequence[Proposal]) -> dict[Path, float]:
     """Return the probability that each proposed path is accepted.
 
     A path that several sources propose is wrong only if all of them are, as if they erred independently.
     The tokens after one path exclude each other, so their rates are scaled down to a sum of 1.
 
     Args:
-        rates: by source.
+        rates: in the row's text.
         proposals: of one row; with each path, its parent is among them.
     """
     conditional: dict[Path, float] = {}
@@ -232,7 +245,7 @@ def best_chain(values: dict[Path, float]) -> dict[Path, float]:
     return {path: values[path] for path in prefixes}
 
 
-def _count(rates: AcceptanceRates, proposals: Sequence[Proposal], emitted: Path) -> None:
+def _count(rates: TextRates, proposals: Sequence[Proposal], emitted: Path) -> None:
     """Count the proposals whose parent was right, verified or not, given the tokens that followed."""
     for path, source, probability in proposals:
         depth = len(path)

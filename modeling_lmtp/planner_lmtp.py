@@ -17,6 +17,7 @@ PASS_SIZES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
 PRIOR_TOKEN_COST = 0.02
 PRIOR_STRENGTH = 8.0  # how many observations a drafter's own probability counts for
 MEMORY = 256  # observations after which an earlier one counts for a third
+TEXT_STRENGTH = 4.0  # how many observations the rates of earlier texts count for in a new one
 EDGES = (0.02, 0.05, 0.1, 0.2, 0.35, 0.5, 0.65, 0.8, 0.9, 0.96)  # of the buckets of probabilities
 MAX_RATE = 0.98
 # Of the logarithms of costs before any pass: the variances of the exponent with which costs grow with the
@@ -58,6 +59,40 @@ class AcceptanceRates:
         counts = self._counts.setdefault((source, bisect_right(EDGES, probability)), [0.0, 0.0])
         counts[0] += is_right - counts[0] / MEMORY
         counts[1] += 1 - counts[1] / MEMORY
+
+
+class TextRates:
+    """The acceptance rates in one text, whose tokens may be easier or harder to guess than most.
+
+    The odds that a candidate is accepted are those in all texts, times how much better its source has done
+    in this text than was expected of it. At first a text counts for `TEXT_STRENGTH` right candidates and as
+    many wrong ones, all as expected.
+
+    Args:
+        rates: in all texts.
+    """
+
+    def __init__(self, rates: AcceptanceRates) -> None:
+        self._rates = rates
+        # Of each source: right and wrong candidates, and how many of each were expected
+        self._counts: dict[Hashable, list[float]] = {}
+
+    def rate(self, source: Hashable, probability: float) -> float:
+        """Return the rate of a source's candidates to which it gives this probability."""
+        rate = self._rates.rate(source, probability)
+        if source not in self._counts:
+            return rate
+        right, wrong, expected_right, expected_wrong = self._counts[source]
+        odds = rate / (1 - rate) * (right / expected_right) / (wrong / expected_wrong)
+        return min(odds / (1 + odds), MAX_RATE)
+
+    def observe(self, source: Hashable, probability: float, is_right: bool) -> None:
+        """Count a candidate whose parent was accepted, here and in all texts."""
+        rate = self._rates.rate(source, probability)
+        counts = self._counts.setdefault(source, [TEXT_STRENGTH] * 4)
+        for i, count in enumerate((is_right, not is_right, rate, 1 - rate)):
+            counts[i] += count
+        self._rates.observe(source, probability, is_right)
 
 
 class PassCosts:
@@ -189,7 +224,6 @@ class BatchMemory:
         costs: of passes.
         head_uses: whether heads pay, by how many candidates are expected to be accepted without them.
         rate: emitted tokens per plain step's time; the speed that a further candidate must not lower.
-        correction: how many tokens are accepted for each one expected.
     """
 
     def __init__(self, num_rows: int) -> None:
@@ -197,7 +231,6 @@ class BatchMemory:
         self.num_rows = num_rows
         self.head_uses = [HeadUse() for _ in range(1 + len(EXPECTED_EDGES))]
         self._tokens = self._cost = 0.0
-        self._accepted = self._expected = 4.0
         self._since_plain = 0
         self._time = self._lost = 0.0  # in plain steps, of all steps and by trying
 
@@ -207,11 +240,6 @@ class BatchMemory:
         if self._cost == 0:
             return float(self.num_rows)
         return max(self._tokens / self._cost, float(self.num_rows))
-
-    @property
-    def correction(self) -> float:
-        """The accepted tokens per expected one."""
-        return min(1.0, self._accepted / self._expected)
 
     @property
     def must_be_plain(self) -> bool:
@@ -234,7 +262,6 @@ class BatchMemory:
         pass_seconds: float,
         draft_seconds: float,
         num_tokens: int,
-        expected: float,
         is_trial: bool = False,
     ) -> None:
         """Record a step.
@@ -243,7 +270,6 @@ class BatchMemory:
             size: the tokens per row of its pass.
             pass_seconds, draft_seconds: that verifying and drafting took.
             num_tokens: that all rows emitted.
-            expected: how many candidates were expected to be accepted.
             is_trial: whether the step was to show what its size costs.
         """
         plain_seconds = self.costs.seconds
@@ -256,9 +282,6 @@ class BatchMemory:
             self._lost += max(0.0, pass_seconds / plain_seconds - num_tokens / self.rate)
         self._tokens = keep * self._tokens + num_tokens
         self._cost = keep * self._cost + cost
-        if expected:
-            self._accepted = keep * self._accepted + num_tokens - self.num_rows
-            self._expected = keep * self._expected + expected
 
 
 class DraftPlanner:

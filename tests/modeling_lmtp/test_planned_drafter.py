@@ -12,8 +12,8 @@ from architectures import tiny_causal_lm
 
 from modeling_lmtp import LMTPForCausalLM
 from modeling_lmtp.drafting_lmtp import Proposal, ProposingDrafter
-from modeling_lmtp.planned_drafter_lmtp import PlannedDrafter, best_chain, path_values
-from modeling_lmtp.planner_lmtp import PASS_SIZES, AcceptanceRates, DraftPlanner
+from modeling_lmtp.planned_drafter_lmtp import MARGIN, PlannedDrafter, best_chain, path_values
+from modeling_lmtp.planner_lmtp import PASS_SIZES, AcceptanceRates, DraftPlanner, TextRates
 
 PROMPT = torch.tensor([[3, 17, 5, 9, 44, 3, 17, 5]])
 
@@ -28,20 +28,20 @@ def test_a_path_s_value_is_the_product_of_its_rates():
         Proposal((5, 1), 2, 0.5),
         Proposal((5, 1, 4), 3, 0.9),
     ]
-    values = path_values(AcceptanceRates(), proposals)
+    values = path_values(TextRates(AcceptanceRates()), proposals)
     expected = {(5,): 0.6, (7,): 0.3, (5, 1): 0.3, (5, 1, 4): 0.27}
     assert values == pytest.approx(expected)
 
 
 def test_what_two_sources_propose_is_likelier_than_each_of_them_says():
     proposals = [Proposal((5,), "lookup", 0.4), Proposal((5,), 1, 0.7), Proposal((5, 2), 2, 0.5)]
-    values = path_values(AcceptanceRates(), proposals)
+    values = path_values(TextRates(AcceptanceRates()), proposals)
     assert values == pytest.approx({(5,): 1 - 0.6 * 0.3, (5, 2): 0.41})
 
 
 def test_tokens_after_one_path_exclude_each_other():
     proposals = [Proposal((5,), "lookup", 0.9), Proposal((6,), 1, 0.6)]
-    values = path_values(AcceptanceRates(), proposals)
+    values = path_values(TextRates(AcceptanceRates()), proposals)
     assert values == pytest.approx({(5,): 0.6, (6,): 0.4})
 
 
@@ -212,8 +212,8 @@ def test_larger_drafts_are_tried_where_smaller_ones_are_too_dear():
     copies = Guesser(texts, 0.8, 0.8, clock, depth=15, source="lookup")
     drafter = PlannedDrafter(DraftPlanner(clock), None, copies)
     steps = decode(drafter, texts, clock, uneven)
-    assert statistics_of(steps[-60:]) == 15
-    assert (LENGTH - 2) * uneven(1, 1) / clock.seconds > 1.8
+    assert statistics_of(steps[-60:]) >= 7
+    assert (LENGTH - 2) * uneven(1, 1) / clock.seconds > 2.1
 
 
 def test_a_size_whose_first_passes_were_slow_is_tried_again():
@@ -254,13 +254,28 @@ def test_a_machine_that_is_now_fast_and_now_slow_drafts_what_pays(seed):
     clock, texts, generator = Clock(), texts_of(1), random.Random(seed)
 
     def noisy(num_rows: int, size: int) -> float:
-        cost = {1: 1.0, 2: 1.9, 3: 1.95, 4: 2.5}.get(size, 0.45 * size)
-        return 0.05 * cost * generator.lognormvariate(0, 0.15)
+        return here(num_rows, size) * generator.lognormvariate(0, 0.15)
 
     copies = Guesser(texts, 0.9, 0.9, clock, depth=7, source="lookup")
     steps = decode(PlannedDrafter(DraftPlanner(clock), None, copies), texts, clock, noisy)
     assert statistics_of(steps) > 1
     assert (LENGTH - 2) * 0.05 / clock.seconds > 1.2
+
+
+def here(num_rows: int, size: int) -> float:
+    """As in bfloat16 on a CPU without instructions for it."""
+    return 0.05 * {1: 1.0, 2: 1.9, 3: 1.95, 4: 2.5}.get(size, 0.45 * size)
+
+
+def test_what_one_text_copies_is_not_expected_of_the_next():
+    clock, texts, others = Clock(), texts_of(1), texts_of(1, 100)
+    copies = Guesser(texts, 0.9, 0.95, clock, depth=7, source="lookup")
+    drafter = PlannedDrafter(DraftPlanner(clock), None, copies)
+    decode(drafter, texts, clock, here)
+    drafter.reset()
+    copies.texts, copies.real, before = others, 0.05, clock.seconds
+    decode(drafter, others, clock, here, 100)
+    assert 98 * here(1, 1) / (clock.seconds - before) > 0.9
 
 
 def test_candidates_are_dropped_where_a_pass_over_them_is_dear():
@@ -314,12 +329,13 @@ def test_what_is_drafted_is_worth_most_of_all_prefixes_by_value():
             for _ in range(2)
         ]
         draft = drafter._best(memory, rows)
-        values = [path_values(planner.rates, row) for row in rows]
+        values = [path_values(TextRates(planner.rates), row) for row in rows]
 
         def worth(chosen, values=values, memory=memory):
             size = 1 + max(map(len, chosen))
             gain = sum(v[path] for v, paths in zip(values, chosen, strict=True) for path in paths)
-            return 2 + gain - memory.rate * memory.costs.cost(size)
+            cost = 1 + MARGIN * (memory.costs.cost(size) - 1)
+            return 2 + gain - memory.rate * cost
 
         chosen = [[path for path, _ in row] for row in draft.rows]
         assert draft.worth == pytest.approx(worth(chosen))

@@ -17,6 +17,7 @@ from modeling_lmtp.planner_lmtp import (
     DraftPlanner,
     HeadUse,
     PassCosts,
+    TextRates,
 )
 
 # Acceptance rates
@@ -52,6 +53,31 @@ def test_what_is_long_past_is_forgotten():
         for _ in range(count):
             rates.observe("head", 0.5, is_right)
     assert rates.rate("head", 0.5) < 0.1
+
+
+@pytest.mark.parametrize("real", [0.0, 0.2, 0.5, 0.9])
+def test_a_text_has_rates_of_its_own(real):
+    rates, generator = AcceptanceRates(), random.Random(1)
+    for _ in range(MEMORY):
+        rates.observe("lookup", 0.8, generator.random() < 0.8)
+    text, other = TextRates(rates), TextRates(rates)
+    assert text.rate("lookup", 0.8) == rates.rate("lookup", 0.8)
+    for _ in range(60):
+        text.observe("lookup", 0.8, generator.random() < real)
+    assert text.rate("lookup", 0.8) == pytest.approx(real, abs=0.12)
+    assert other.rate("lookup", 0.8) > 0.5
+    assert text.rate("head", 0.8) == pytest.approx(0.8)
+
+
+def test_what_a_text_shows_of_a_source_holds_for_all_probabilities_that_it_states():
+    text = TextRates(AcceptanceRates())
+    for _ in range(8):
+        text.observe("lookup", 0.9, is_right=False)
+    assert text.rate("lookup", 0.5) < 0.25
+    better = TextRates(AcceptanceRates())
+    for _ in range(30):
+        better.observe("lookup", 0.5, is_right=True)
+    assert 0.9 > better.rate("lookup", 0.7) > 0.8
 
 
 # Costs of passes
@@ -160,24 +186,15 @@ def test_a_batch_is_as_fast_as_plain_decoding_at_least():
     memory = BatchMemory(3)
     assert memory.rate == 3
     for _ in range(100):
-        memory.observe_step(4, 0.06, 0.0, num_tokens=3, expected=1.0)
+        memory.observe_step(4, 0.06, 0.0, num_tokens=3)
     assert memory.rate == 3
-    assert memory.correction < 0.2  # three times as much was expected
 
 
 def test_the_rate_counts_what_drafting_takes():
     memory = BatchMemory(1)
     for size, tokens, drafting in [(1, 1, 0.0)] * 9 + [(4, 3, 0.02)] * 200:
-        memory.observe_step(size, 0.04, drafting, tokens, float(tokens - 1))
+        memory.observe_step(size, 0.04, drafting, tokens)
     assert memory.rate == pytest.approx(3 / 1.5, rel=0.02)
-    assert memory.correction == pytest.approx(1, abs=0.02)
-
-
-def test_luck_in_one_text_is_not_expected_in_the_next():
-    memory = BatchMemory(1)
-    for _ in range(100):
-        memory.observe_step(4, 0.04, 0.0, num_tokens=4, expected=1.5)
-    assert memory.correction == 1
 
 
 def test_plain_steps_are_measured_first_and_again_until_they_are_known():
@@ -185,7 +202,7 @@ def test_plain_steps_are_measured_first_and_again_until_they_are_known():
     for step in range(1000):
         if memory.must_be_plain:
             plain.append(step)
-        memory.observe_step(1 if memory.must_be_plain else 4, 0.04, 0.0, 1, 0.0)
+        memory.observe_step(1 if memory.must_be_plain else 4, 0.04, 0.0, 1)
     assert plain[:3] == [0, 1, 2]
     assert 9 <= len(plain) <= 11
     assert plain[8] < 400
