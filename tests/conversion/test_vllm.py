@@ -169,6 +169,49 @@ def test_texts_and_steps_are_those_of_our_chain(models, options, tmp_path):
                 assert taken == sum(steps), name
 
 
+def distribution(base: LlamaForCausalLM, ids: list[int], temperature: float) -> torch.Tensor:
+    """Return the probability of each second and third token after a prompt, `(V, V)`."""
+    tokens = torch.arange(base.config.vocab_size)
+    pairs = torch.cartesian_prod(tokens, tokens)
+    texts = torch.cat([torch.tensor(ids).expand(len(pairs), -1), pairs], dim=1)
+    with torch.no_grad():
+        logits = base(texts, logits_to_keep=3).logits.double() / temperature
+    first, second, third = logits.softmax(dim=-1).unbind(dim=1)
+    before = first.gather(1, pairs[:, :1]) * second.gather(1, pairs[:, 1:])
+    return (before * third).view(len(tokens), len(tokens), -1).sum(dim=0)
+
+
+def chi_squared(counts: torch.Tensor, expected: torch.Tensor) -> tuple[float, int]:
+    """Return the statistic over cells with an expected count of 5 or more, the others as one, and its
+    degrees of freedom.
+    """
+    rare = expected < 5
+    pairs = [
+        *zip(counts[~rare], expected[~rare], strict=True),
+        (counts[rare].sum(), expected[rare].sum()),
+    ]
+    return float(sum((found - hoped) ** 2 / hoped for found, hoped in pairs)), len(pairs) - 1
+
+
+def test_sampled_tokens_have_the_model_s_distribution(models, tmp_path):
+    """In the second model runner: the first one samples wrongly on CPUs, with heads or without."""
+    ids, count = prompts()[0], 1024
+    sampling = {"temperature": 0.8, "max_tokens": 4, "detokenize": False}
+    calls = [[[ids, {**sampling, "seed": seed}] for seed in range(count)]]
+    settings = {"max_num_seqs": 64, "max_num_batched_tokens": 1024}
+    [result] = run([job(models, "path", calls, **settings)], tmp_path, "--v2")
+    [texts] = map(ids_of, result["outputs"])
+    counts = torch.zeros(12, 12, dtype=torch.double)
+    for _, second, third, _ in texts:
+        counts[second, third] += 1
+    assert result["steps"][0] < 2.9 * count  # drafts are accepted
+    base = LlamaForCausalLM.from_pretrained(models["folder"] / "base")
+    statistic, freedom = chi_squared(counts, count * distribution(base, ids, 0.8))
+    assert statistic < freedom + 4 * (2 * freedom) ** 0.5
+    wrong, freedom = chi_squared(counts, count * distribution(base, ids, 0.6))
+    assert wrong > freedom + 8 * (2 * freedom) ** 0.5  # so many samples would show another one
+
+
 def test_what_cannot_be_served_ends_with_the_reason(models, tmp_path):
     too_many = job(models, "path")
     too_many["engine"]["speculative_config"]["num_speculative_tokens"] = 4
