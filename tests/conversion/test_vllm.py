@@ -195,20 +195,20 @@ def chi_squared(counts: torch.Tensor, expected: torch.Tensor) -> tuple[float, in
 
 def test_sampled_tokens_have_the_model_s_distribution(models, tmp_path):
     """In the second model runner: the first one samples wrongly on CPUs, with heads or without."""
-    ids, count = prompts()[0], 1024
-    sampling = {"temperature": 0.8, "max_tokens": 4, "detokenize": False}
+    ids, count = prompts()[3], 256  # drafts are often right here
+    sampling = {"temperature": 1.5, "max_tokens": 3, "detokenize": False}
     calls = [[[ids, {**sampling, "seed": seed}] for seed in range(count)]]
     settings = {"max_num_seqs": 64, "max_num_batched_tokens": 1024}
     [result] = run([job(models, "path", calls, **settings)], tmp_path, "--v2")
     [texts] = map(ids_of, result["outputs"])
     counts = torch.zeros(12, 12, dtype=torch.double)
-    for _, second, third, _ in texts:
+    for _, second, third in texts:
         counts[second, third] += 1
-    assert result["steps"][0] < 2.9 * count  # drafts are accepted
+    assert result["steps"][0] < 1.8 * count  # drafts are accepted
     base = LlamaForCausalLM.from_pretrained(models["folder"] / "base")
-    statistic, freedom = chi_squared(counts, count * distribution(base, ids, 0.8))
-    assert statistic < freedom + 4 * (2 * freedom) ** 0.5
-    wrong, freedom = chi_squared(counts, count * distribution(base, ids, 0.6))
+    statistic, freedom = chi_squared(counts, count * distribution(base, ids, 1.5))
+    assert statistic < freedom + 5 * (2 * freedom) ** 0.5
+    wrong, freedom = chi_squared(counts, count * distribution(base, ids, 1.0))
     assert wrong > freedom + 8 * (2 * freedom) ** 0.5  # so many samples would show another one
 
 
