@@ -2,8 +2,8 @@
 
 SmolLM2, on which everything else is measured, is a Llama. This model has sliding windows in two layers of
 three, embeddings that are scaled, states that are normalized twice per layer, and a tokenizer of its own.
-It takes minutes on two CPU cores, and continues code and pages much as they are written here. OUTPUT gets
-the model, the prompts that it answers for training, and others, from files that it has never seen.
+OUTPUT gets the model, the prompts that it answers for training, and others, from files that it has never
+seen.
 
     python benchmarks/scripts/second_model.py OUTPUT
     lmtp distill OUTPUT/backbone OUTPUT/answers.jsonl --prompts OUTPUT/prompts.jsonl --max_new_tokens 96
@@ -49,17 +49,17 @@ def read_files(root: Path) -> dict[Path, str]:
     return {path: path.read_text(encoding="utf-8") for path in sorted(paths)}
 
 
-def split_files(files: dict[Path, str], seed: int = 0) -> tuple[dict[Path, str], dict[Path, str]]:
+def split_files(files: dict[Path, str]) -> tuple[dict[Path, str], dict[Path, str]]:
     """Return the files to learn, and those that are held out."""
     paths = list(files)
-    random.Random(seed).shuffle(paths)
+    random.Random(0).shuffle(paths)
     count = max(1, round(HELD_OUT_SHARE * len(paths)))
     return {p: files[p] for p in paths[count:]}, {p: files[p] for p in paths[:count]}
 
 
-def prompts_of(files: dict[Path, str], seed: int = 0) -> Iterator[dict[str, str]]:
+def prompts_of(files: dict[Path, str]) -> Iterator[dict[str, str]]:
     """Yield one prompt for each part of a file: how it begins."""
-    generator = random.Random(seed)
+    generator = random.Random(0)
     for path, text in files.items():
         for part in text.split("\n\n\n" if path.suffix == ".py" else "\n\n"):
             prompt = part.strip("\n")[: generator.randint(*PROMPT_LENGTHS)].rstrip()
@@ -67,9 +67,9 @@ def prompts_of(files: dict[Path, str], seed: int = 0) -> Iterator[dict[str, str]
                 yield {"kind": KINDS[path.suffix], "prompt": prompt}
 
 
-def few_of_each(prompts: Sequence[dict[str, str]], seed: int = 0) -> list[dict[str, str]]:
+def few_of_each(prompts: Sequence[dict[str, str]]) -> list[dict[str, str]]:
     """Return at most `MAX_HELD_OUT` prompts of each kind."""
-    shuffled = random.Random(seed).sample(prompts, len(prompts))
+    shuffled = random.Random(0).sample(prompts, len(prompts))
     return [
         prompt
         for kind in KINDS.values()
@@ -77,13 +77,13 @@ def few_of_each(prompts: Sequence[dict[str, str]], seed: int = 0) -> list[dict[s
     ]
 
 
-def train_tokenizer(texts: Sequence[str], vocab_size: int) -> PreTrainedTokenizerFast:
+def train_tokenizer(texts: Sequence[str]) -> PreTrainedTokenizerFast:
     """Return a byte-level BPE tokenizer that begins nothing and ends texts with `END`."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
+        vocab_size=VOCAB_SIZE,
         special_tokens=[END],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
@@ -151,11 +151,11 @@ def main() -> None:
     parser.add_argument("output", type=Path)
     parser.add_argument("--corpus", type=Path, default=ROOT, help="A git repository to learn.")
     parser.add_argument("--steps", type=int, default=1200)
-    parser.add_argument("--hidden-size", type=int, default=224)
+    parser.add_argument("--hidden-size", type=int, default=160)
     options = parser.parse_args()
     learned, held_out = split_files(read_files(options.corpus))
     torch.manual_seed(0)
-    tokenizer = train_tokenizer(list(learned.values()), VOCAB_SIZE)
+    tokenizer = train_tokenizer(list(learned.values()))
     model = new_model(tokenizer, options.hidden_size)
     print(
         f"{len(learned)} files to learn, {len(held_out)} held out, {model.num_parameters():,} parameters"

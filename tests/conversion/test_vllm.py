@@ -182,9 +182,7 @@ def distribution(base: LlamaForCausalLM, ids: list[int], temperature: float) -> 
 
 
 def chi_squared(counts: torch.Tensor, expected: torch.Tensor) -> tuple[float, int]:
-    """Return the statistic over cells with an expected count of 5 or more, the others as one, and its
-    degrees of freedom.
-    """
+    """Return the statistic and its degrees of freedom; cells with an expected count below 5 are one."""
     rare = expected < 5
     pairs = [
         *zip(counts[~rare], expected[~rare], strict=True),
