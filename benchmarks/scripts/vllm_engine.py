@@ -42,6 +42,8 @@ def prepare(second_runner: bool = False, in_process: bool = True) -> None:
     os.environ["VLLM_USE_V2_MODEL_RUNNER"] = str(int(second_runner))
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = str(int(not in_process))
     if second_runner:
+        if "triton" in sys.modules and os.environ.get("TRITON_INTERPRET") != "1":
+            raise SystemExit("Triton was imported before: set TRITON_INTERPRET=1 for the whole run")
         os.environ["TRITON_INTERPRET"] = "1"
         from triton.backends import backends
 

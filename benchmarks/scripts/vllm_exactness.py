@@ -7,6 +7,7 @@ tie. The output file keeps the runs of other dtypes and model runners.
 
     python benchmarks/scripts/vllm_exactness.py HEADS --base FOLDER --output vllm_exactness.json
     python benchmarks/scripts/vllm_exactness.py … --dtype bfloat16
+    export TRITON_INTERPRET=1
     python benchmarks/scripts/vllm_exactness.py … --second_runner --num_prompts 4 --tokens 24
 """
 
@@ -135,13 +136,20 @@ def compare_chunks(run: Run) -> None:
 
 
 def compare_preemptions(run: Run) -> None:
-    """Compare texts where the cache is too small for all requests, and then from the prefix cache."""
-    scarce = {"block_size": 32, "num_gpu_blocks_override": 40, "enable_prefix_caching": True}
+    """Compare texts where the cache is too small for all requests."""
+    scarce = {"block_size": 32, "num_gpu_blocks_override": 40}
     with run.engine(max_num_seqs=16, **scarce) as engine:
-        for name in ("preempted", "preempted, from the cache"):
+        run.compare("preempted", engine)
+        run.rows["preempted"]["preemptions"] = engine.counter("num_preemptions")
+
+
+def compare_prefix_cache(run: Run) -> None:
+    """Compare texts whose prompts are in the prefix cache."""
+    with run.engine(block_size=32, enable_prefix_caching=True) as engine:
+        for name in ("into the prefix cache", "from the prefix cache"):
+            before = engine.counter("prefix_cache_hits")
             run.compare(name, engine)
-            for counter in ("num_preemptions", "prefix_cache_hits"):
-                run.rows[name][counter] = engine.counter(counter)
+            run.rows[name]["cached_tokens"] = engine.counter("prefix_cache_hits") - before
 
 
 def compare_over_http(run: Run) -> None:
@@ -210,7 +218,7 @@ def sections(run: Run, second_runner: bool) -> list[Callable[[Run], None]]:
     if second_runner:  # Triton's interpreter takes its time
         return common
     stress = [compare_parameters, compare_aborts, compare_chunks, compare_preemptions]
-    return [*common, *stress, compare_over_http]
+    return [*common, *stress, compare_prefix_cache, compare_over_http]
 
 
 def main() -> None:
