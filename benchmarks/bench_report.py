@@ -64,7 +64,6 @@ def _row(group: Sequence[Measured], kind: str, dtype: str) -> dict[str, Any]:
         "new_tokens": sum(len(text) for of_batch in runs for text in of_batch[0].texts),
     }
     row |= _figures(speeds)
-    row["noise"] = round(_noise(speeds), 4)
     row |= totals(runs, plain)
     row["seconds_per_step"] = _median(
         run.timing.seconds_per_step for of_batch in runs for run in of_batch if run.passes
@@ -87,15 +86,6 @@ def _figures(speeds: Sequence[Sequence[Speed]]) -> dict[str, Any]:
         for name in FIGURES
     }
     return found
-
-
-def _noise(speeds: Sequence[Sequence[Speed]]) -> float:
-    """Return the median over batches of how far their speed-ups differ between rounds, relatively."""
-    spreads = []
-    for of_batch in speeds:
-        values = [speed.speed_up for speed in of_batch]
-        spreads.append((max(values) - min(values)) / statistics.median(values))
-    return statistics.median(spreads) if spreads else 0.0
 
 
 def _slowest_row_speed_up(

@@ -162,7 +162,7 @@ class PlannedDrafter(Drafter):
             proposals = self.lookup.propose(input_ids, hidden_states, max_depth)
         draft = self._best(memory, proposals)
         use = memory.head_use(draft.expected)
-        if self.heads is None or not use.is_due():
+        if self.heads is None or not use.begin_step():
             return proposals, draft
         start = self.planner.clock()
         # A row's candidate must be worth its share of the cost of a token in every row

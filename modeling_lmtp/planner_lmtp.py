@@ -202,8 +202,8 @@ class HeadUse:
         self._gain = 0.0
         self._rest = self._waited = 0
 
-    def is_due(self) -> bool:
-        """Return whether heads should draft in this step."""
+    def begin_step(self) -> bool:
+        """Begin a step, and return whether heads should draft in it."""
         self._waited += 1
         return self._waited > self._rest
 

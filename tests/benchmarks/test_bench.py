@@ -176,7 +176,6 @@ def test_medians_are_over_batches_and_rounds():
     assert row["speed_up"] == 1.5
     assert row["by_batch"]["speed_up"] == [3, 1]
     assert row["speed_up_of_totals"] == pytest.approx(16 / 11, abs=1e-4)
-    assert row["noise"] == pytest.approx((2 / 3 + 0) / 2, abs=1e-4)
 
 
 def test_the_last_batch_of_a_kind_is_filled_up():

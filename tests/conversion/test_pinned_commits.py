@@ -28,9 +28,6 @@ from modeling_lmtp.heads_only_lmtp import logger
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning"),
     pytest.mark.filterwarnings("ignore:.*pin_memory.*:UserWarning"),
-    # PEFT asks the real Hub whether the vocabulary was resized
-    pytest.mark.filterwarnings("ignore:Unable to fetch remote file:UserWarning"),
-    pytest.mark.filterwarnings("ignore:Could not find a config file in:UserWarning"),
 ]
 ROWS = [{"prompt": f"Question {i}?", "response": "The sea and the wind."} for i in range(4)]
 ONE_STEP = ["--held_out", 1, "--max_steps", 1]

@@ -73,6 +73,7 @@ def hub_in_use(scratch: Path) -> Iterator[Hub]:
     """Run a Hub that this process, and those it starts, take for theirs."""
     with running_hub() as hub, pytest.MonkeyPatch.context() as patch:
         patch.setattr("huggingface_hub.constants.ENDPOINT", hub.url)
+        patch.setattr("huggingface_hub.hf_api.api.endpoint", hub.url)
         files = f"{hub.url}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
         patch.setattr("huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE", files)
         patch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_XET", True)

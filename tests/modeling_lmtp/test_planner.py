@@ -211,7 +211,7 @@ def test_plain_steps_are_measured_first_and_again_until_they_are_known():
 def test_heads_that_do_not_pay_are_asked_ever_more_seldom():
     use, asked = HeadUse(), []
     for step in range(1000):
-        if use.is_due():
+        if use.begin_step():
             asked.append(step)
             use.observe(-0.1)
     assert asked[:4] == [0, 2, 6, 14]
@@ -222,9 +222,9 @@ def test_heads_that_pay_again_are_asked_in_every_step():
     use = HeadUse()
     for _ in range(5):
         use.observe(-0.1)
-    assert not use.is_due()
+    assert not use.begin_step()
     use.observe(1.0)
-    assert use.is_due()
+    assert use.begin_step()
 
 
 def test_heads_may_pay_only_where_copies_do_not():
