@@ -18,6 +18,7 @@ from modeling_lmtp.conversion.loading import (
 )
 from modeling_lmtp.modeling_lmtp import LMTPForCausalLM
 from modeling_lmtp.pretrained_lmtp import check_quantization
+from modeling_lmtp.transformers_lmtp import commit_of
 
 from .arguments import HeadOptions, LeapTrainingArguments
 from .examples import Example, draft_vocabulary
@@ -47,7 +48,10 @@ def train(options: RunOptions, heads: HeadOptions, args: LeapTrainingArguments) 
     model = _load(options, on_cpu=args.shard_backbone)
     check_quantization(getattr(model.config, "backbone_config", model.config))
     run.read_answers(model, tokenizer)
-    if not has_heads:
+    record: dict[str, Any] = {}
+    if has_heads:
+        record = {"checkpoint": options.model, "checkpoint_revision": commit_of(model.config)}
+    else:
         set_seed(args.seed)  # every process must initialize the heads alike
         model = add_heads(model, heads, run.examples)
     trainer = LeapTrainer(model, args, run.examples, run.held_out, processing_class=tokenizer)
@@ -55,7 +59,8 @@ def train(options: RunOptions, heads: HeadOptions, args: LeapTrainingArguments) 
     report = trainer.head_report(run.held_out)
     if args.shard_backbone and process_state().is_main_process:
         model = _unsharded(model, _load(options, on_cpu=True))
-    run.save(model, tokenizer, trainer, {"held_out": report.as_dict() if report else None})
+    record["held_out"] = report.as_dict() if report else None
+    run.save(model, tokenizer, trainer, record)
     if process_state().is_main_process:
         if report is not None:
             console.print(f"On {len(run.held_out)} held-out answers: {report.summary()}.")

@@ -58,7 +58,18 @@ def judge(folder: str, answers: Path) -> tuple[dict[str, Any], dict[str, Counts]
         "parameters": sum(p.numel() for p in model.leap_heads.parameters()),
         "top1": rank_shares(ranks, examples)[:, 0].tolist(),
         "tokens_per_step": {name: asdict(ratio(*counts)) for name, counts in drafted.items()},
+        "chain_by_kind": by_kind(drafted["chain"], answers),
     }, drafted
+
+
+def by_kind(counts: Counts, answers: Path) -> dict[str, float]:
+    """Return the tokens per step with the answers of each kind; the file has one answer per line."""
+    kinds = [json.loads(line).get("kind", "") for line in answers.read_text().splitlines()]
+    found = {}
+    for kind in dict.fromkeys(kinds):
+        rows = [index for index, other in enumerate(kinds) if other == kind]
+        found[kind] = ratio(*(count[rows] for count in counts)).value
+    return found
 
 
 def times_drafted(ours: Counts, theirs: Counts) -> Estimate:

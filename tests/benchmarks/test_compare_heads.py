@@ -26,6 +26,13 @@ def test_drafted_tokens_are_those_beyond_one_a_step(compare_heads):
     assert (same.value, same.standard_error) == (1, 0)
 
 
+def test_each_kind_has_its_tokens_per_step(compare_heads, tmp_path):
+    rows = [{"kind": kind} for kind in ("maths", "chat", "maths")]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    counts = torch.tensor([30, 20, 50]), torch.tensor([15, 20, 25])
+    assert compare_heads.by_kind(counts, tmp_path / "a.jsonl") == {"maths": 2, "chat": 1}
+
+
 def test_checkpoints_are_judged_on_the_same_answers(compare_heads, tmp_path, monkeypatch, capsys):
     for name, offsets in (("first", (2, 3)), ("other", (3,))):
         model = LMTPForCausalLM.from_backbone(tiny_llama(), leap_offsets=offsets)
@@ -39,7 +46,9 @@ def test_checkpoints_are_judged_on_the_same_answers(compare_heads, tmp_path, mon
     compare_heads.main()
     record = json.loads((tmp_path / "out.json").read_text())
     assert record["answers"] == 2
-    assert record["checkpoints"]["first"]["leap_offsets"] == [2, 3]
+    first = record["checkpoints"]["first"]
+    assert first["leap_offsets"] == [2, 3]
+    assert first["chain_by_kind"] == {"": first["tokens_per_step"]["chain"]["value"]}
     assert set(record["times_the_drafted_tokens"]) == {"other"}
     assert set(record["times_the_drafted_tokens"]["other"]) == {"chain", "8", "16", "32"}
     assert "chain" in capsys.readouterr().out

@@ -9,6 +9,7 @@ from commands import lmtp
 from tiny import tiny_llama, tiny_tokenizer
 
 from modeling_lmtp import LMTPForCausalLM
+from modeling_lmtp.conversion.saving import read_json
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*pin_memory.*:UserWarning")
 TEXTS = ["The sea and the wind.", "Eight legs.", "Paris", "Turn by turn", "A poem", "How many?"]
@@ -42,6 +43,16 @@ def test_the_log_is_saved_with_the_checkpoint(train):
     assert {"loss_head_2", "loss_head_3", "top1_head_2", "top1_head_3"} < losses[0].keys()
     assert any("eval_tokens_per_step" in entry for entry in record["log"])
     assert LMTPForCausalLM.from_pretrained(output).config.leap_offsets == (2, 3)
+
+
+def test_the_record_names_the_checkpoint_whose_heads_are_trained_further(train, tmp_path):
+    result, first = train("--num_leap_heads", 1, "--max_steps", 1)
+    assert result.exit_code == 0, result.output
+    assert "checkpoint" not in read_json(first / "provenance.json")
+    further = ["train", first, tmp_path / "answers.jsonl", tmp_path / "further"]
+    assert lmtp(*further, "--held_out", 2, "--max_steps", 1).exit_code == 0
+    record = read_json(tmp_path / "further" / "provenance.json")
+    assert (record["checkpoint"], record["checkpoint_revision"]) == (str(first), None)
 
 
 @pytest.mark.parametrize("reporter", ["swanlab", "nonsense"])
