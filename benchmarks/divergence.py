@@ -16,6 +16,7 @@ from modeling_lmtp.transformers_lmtp import forward_parameters, forward_with_cac
 
 NO_ROUNDING = 1e-2  # of a logit: it changes one sampled token in hundreds
 SAFETY = 2.0  # rounding may move the two logits in opposite directions
+NUM_ALONE = 8  # tokens that are read one by one
 
 
 @dataclass(frozen=True)
@@ -49,20 +50,23 @@ def judge(
 ) -> Divergence:
     """Judge the token after `known` `(1, L)` by plain decoding's logits and those of one pass.
 
-    Plain decoding reads the last known token alone, after a cache. What fills the cache is one pass over
-    the tokens before it, so that a verdict depends on the text alone.
+    Plain decoding reads one token at a time, after a cache. Here it reads the last `NUM_ALONE` tokens so,
+    because rounding adds up in the cache, and one pass those before them: a verdict depends on the text
+    alone. Passes over several tokens after a cache are not asked, because they may be what is wrong.
     """
     cache = new_cache(model.config)
     takes_number = "logits_to_keep" in forward_parameters(model.backbone)
     unread = (
         {"logits_to_keep": 1} if takes_number else {}
     )  # a pass may spend half its time on logits
-    if known.shape[1] > 1:
-        forward_with_cache(model.backbone, cache, input_ids=known[:, :-1], **unread)
-    alone = forward_with_cache(model.backbone, cache, input_ids=known[:, -1:]).logits[0, -1]
+    start = max(0, known.shape[1] - NUM_ALONE)
+    if start > 0:
+        forward_with_cache(model.backbone, cache, input_ids=known[:, :start], **unread)
+    for token in known[:, start:].split(1, dim=1):
+        alone = forward_with_cache(model.backbone, cache, input_ids=token).logits[0, -1]
     plain, together = alone.float(), model(input_ids=known).logits[0, -1].float()
     best, second = plain.topk(2).values.tolist()
-    # These two passes may agree by chance, but no logit is more precise than its last digit
+    # Both ways may agree by chance, but no logit is more precise than its last digit
     last_digit = torch.finfo(alone.dtype).eps * abs(best)
     rounding = max(float((plain - together).abs().max()), last_digit)
     return Divergence(position, best - second, rounding, is_sampled)

@@ -8,7 +8,8 @@ from architectures import tiny_causal_lm
 
 from modeling_lmtp import LMTPForCausalLM
 from modeling_lmtp.benchmarks.comparison import compare
-from modeling_lmtp.benchmarks.divergence import Divergence, judge
+from modeling_lmtp.benchmarks.divergence import NUM_ALONE, Divergence, judge
+from modeling_lmtp.transformers_lmtp import cache_of
 
 PROMPT = torch.tensor([[3, 17, 5, 9, 44]])
 OPTIONS = {"do_sample": False, "max_new_tokens": 24, "eos_token_id": None, "progress": False}
@@ -92,6 +93,40 @@ def test_a_logit_is_known_to_its_last_digit_even_where_two_passes_agree():
         alone = backbone(PROMPT).logits[0, -1]
     found = judge(LMTPForCausalLM.from_backbone(backbone), PROMPT, 0)
     assert found.rounding >= alone.max().float() * 2.0**-7
+
+
+def test_rounding_adds_up_over_tokens_that_are_read_one_by_one(monkeypatch):
+    model = LMTPForCausalLM.from_backbone(tiny_causal_lm("llama"))
+    right, num_alone = model.backbone.forward, 0
+
+    def forward(*args, **kwargs):
+        nonlocal num_alone
+        output = right(*args, **kwargs)
+        num_alone += kwargs["input_ids"].shape[1] == 1
+        if kwargs["input_ids"].shape[1] == 1:
+            output.logits = output.logits + 0.1 * num_alone
+        return output
+
+    monkeypatch.setattr(model.backbone, "forward", forward)
+    known = torch.arange(20)[None]
+    assert judge(model, known, 0).rounding == pytest.approx(0.1 * NUM_ALONE, rel=1e-3)
+    num_alone = 0
+    assert judge(model, known[:, :3], 0).rounding == pytest.approx(0.3, rel=1e-3)
+
+
+def test_a_pass_over_several_tokens_that_is_wrong_excuses_nothing(monkeypatch):
+    model = LMTPForCausalLM.from_backbone(tiny_causal_lm("llama"))
+    right = model.backbone.forward
+
+    def wrong(*args, **kwargs):
+        output = right(*args, **kwargs)
+        cache, new = cache_of(kwargs), kwargs["input_ids"].shape[1]
+        if new > 1 and cache is not None and cache.get_seq_length() > new:
+            output.logits = output.logits.flip(-1)
+        return output
+
+    monkeypatch.setattr(model.backbone, "forward", wrong)
+    assert judge(model, torch.arange(20)[None], 0).rounding < 1e-4
 
 
 def test_rounding_explains_a_gap_up_to_twice_as_large():
