@@ -205,7 +205,8 @@ class LMTPGenerationMixin(GenerationMixin):
             tier: what the backbone can verify; by default, that is tried out.
         """
         settings = settings or LMTPSettings()
-        takes_trees = (tier or decoding_support(self.backbone).tier) is Tier.TREE
+        tier = tier or decoding_support(self.backbone, single_row=True).tier
+        takes_trees = tier is Tier.TREE
         shape, lookup = settings.shape(), settings.prompt_lookup()
         if shape is None:
             heads = proposing_drafter(self.draft_heads(), settings.max_nodes)

@@ -264,7 +264,8 @@ def _support(backbone: Any, call: Call) -> Support:
         reason = reason_not_static(cache, call.generation_config)
     if reason:
         raise PlainDecoding(reason)
-    support = decoding_support(backbone, static=is_static)
+    single_row = call.input_ids.shape[0] == 1
+    support = decoding_support(backbone, is_static, single_row)
     if support.tier is Tier.PLAIN:
         raise PlainDecoding(
             f"rejected candidates cannot be taken out of the {'static ' if is_static else ''}cache of "

@@ -8,7 +8,7 @@ Shapes: `B` rows, `P` prompt length, `V` vocabulary size.
 
 import weakref
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 from typing import Any
 
@@ -48,6 +48,7 @@ from .verification_lmtp import Verifier
 logger = logging.get_logger(__name__)
 
 MAX_PROBE_LENGTH = 1024
+SHORT_PROMPT = 8  # tokens
 # Relative to the largest logit. Rejected candidates must leave no trace: the passes compared have the same
 # shapes, so they round alike, except for experts that are batched differently. A plain pass has other
 # shapes, so it rounds differently everywhere.
@@ -64,6 +65,10 @@ SELECTIONS = ("topk", "topk_blocks", "budget")
 POSITION_SETTINGS = ("max_position_embeddings", "max_seq_len", "n_positions")
 LENGTH_DEPENDENT = ("dynamic", "longrope")  # types of rotary embeddings
 TREE = DraftTree.from_paths([(0,), (1,), (1, 0)])
+CHAIN = DraftTree.chain(3)
+# The accepted nodes of two rows that accept different lengths
+RAGGED_TREE: list[tuple[int, ...]] = [(0, 2, 3), (0, 1)]
+RAGGED_CHAIN: list[tuple[int, ...]] = [(0, 1, 2), (0,)]
 
 
 class Tier(str, Enum):
@@ -94,7 +99,9 @@ _cached: "weakref.WeakKeyDictionary[PreTrainedModel, dict[Any, Support]]" = (
 )
 
 
-def decoding_support(backbone: PreTrainedModel, static: bool = False) -> Support:
+def decoding_support(
+    backbone: PreTrainedModel, static: bool = False, single_row: bool = False
+) -> Support:
     """Return what `backbone` can verify, probed once per model, attention, dtype and device.
 
     It is probed again when its modules, their hooks or their modes have changed.
@@ -102,14 +109,28 @@ def decoding_support(backbone: PreTrainedModel, static: bool = False) -> Support
     Args:
         backbone: the model.
         static: over a static cache, where the answer is a tree or nothing.
+        single_row: for one row, which needs no probe of several rows; `ragged` is False then.
     """
+    one = _probe_once(backbone, static, True, _probe_static if static else _probe_tiers)
+    if single_row or one.tier is Tier.PLAIN:
+        return one
+    return _probe_once(backbone, static, False, _probe_static_rows if static else _probe_rows)
+
+
+def _probe_once(
+    backbone: PreTrainedModel,
+    static: bool,
+    single_row: bool,
+    probe: Callable[[PreTrainedModel], Support],
+) -> Support:
+    """Return what a probe finds, or what it has found."""
     cached = _cached.setdefault(backbone, {})
     attention = attention_implementation(backbone.config)
     precision = backbone.dtype, _precision(backbone)
-    key = (fingerprint(backbone), attention, precision, backbone.device, static)
+    key = (fingerprint(backbone), attention, precision, backbone.device, static, single_row)
     if key in cached:
         return cached[key]
-    support = _probe_static(backbone) if static else _probe_tiers(backbone)
+    support = probe(backbone)
     if support.tier is not Tier.PLAIN:  # the cause of a failure may be gone by the next call
         cached[key] = support
     return support
@@ -185,43 +206,68 @@ def _probe_tiers(backbone: PreTrainedModel) -> Support:
     no_tree = fixed or _reason_no_trees(backbone) or _probe(backbone, [TREE], [(0, 2, 3)])
     no_tree = no_tree or _reason_padding_differs(backbone)
     if no_tree is None:
-        ragged = _takes_ragged(backbone, TREE, [(0, 2, 3), (0, 1)])
-        return Support(Tier.TREE, "trees are exact", ragged)
-    chain = DraftTree.chain(3)
-    no_chain = _probe(backbone, [chain], [(0, 1)])
+        return Support(Tier.TREE, "trees are exact")
+    no_chain = _probe(backbone, [CHAIN], [(0, 1)])
     if no_chain is None:
-        ragged = fixed is None and _takes_ragged(backbone, chain, [(0, 1, 2), (0,)])
-        return Support(Tier.CHAIN, f"no trees: {no_tree}", ragged)
+        return Support(Tier.CHAIN, f"no trees: {no_tree}")
     if backbone.training:
         no_chain += "; it is in training mode, call eval() first"
     return Support(Tier.PLAIN, no_chain)
 
 
 @torch.no_grad()
+def _probe_rows(backbone: PreTrainedModel) -> Support:
+    """Return what several rows can do: whether they may accept different lengths."""
+    support = decoding_support(backbone, single_row=True)
+    if support.tier is Tier.TREE:
+        return replace(support, ragged=_takes_ragged(backbone, TREE, RAGGED_TREE))
+    is_fixed = _reason_fixed_slots(backbone) is not None
+    return replace(support, ragged=not is_fixed and _takes_ragged(backbone, CHAIN, RAGGED_CHAIN))
+
+
+@torch.no_grad()
 def _probe_static(backbone: PreTrainedModel) -> Support:
-    support = decoding_support(backbone)
+    support = decoding_support(backbone, single_row=True)
     if support.tier is not Tier.TREE:
         return Support(Tier.PLAIN, support.reason)
-    paths: list[tuple[int, ...]] = [(0, 2, 3), (0, 1)] if support.ragged else [(0, 2, 3)]
-    reason = _probe(backbone, [TREE] * len(paths), paths, static=True)
+    reason = _probe(backbone, [TREE], [(0, 2, 3)], static=True)
+    return support if reason is None else Support(Tier.PLAIN, reason)
+
+
+@torch.no_grad()
+def _probe_static_rows(backbone: PreTrainedModel) -> Support:
+    support = decoding_support(backbone)
+    if not support.ragged:
+        return support
+    reason = _probe(backbone, [TREE] * 2, RAGGED_TREE, static=True)
     return support if reason is None else Support(Tier.PLAIN, reason)
 
 
 def _takes_ragged(backbone: PreTrainedModel, tree: DraftTree, paths: list[tuple[int, ...]]) -> bool:
     """Return whether rows may accept different lengths, both within a sliding window and beyond it."""
-    trees = [tree] * len(paths)
-    return not (_probe(backbone, trees, paths) or _probe(backbone, trees, paths, short=True))
+    trees, lengths = [tree] * len(paths), {_prompt_length(backbone), SHORT_PROMPT}
+    return not any(_probe(backbone, trees, paths, length) for length in lengths)
 
 
 def _probe(
     backbone: PreTrainedModel,
     trees: list[DraftTree],
     paths: list[tuple[int, ...]],
-    short: bool = False,
+    length: int | None = None,
     static: bool = False,
 ) -> str | None:
-    """Return why the model does not verify these trees exactly, one per row, or None if it does."""
-    return _reason_if_failing(backbone, _reason_inexact, backbone, trees, paths, short, static)
+    """Return why the model does not verify these trees exactly, one per row, or None if it does.
+
+    The prompt has that `length`; by default, it exceeds every window of the model.
+    """
+    length = _prompt_length(backbone) if length is None else length
+    return _reason_if_failing(backbone, _reason_inexact, backbone, trees, paths, length, static)
+
+
+def _prompt_length(backbone: PreTrainedModel) -> int:
+    """Return the length of a prompt that exceeds every window of the model."""
+    windows = [window for window in _windows(backbone) if window < MAX_PROBE_LENGTH]
+    return max(windows, default=0) + SHORT_PROMPT
 
 
 def _reason_if_failing(
@@ -404,18 +450,15 @@ def _reason_inexact(
     backbone: PreTrainedModel,
     trees: list[DraftTree],
     paths: list[tuple[int, ...]],
-    short: bool,
+    length: int,
     static: bool,
 ) -> str | None:
     """Return why the logits on the paths, and after them, are wrong, or None if they are right.
 
     They are compared with those for other rejected candidates, with those of plain decoding, token by
-    token after the prompt, and with those of one pass over everything. The prompt exceeds every window of
-    the model, unless it is to be `short`.
+    token after the prompt of `length` tokens, and with those of one pass over everything.
     """
     vocab_size = backbone.get_output_embeddings().weight.shape[0]
-    windows = [window for window in _windows(backbone) if window < MAX_PROBE_LENGTH]
-    length = 8 if short else max(windows, default=0) + 8
     numbers = torch.arange(length + max(len(path) for path in paths) + 1, device=backbone.device)
     tokens = torch.stack([(numbers * 7 + 5 * row) % vocab_size for row in range(len(trees))])
 

@@ -1,5 +1,7 @@
 """What a backbone can verify: what the probe does not reach makes the verdict stricter."""
 
+from functools import wraps
+
 import all_causal_models
 import pytest
 import torch
@@ -202,3 +204,28 @@ def test_a_window_that_the_cache_does_not_know_verifies_no_trees():
     support = decoding_support(tiny_causal_lm("gpt_neo", window_size=100))
     assert support.tier is Tier.CHAIN
     assert "does not know the attention window of 100 tokens" in support.reason
+
+
+def test_several_rows_are_tried_only_when_they_are_decoded(monkeypatch):
+    backbone = tiny_causal_lm("llama")
+    right, num_rows = backbone.forward, []
+
+    @wraps(right)
+    def forward(*args, **kwargs):
+        num_rows.append(kwargs["input_ids"].shape[0])
+        return right(*args, **kwargs)
+
+    monkeypatch.setattr(backbone, "forward", forward)
+    plain, fast = both_texts(backbone, PADDED[2:])
+    assert fast == plain
+    assert set(num_rows) == {1}
+    assert len(num_rows) < 2 * 24 + 20  # those of both texts and of the probes
+    assert not decoding_support(backbone, single_row=True).ragged
+
+    monkeypatch.setattr(support_lmtp, "_probe_tiers", None)  # the answer for one row is known
+    num_rows.clear()
+    assert decoding_support(backbone).ragged
+    assert 2 in num_rows
+    num_rows.clear()
+    assert decoding_support(backbone).ragged
+    assert not num_rows
