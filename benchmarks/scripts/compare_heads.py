@@ -63,12 +63,14 @@ def judge(folder: str, answers: Path) -> tuple[dict[str, Any], dict[str, Counts]
 
 
 def by_kind(counts: Counts, answers: Path) -> dict[str, float]:
-    """Return the tokens per step with the answers of each kind; the file has one answer per line."""
-    kinds = [json.loads(line).get("kind", "") for line in answers.read_text().splitlines()]
+    """Return the tokens per step with the answers of each kind."""
+    lines = answers.read_text(encoding="utf-8").splitlines()
+    kinds = [json.loads(line).get("kind", "") for line in lines if line.strip()]
     found = {}
     for kind in dict.fromkeys(kinds):
         rows = [index for index, other in enumerate(kinds) if other == kind]
-        found[kind] = ratio(*(count[rows] for count in counts)).value
+        tokens, steps = (count[rows].sum().item() for count in counts)
+        found[kind] = tokens / steps
     return found
 
 
