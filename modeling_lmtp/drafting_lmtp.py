@@ -273,15 +273,11 @@ class PromptLookupDrafter(ProposingDrafter):
         A copy that reaches the end of the text continues with itself, because the text may be periodic.
         """
         num_known = input_ids.shape[1]
-        agrees = torch.stack(
-            [
-                pad(
-                    input_ids[:, : num_known - 1 - back] == input_ids[:, -1 - back, None], (back, 0)
-                )
-                for back in range(min(self.max_ngram_size, num_known - 1))
-            ]
-        )  # [back, b, e]: does the token `back` before position e equal the one `back` before the end?
-        sizes = agrees.cumprod(dim=0).sum(dim=0)
+        size = min(self.max_ngram_size, num_known - 1)
+        # (B, L - 1, size): the tokens up to each one but the last
+        ngrams = pad(input_ids[:, :-1], (size - 1, 0), value=-1).unfold(1, size, 1)
+        agrees = ngrams == input_ids[:, None, -size:]
+        sizes = agrees.flip(-1).cumprod(dim=-1).sum(dim=-1)
         ends = torch.arange(num_known - 1, device=input_ids.device)
         end = (sizes * num_known + ends).argmax(dim=1, keepdim=True)
         steps = torch.arange(length, device=input_ids.device) % (num_known - 1 - end)

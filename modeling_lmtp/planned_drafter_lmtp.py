@@ -34,7 +34,7 @@ from .drafting_lmtp import (
 from .planner_lmtp import MAX_RATE, PASS_SIZES, BatchMemory, DraftPlanner, TextRates
 from .tree_lmtp import MAX_NODES
 
-MARGIN = 1.1  # what a draft must be expected to gain, for each token that its time is worth
+MARGIN = 1.2  # what a draft must be expected to gain, for each token that its time is worth
 
 Path = tuple[int, ...]
 

@@ -211,7 +211,7 @@ def uneven(num_rows: int, size: int) -> float:
 
 def test_larger_drafts_are_tried_where_smaller_ones_are_too_dear():
     clock, texts = Clock(), texts_of(1)
-    copies = Guesser(texts, 0.8, 0.8, clock, depth=15, source=LOOKUP)
+    copies = Guesser(texts, 0.85, 0.85, clock, depth=15, source=LOOKUP)
     drafter = PlannedDrafter(DraftPlanner(clock), None, copies)
     steps = decode(drafter, texts, clock, uneven)
     assert statistics_of(steps[-60:]) == 15
