@@ -10,7 +10,7 @@ from architectures import tiny_causal_lm
 from drafters import CHAIN, TREE, Oracle, sometimes
 from environments import BATCH, PROMPT, assert_same_texts, generate, wrapped
 
-from modeling_lmtp import support_lmtp
+from modeling_lmtp import probe_lmtp
 from modeling_lmtp.support_lmtp import Tier, decoding_support
 from modeling_lmtp.tree_lmtp import DraftTree
 
@@ -106,7 +106,7 @@ def test_memory_that_ran_out_leaves_no_verdict_behind(monkeypatch):
         raise torch.OutOfMemoryError("Tried to allocate 2 GiB")
 
     with monkeypatch.context() as patched:
-        patched.setattr(support_lmtp, "_reason_inexact", full)
+        patched.setattr(probe_lmtp, "_reason_inexact", full)
         with pytest.raises(torch.OutOfMemoryError, match="Tried to allocate 2 GiB"):
             generate(model, use_lmtp=True)
     assert_same_texts(model, tree=TREE)
