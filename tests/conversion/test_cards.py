@@ -140,7 +140,10 @@ def test_the_hub_accepts_a_card_and_refuses_a_bad_one(full, tmp_path):
 def test_the_shipped_card_is_what_the_command_writes(request, tmp_path):
     root = request.config.rootpath
     shipped = root / "hub_cards" / "smollm2-135m-instruct-lmtp"
-    options = CardOptions(license="apache-2.0", language=["en"], results=[])
+    measured = [
+        root / f"benchmarks/results/bench_planned_{kind}.json" for kind in ("bf16", "float32")
+    ]
+    options = CardOptions(license="apache-2.0", language=["en"], results=measured)
     card = build_card(shipped, "l-mtp/SmolLM2-135M-Instruct-lmtp", options)
     card.save(tmp_path / "README.md")
     assert (tmp_path / "README.md").read_text() == (shipped / "README.md").read_text()
