@@ -9,7 +9,7 @@ seen.
     lmtp distill OUTPUT/backbone OUTPUT/answers.jsonl --prompts OUTPUT/prompts.jsonl --max_new_tokens 96
     lmtp train OUTPUT/backbone OUTPUT/answers.jsonl OUTPUT/heads --leap_offsets 2 3 4 --head_context path
     lmtp verify OUTPUT/heads --prompts OUTPUT/held_out.jsonl
-    lmtp bench OUTPUT/heads --prompts OUTPUT/held_out.jsonl
+    lmtp bench OUTPUT/heads --prompts OUTPUT/held_out.jsonl --rounds 1 --per_kind 10 --max_new_tokens 64
 """
 
 import argparse
@@ -150,7 +150,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("output", type=Path)
     parser.add_argument("--corpus", type=Path, default=ROOT, help="A git repository to learn.")
-    parser.add_argument("--steps", type=int, default=1200)
+    parser.add_argument("--steps", type=int, default=500)
     parser.add_argument("--hidden-size", type=int, default=160)
     options = parser.parse_args()
     learned, held_out = split_files(read_files(options.corpus))
