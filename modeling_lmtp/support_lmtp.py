@@ -1,7 +1,7 @@
 """What a backbone can verify in one pass, found out by trying: a tree, a chain, or nothing.
 
 No architecture is recognised by name. The structure of the cache says what is worth trying, and a small
-numeric probe (a few dozen tokens, no randomness) whether the result is exact.
+numeric probe (`probe_lmtp`) whether the result is exact.
 
 Shapes: `B` rows, `P` prompt length, `V` vocabulary size.
 """
