@@ -7,7 +7,6 @@ Shapes: `B` rows, `P` prompt length, `V` vocabulary size.
 """
 
 import weakref
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from enum import Enum
 from typing import Any
@@ -93,29 +92,18 @@ def decoding_support(
         static: over a static cache, where the answer is a tree or nothing.
         single_row: for one row, which needs no probe of several rows; `ragged` is False then.
     """
-    one = _probe_once(backbone, static, True, _probe_static if static else _probe_tiers)
-    if single_row or one.tier is Tier.PLAIN:
-        return one
-    return _probe_once(backbone, static, False, _probe_static_rows if static else _probe_rows)
-
-
-def _probe_once(
-    backbone: PreTrainedModel,
-    static: bool,
-    single_row: bool,
-    probe: Callable[[PreTrainedModel], Support],
-) -> Support:
-    """Return what a probe finds, or what it has found."""
     cached = _cached.setdefault(backbone, {})
     attention = attention_implementation(backbone.config)
     precision = backbone.dtype, precision_of(backbone)
-    key = (fingerprint(backbone), attention, precision, backbone.device, static, single_row)
-    if key in cached:
-        return cached[key]
-    support = probe(backbone)
-    if support.tier is not Tier.PLAIN:  # the cause of a failure may be gone by the next call
-        cached[key] = support
-    return support
+    key = (fingerprint(backbone), attention, precision, backbone.device, static)
+    probes = (_probe_static, _probe_static_rows) if static else (_probe_tiers, _probe_rows)
+    for several_rows in (False,) if single_row else (False, True):
+        if (key, several_rows) not in cached:
+            support = probes[several_rows](backbone)
+            if support.tier is Tier.PLAIN:  # the cause of a failure may be gone by the next call
+                return support
+            cached[key, several_rows] = support
+    return cached[key, not single_row]
 
 
 def num_positions(config: PreTrainedConfig) -> int | None:
