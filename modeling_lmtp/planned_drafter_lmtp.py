@@ -9,7 +9,7 @@ are emitted in the time of a plain step, the best draft is the one that maximize
 Where no draft is better than none, the step is plain. `p` and the costs are learned, see `planner_lmtp`.
 Costs beyond those of a plain pass count for `MARGIN` times as much, because the draft that looks best of
 many often looks better than it is. A small share of the steps goes to larger drafts than the best one, to
-learn what they cost.
+learn what they cost. What a call may lose by drafting is bounded, see `Allowance`.
 
 Shapes: `B` batch, `L` known tokens, `S` known states, `H` hidden size, `N` candidates.
 """
@@ -31,7 +31,14 @@ from .drafting_lmtp import (
     ProposingDrafter,
     tree_from_paths,
 )
-from .planner_lmtp import MAX_RATE, PASS_SIZES, BatchMemory, DraftPlanner, TextRates
+from .planner_lmtp import (
+    MAX_RATE,
+    PASS_SIZES,
+    Allowance,
+    BatchMemory,
+    DraftPlanner,
+    TextRates,
+)
 from .tree_lmtp import MAX_NODES
 
 MARGIN = 1.2  # what a draft must be expected to gain, for each token that its time is worth
@@ -103,11 +110,13 @@ class PlannedDrafter(Drafter):
         self.num_states = 1 if heads is None else heads.num_states
         self._step: PlannedStep | None = None
         self._texts: list[TextRates] = []  # one per row
+        self._allowance = Allowance()
 
     def reset(self) -> None:
         """Begin new texts; what earlier ones have shown stays known."""
         self._step = None
         self._texts = []
+        self._allowance = Allowance()
 
     def draft(
         self, input_ids: torch.Tensor, hidden_states: torch.Tensor, max_depth: int
@@ -131,13 +140,15 @@ class PlannedDrafter(Drafter):
         if self._step is None:
             return
         step, self._step = self._step, None
-        step.memory.observe_step(
+        num_tokens = sum(map(len, tokens))
+        cost = step.memory.observe_step(
             step.size,
             self.planner.clock() - step.began,
             step.draft_seconds,
-            sum(map(len, tokens)),
+            num_tokens,
             step.draft.is_trial,
         )
+        self._allowance.observe(cost, num_tokens / len(tokens))
         texts = self._rates_of_texts(len(tokens))
         for rates, proposals, emitted in zip(texts, step.proposals, tokens, strict=True):
             _count(rates, proposals, tuple(emitted))
@@ -161,8 +172,10 @@ class PlannedDrafter(Drafter):
         if self.lookup is not None:
             proposals = self.lookup.propose(input_ids, hidden_states, max_depth)
         draft = self._best(memory, proposals)
+        if self.heads is None or not self._allowance.covers(memory.costs.cost(2)):
+            return proposals, draft
         use = memory.head_use(draft.expected)
-        if self.heads is None or not use.begin_step():
+        if not use.begin_step():
             return proposals, draft
         start = self.planner.clock()
         # A row's candidate must be worth its share of the cost of a token in every row
@@ -187,17 +200,20 @@ class PlannedDrafter(Drafter):
             sums = [0.0, *accumulate(value for _, value in row)]
             for count in range(1, 1 + longest):
                 gains[count] += sums[min(count, len(row))]
-        counts = [size - 1 for size in PASS_SIZES if size <= longest]
+        counts = {size - 1 for size in PASS_SIZES if size <= longest} | {longest}
+        costs = {count: memory.costs.cost(1 + count) for count in sorted(counts)}
         worths = {
-            count: memory.num_rows
-            + gains[count]
-            - memory.rate * (1 + MARGIN * (memory.costs.cost(1 + count) - 1))
-            for count in [*counts, longest]
+            count: memory.num_rows + gains[count] - memory.rate * (1 + MARGIN * (cost - 1))
+            for count, cost in costs.items()
+            if count == 0 or self._allowance.covers(cost)
         }
         best = max(worths, key=lambda count: (worths[count], -count))
-        size = memory.costs.uncertain(1 + best)
-        trial = size - 1 if size is not None and size <= 1 + longest else best
-        is_trial = trial != best and memory.may_try((worths[best] - worths[trial]) / memory.rate)
+        trial = (memory.costs.uncertain(1 + best) or 1 + best) - 1
+        is_trial = (
+            trial != best
+            and trial in worths
+            and memory.may_try((worths[best] - worths[trial]) / memory.rate)
+        )
         count = trial if is_trial else best
         return Draft([row[:count] for row in rows], gains[count], worths[best], is_trial)
 

@@ -18,6 +18,9 @@ PRIOR_TOKEN_COST = 0.02
 PRIOR_STRENGTH = 8.0  # how many observations a drafter's own probability counts for
 MEMORY = 256  # observations after which an earlier one counts for a third
 TEXT_STRENGTH = 4.0  # how many observations the rates of earlier texts count for in a new one
+TEXT_OBSERVATIONS = (
+    8.0  # of one source in one text, before each further one counts for less in all others
+)
 EDGES = (0.02, 0.05, 0.1, 0.2, 0.35, 0.5, 0.65, 0.8, 0.9, 0.96)  # of the buckets of probabilities
 MAX_RATE = 0.98
 # Of the logarithms of costs before any pass: the variances of the exponent with which costs grow with the
@@ -35,6 +38,8 @@ MAX_REST = 32  # steps between two drafts of heads that do not pay
 # predicted, and a pass over more tokens may take less time than one over few
 TRIED_SHARE = 0.01
 SURE_PASSES = 4  # of one size, before what they took is trusted
+# What drafting may lose in one call, however well it did in others: plain steps, and a share of all steps
+LOST_STEPS, LOST_SHARE = 2.0, 0.03
 EXPECTED_EDGES = (0.3, 1.0, 3.0)  # of the buckets of what is accepted per row without heads
 
 
@@ -54,11 +59,13 @@ class AcceptanceRates:
         rate = (right + PRIOR_STRENGTH * probability) / (total + PRIOR_STRENGTH)
         return min(rate, MAX_RATE)
 
-    def observe(self, source: Hashable, probability: float, is_right: bool) -> None:
-        """Count a candidate whose parent was accepted."""
+    def observe(
+        self, source: Hashable, probability: float, is_right: bool, weight: float = 1.0
+    ) -> None:
+        """Count a candidate whose parent was accepted, as `weight` observations."""
         counts = self._counts.setdefault((source, bisect_right(EDGES, probability)), [0.0, 0.0])
-        counts[0] += is_right - counts[0] / MEMORY
-        counts[1] += 1 - counts[1] / MEMORY
+        counts[0] += weight * (is_right - counts[0] / MEMORY)
+        counts[1] += weight * (1 - counts[1] / MEMORY)
 
 
 class TextRates:
@@ -67,6 +74,9 @@ class TextRates:
     The odds that a candidate is accepted are those in all texts, times how much better its source has done
     in this text than was expected of it. At first a text counts for `TEXT_STRENGTH` right candidates and as
     many wrong ones, all as expected.
+
+    What one text shows is not expected of the others: there, its n-th candidate of a source counts for
+    `TEXT_OBSERVATIONS / n`, and for no more than 1.
 
     Args:
         rates: in all texts.
@@ -92,7 +102,9 @@ class TextRates:
         counts = self._counts.setdefault(source, [TEXT_STRENGTH] * 4)
         for i, count in enumerate((is_right, not is_right, rate, 1 - rate)):
             counts[i] += count
-        self._rates.observe(source, probability, is_right)
+        num_observed = counts[0] + counts[1] - 2 * TEXT_STRENGTH
+        weight = min(1.0, TEXT_OBSERVATIONS / num_observed)
+        self._rates.observe(source, probability, is_right, weight)
 
 
 class PassCosts:
@@ -214,6 +226,26 @@ class HeadUse:
         self._rest = 0 if self._gain >= 0 else min(MAX_REST, 2 * self._rest + 1)
 
 
+class Allowance:
+    """The time that drafting may still lose in one call, in plain steps.
+
+    Rates and costs are estimates, so drafts may lose time although they are expected to gain some. What
+    they have gained in a call they may lose again; beyond that `LOST_STEPS`, and `LOST_SHARE` of the
+    steps. Once the costs of passes are known, no call loses more than that, whatever was expected.
+    """
+
+    def __init__(self) -> None:
+        self._steps = LOST_STEPS
+
+    def covers(self, cost: float) -> bool:
+        """Return whether a pass of that cost may turn out to be in vain."""
+        return cost - 1 <= self._steps
+
+    def observe(self, cost: float, num_tokens: float) -> None:
+        """Record a step that took the time of `cost` plain steps and emitted `num_tokens` per row."""
+        self._steps += LOST_SHARE + num_tokens - cost
+
+
 class BatchMemory:
     """What is known of the steps of batches of one size.
 
@@ -263,8 +295,8 @@ class BatchMemory:
         draft_seconds: float,
         num_tokens: int,
         is_trial: bool = False,
-    ) -> None:
-        """Record a step.
+    ) -> float:
+        """Record a step, and return its cost in plain steps.
 
         Args:
             size: the tokens per row of its pass.
@@ -282,6 +314,7 @@ class BatchMemory:
             self._lost += max(0.0, pass_seconds / plain_seconds - num_tokens / self.rate)
         self._tokens = keep * self._tokens + num_tokens
         self._cost = keep * self._cost + cost
+        return cost
 
 
 class DraftPlanner:

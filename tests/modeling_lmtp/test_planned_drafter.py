@@ -13,7 +13,14 @@ from architectures import tiny_causal_lm
 from modeling_lmtp import LMTPForCausalLM
 from modeling_lmtp.drafting_lmtp import LOOKUP, Proposal, ProposingDrafter
 from modeling_lmtp.planned_drafter_lmtp import MARGIN, PlannedDrafter, best_chain, path_values
-from modeling_lmtp.planner_lmtp import PASS_SIZES, AcceptanceRates, DraftPlanner, TextRates
+from modeling_lmtp.planner_lmtp import (
+    LOST_SHARE,
+    LOST_STEPS,
+    PASS_SIZES,
+    AcceptanceRates,
+    DraftPlanner,
+    TextRates,
+)
 
 PROMPT = torch.tensor([[3, 17, 5, 9, 44, 3, 17, 5]])
 
@@ -277,7 +284,34 @@ def test_what_one_text_copies_is_not_expected_of_the_next():
     drafter.reset()
     copies.texts, copies.real, before = others, 0.05, clock.seconds
     decode(drafter, others, clock, here, 100)
-    assert 98 * here(1, 1) / (clock.seconds - before) > 0.9
+    assert 98 * here(1, 1) / (clock.seconds - before) > 0.95
+
+
+class Impostor(Guesser):
+    """Is sure and wrong in every step, each time as a source of which nothing is known."""
+
+    def propose(self, input_ids, hidden_states, max_depth, min_value=0.0):
+        rows = super().propose(input_ids, hidden_states, max_depth, min_value)
+        return [
+            [proposal._replace(source=(LOOKUP, self.asked)) for proposal in row] for row in rows
+        ]
+
+
+@pytest.mark.parametrize("num_rows", [1, 4])
+@pytest.mark.parametrize("seconds", [here, linear, dear, flat], ids=lambda curve: curve.__name__)
+def test_a_call_loses_no_more_than_its_allowance_whatever_is_expected(seconds, num_rows):
+    clock, length = Clock(), 150
+    texts = texts_of(num_rows, length)
+    impostor = Impostor(texts, 0.95, 0.0, clock, depth=15, source=LOOKUP)
+    drafter = PlannedDrafter(DraftPlanner(clock), None, impostor)
+    for call in range(4):
+        drafter.reset()
+        before = clock.seconds
+        steps = decode(drafter, texts, clock, seconds, length)
+        lost = (clock.seconds - before) / seconds(num_rows, 1) - (length - 2)
+        assert sum(nodes for nodes, _ in steps) > 0
+        # Costs are not known yet in the first call
+        assert lost < LOST_STEPS + LOST_SHARE * length + (3.0 if call == 0 else 0.5)
 
 
 def test_candidates_are_dropped_where_a_pass_over_them_is_dear():

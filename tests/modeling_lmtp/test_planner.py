@@ -7,12 +7,15 @@ import random
 import pytest
 
 from modeling_lmtp.planner_lmtp import (
+    LOST_SHARE,
+    LOST_STEPS,
     MAX_RATE,
     MAX_REST,
     MEMORY,
     PASS_SIZES,
     PRIOR_TOKEN_COST,
     AcceptanceRates,
+    Allowance,
     BatchMemory,
     DraftPlanner,
     HeadUse,
@@ -78,6 +81,29 @@ def test_what_a_text_shows_of_a_source_holds_for_all_probabilities_that_it_state
     for _ in range(30):
         better.observe("lookup", 0.5, is_right=True)
     assert 0.9 > better.rate("lookup", 0.7) > 0.8
+
+
+def test_one_long_text_hardly_changes_what_is_expected_of_others():
+    rates = AcceptanceRates()
+    for _ in range(20):
+        text = TextRates(rates)
+        for _ in range(4):
+            text.observe("lookup", 0.8, is_right=False)
+    quoting = TextRates(rates)
+    for _ in range(300):
+        quoting.observe("lookup", 0.8, is_right=True)
+    assert quoting.rate("lookup", 0.8) > 0.9
+    # As if it had 8 (1 + log(300 / 8)) = 37 candidates, of all that count
+    assert rates.rate("lookup", 0.8) < 0.45
+
+
+def test_short_texts_count_in_full():
+    rates = AcceptanceRates()
+    for _ in range(30):
+        text = TextRates(rates)
+        for _ in range(8):
+            text.observe("lookup", 0.8, is_right=False)
+    assert rates.rate("lookup", 0.8) < 0.05
 
 
 # Costs of passes
@@ -206,6 +232,23 @@ def test_plain_steps_are_measured_first_and_again_until_they_are_known():
     assert plain[:3] == [0, 1, 2]
     assert 9 <= len(plain) <= 11
     assert plain[8] < 400
+
+
+def test_an_allowance_covers_what_may_be_lost():
+    allowance = Allowance()
+    assert allowance.covers(1 + LOST_STEPS)
+    assert not allowance.covers(1.1 + LOST_STEPS)
+    allowance.observe(cost=1.5, num_tokens=4)  # of which 2.5 are gained
+    assert allowance.covers(3.5 + LOST_STEPS)
+    for _ in range(2):
+        allowance.observe(cost=3.0, num_tokens=1)
+    assert allowance.covers(1.5)
+    assert not allowance.covers(2.6)
+    allowance.observe(cost=1.6, num_tokens=1)
+    assert not allowance.covers(1.2)
+    for _ in range(10):
+        allowance.observe(cost=1.0, num_tokens=1)
+    assert allowance.covers(1 + 10 * LOST_SHARE)
 
 
 def test_heads_that_do_not_pay_are_asked_ever_more_seldom():
