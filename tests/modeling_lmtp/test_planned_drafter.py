@@ -309,7 +309,7 @@ def test_a_call_loses_no_more_than_its_allowance_whatever_is_expected(seconds, n
         before = clock.seconds
         steps = decode(drafter, texts, clock, seconds, length)
         lost = (clock.seconds - before) / seconds(num_rows, 1) - (length - 2)
-        assert sum(nodes for nodes, _ in steps) > 0
+        assert call > 0 or sum(nodes for nodes, _ in steps) > 0
         # Costs are not known yet in the first call
         assert lost < LOST_STEPS + LOST_SHARE * length + (3.0 if call == 0 else 0.5)
 
