@@ -19,7 +19,6 @@ from transformers import (
 )
 from transformers.utils import ModelOutput, logging
 
-from .acceptance_lmtp import TokenSelector
 from .drafting_lmtp import Drafter, MergedDrafter
 from .leap_drafter_lmtp import DraftHeads
 from .leaps_lmtp import PATH, drafts
@@ -37,6 +36,7 @@ from .planning_lmtp import (
     refuse_prompt_learning,
     refuse_unused_arguments,
 )
+from .selection_lmtp import TokenSelector
 from .settings_lmtp import STRICT, LMTPSettings
 from .support_lmtp import Tier, decoding_support
 from .transformers_lmtp import attention_implementation, passed_cache

@@ -18,13 +18,14 @@ from transformers import GenerationConfig, StaticCache
 from transformers.generation import BaseStreamer, GenerationMode
 from transformers.utils import logging
 
-from .acceptance_lmtp import Acceptor, TokenSelector, TypicalRule, new_acceptor
+from .acceptance_lmtp import Acceptor, new_acceptor
 from .cache_lmtp import reason_no_rollback
 from .compiled_lmtp import compiled_pass
 from .decoding_lmtp import Decoder
 from .drafting_lmtp import Drafter
 from .hooks_lmtp import reason_hooked
 from .outputs_lmtp import EmittedTokens
+from .selection_lmtp import TokenSelector, TypicalRule
 from .settings_lmtp import DRAFT_SOURCES, PROMPT_LOOKUP, LMTPSettings
 from .static_lmtp import StaticVerifier, enlarge, reason_no_room, reason_not_static
 from .support_lmtp import Support, Tier, decoding_support, num_positions, reason_too_long

@@ -183,9 +183,9 @@ def test_verify_in_sixteen_bits_fails_only_where_rounding_is_no_excuse(
 
 def test_verify_fails_where_texts_differ(folder, checkpoint, monkeypatch):
     monkeypatch.setattr(
-        "modeling_lmtp.acceptance_lmtp.TokenSelector.is_plain_greedy", property(lambda self: False)
+        "modeling_lmtp.selection_lmtp.TokenSelector.is_plain_greedy", property(lambda self: False)
     )
-    select = "modeling_lmtp.acceptance_lmtp.TokenSelector.select"
+    select = "modeling_lmtp.selection_lmtp.TokenSelector.select"
     monkeypatch.setattr(select, lambda self, scores: scores.argmin(dim=-1))
     arguments = ["--prompts", folder / "prompts.jsonl", "--num_prompts", 1, "--max_new_tokens", 4]
     result = lmtp("verify", checkpoint, *arguments)

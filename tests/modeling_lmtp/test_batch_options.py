@@ -37,7 +37,7 @@ from transformers.generation import logits_process as processors
 from transformers.generation.streamers import BaseStreamer
 
 from modeling_lmtp import LMTPForCausalLM
-from modeling_lmtp.acceptance_lmtp import ROW_WISE_PROCESSORS
+from modeling_lmtp.selection_lmtp import ROW_WISE_PROCESSORS
 
 SAMPLE = {"do_sample": True, "max_new_tokens": 24}
 EVEN_TOKENS = list(range(0, 96, 2))

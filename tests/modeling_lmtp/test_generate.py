@@ -15,8 +15,9 @@ from transformers import (
 )
 
 from modeling_lmtp import LMTPForCausalLM
-from modeling_lmtp.acceptance_lmtp import GreedyAcceptor, LockstepAcceptor, TokenSelector
+from modeling_lmtp.acceptance_lmtp import GreedyAcceptor, LockstepAcceptor
 from modeling_lmtp.drafting_lmtp import Candidates
+from modeling_lmtp.selection_lmtp import TokenSelector
 from modeling_lmtp.support_lmtp import decoding_tier
 from modeling_lmtp.tree_lmtp import DraftTree
 

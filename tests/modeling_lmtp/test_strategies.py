@@ -14,7 +14,6 @@ from transformers.utils import logging
 from twelve_tokens import BATCH, BATCH_MASK, wrapped
 
 from modeling_lmtp import LMTPForCausalLM
-from modeling_lmtp.acceptance_lmtp import TypicalRule
 from modeling_lmtp.drafting_lmtp import (
     Candidates,
     Drafter,
@@ -24,6 +23,7 @@ from modeling_lmtp.drafting_lmtp import (
     merge_trees,
 )
 from modeling_lmtp.leap_drafter_lmtp import ProposingLeapHeadDrafter
+from modeling_lmtp.selection_lmtp import TypicalRule
 from modeling_lmtp.settings_lmtp import LMTPSettings
 from modeling_lmtp.support_lmtp import Tier
 from modeling_lmtp.tree_lmtp import MAX_NODES, DraftTree
