@@ -9,7 +9,7 @@ are emitted in the time of a plain step, the best draft is the one that maximize
 Where no draft is better than none, the step is plain. `p` and the costs are learned, see `planner_lmtp`.
 Costs beyond those of a plain pass count for `MARGIN` times as much, because the draft that looks best of
 many often looks better than it is. A small share of the steps goes to larger drafts than the best one, to
-learn what they cost. What a call may lose by drafting is bounded, see `Allowance`.
+learn what they cost. What a call may lose by drafting is bounded, see `planner_lmtp.Allowance`.
 
 Shapes: `B` batch, `L` known tokens, `S` known states, `H` hidden size, `N` candidates.
 """
@@ -34,7 +34,6 @@ from .drafting_lmtp import (
 from .planner_lmtp import (
     MAX_RATE,
     PASS_SIZES,
-    Allowance,
     BatchMemory,
     DraftPlanner,
     TextRates,
@@ -110,13 +109,12 @@ class PlannedDrafter(Drafter):
         self.num_states = 1 if heads is None else heads.num_states
         self._step: PlannedStep | None = None
         self._texts: list[TextRates] = []  # one per row
-        self._allowance = Allowance()
 
     def reset(self) -> None:
         """Begin new texts; what earlier ones have shown stays known."""
         self._step = None
         self._texts = []
-        self._allowance = Allowance()
+        self.planner.allowance.begin_call()
 
     def draft(
         self, input_ids: torch.Tensor, hidden_states: torch.Tensor, max_depth: int
@@ -148,7 +146,7 @@ class PlannedDrafter(Drafter):
             num_tokens,
             step.draft.is_trial,
         )
-        self._allowance.observe(cost, num_tokens / len(tokens))
+        self.planner.allowance.observe(cost, num_tokens / len(tokens))
         texts = self._rates_of_texts(len(tokens))
         for rates, proposals, emitted in zip(texts, step.proposals, tokens, strict=True):
             _count(rates, proposals, tuple(emitted))
@@ -172,7 +170,7 @@ class PlannedDrafter(Drafter):
         if self.lookup is not None:
             proposals = self.lookup.propose(input_ids, hidden_states, max_depth)
         draft = self._best(memory, proposals)
-        if self.heads is None or not self._allowance.covers(memory.costs.cost(2)):
+        if self.heads is None or not self.planner.allowance.covers(memory.costs.cost(2)):
             return proposals, draft
         use = memory.head_use(draft.expected)
         if not use.begin_step():
@@ -205,7 +203,7 @@ class PlannedDrafter(Drafter):
         worths = {
             count: memory.num_rows + gains[count] - memory.rate * (1 + MARGIN * (cost - 1))
             for count, cost in costs.items()
-            if count == 0 or self._allowance.covers(cost)
+            if count == 0 or self.planner.allowance.covers(cost)
         }
         best = max(worths, key=lambda count: (worths[count], -count))
         trial = (memory.costs.uncertain(1 + best) or 1 + best) - 1

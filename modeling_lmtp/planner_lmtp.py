@@ -38,8 +38,8 @@ MAX_REST = 32  # steps between two drafts of heads that do not pay
 # predicted, and a pass over more tokens may take less time than one over few
 TRIED_SHARE = 0.01
 SURE_PASSES = 4  # of one size, before what they took is trusted
-# What drafting may lose in one call, however well it did in others: plain steps, and a share of all steps
-LOST_STEPS, LOST_SHARE = 2.0, 0.03
+# What drafting may lose in a call: plain steps, a share of all steps, and how much of what it has gained
+LOST_STEPS, LOST_SHARE, KEPT_STEPS = 2.0, 0.03, 8.0
 EXPECTED_EDGES = (0.3, 1.0, 3.0)  # of the buckets of what is accepted per row without heads
 
 
@@ -227,15 +227,21 @@ class HeadUse:
 
 
 class Allowance:
-    """The time that drafting may still lose in one call, in plain steps.
+    """The time that drafting may still lose in a call, in plain steps.
 
-    Rates and costs are estimates, so drafts may lose time although they are expected to gain some. What
-    they have gained in a call they may lose again; beyond that `LOST_STEPS`, and `LOST_SHARE` of the
-    steps. Once the costs of passes are known, no call loses more than that, whatever was expected.
+    Rates and costs are estimates, so drafts may lose time although they are expected to gain some. A call
+    may lose `LOST_STEPS`, `LOST_SHARE` of its steps, what drafting has gained in it, and up to
+    `KEPT_STEPS` of what it had gained before. Once the costs of passes are known, no call loses more than
+    that, whatever was expected; and calls that follow each other lose no more than one together, but for
+    `LOST_STEPS` each.
     """
 
     def __init__(self) -> None:
         self._steps = LOST_STEPS
+
+    def begin_call(self) -> None:
+        """Forgive what the last call has lost, and forget most of what it has gained."""
+        self._steps = min(max(self._steps, LOST_STEPS), KEPT_STEPS)
 
     def covers(self, cost: float) -> bool:
         """Return whether a pass of that cost may turn out to be in vain."""
@@ -327,6 +333,7 @@ class DraftPlanner:
     def __init__(self, clock: Callable[[], float] = perf_counter) -> None:
         self.clock = clock
         self.rates = AcceptanceRates()
+        self.allowance = Allowance()
         self._batches: dict[Hashable, BatchMemory] = {}
 
     def batch(self, num_rows: int, conditions: Hashable = None) -> BatchMemory:

@@ -140,7 +140,9 @@ def profile(
             for name, options in ways.items():
                 clock = StepClock(model)
                 with clock.listening():
-                    decoding_support(model.backbone)  # tried again, as its forward is another
+                    decoding_support(
+                        model.backbone, single_row=True
+                    )  # tried again, as its forward is another
                     clock.clear()
                     model.generate(
                         prompt,

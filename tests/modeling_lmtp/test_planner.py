@@ -7,6 +7,7 @@ import random
 import pytest
 
 from modeling_lmtp.planner_lmtp import (
+    KEPT_STEPS,
     LOST_SHARE,
     LOST_STEPS,
     MAX_RATE,
@@ -249,6 +250,19 @@ def test_an_allowance_covers_what_may_be_lost():
     for _ in range(10):
         allowance.observe(cost=1.0, num_tokens=1)
     assert allowance.covers(1 + 10 * LOST_SHARE)
+
+
+def test_a_call_may_lose_some_of_what_earlier_ones_gained_and_owes_nothing_for_them():
+    allowance = Allowance()
+    allowance.observe(cost=2.0, num_tokens=30)
+    allowance.begin_call()
+    assert allowance.covers(1 + KEPT_STEPS)
+    assert not allowance.covers(1.1 + KEPT_STEPS)
+    allowance.observe(cost=40.0, num_tokens=1)
+    assert not allowance.covers(1.0)
+    allowance.begin_call()
+    assert allowance.covers(1 + LOST_STEPS)
+    assert not allowance.covers(1.1 + LOST_STEPS)
 
 
 def test_heads_that_do_not_pay_are_asked_ever_more_seldom():
