@@ -31,13 +31,7 @@ from .drafting_lmtp import (
     ProposingDrafter,
     tree_from_paths,
 )
-from .planner_lmtp import (
-    MAX_RATE,
-    PASS_SIZES,
-    BatchMemory,
-    DraftPlanner,
-    TextRates,
-)
+from .planner_lmtp import MAX_RATE, PASS_SIZES, BatchMemory, DraftPlanner, TextRates
 from .tree_lmtp import MAX_NODES
 
 MARGIN = 1.2  # what a draft must be expected to gain, for each token that its time is worth

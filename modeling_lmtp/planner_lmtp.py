@@ -18,9 +18,8 @@ PRIOR_TOKEN_COST = 0.02
 PRIOR_STRENGTH = 8.0  # how many observations a drafter's own probability counts for
 MEMORY = 256  # observations after which an earlier one counts for a third
 TEXT_STRENGTH = 4.0  # how many observations the rates of earlier texts count for in a new one
-TEXT_OBSERVATIONS = (
-    8.0  # of one source in one text, before each further one counts for less in all others
-)
+# Candidates of one source in one text, before each further one counts for less in the rates of all texts
+TEXT_OBSERVATIONS = 8.0
 EDGES = (0.02, 0.05, 0.1, 0.2, 0.35, 0.5, 0.65, 0.8, 0.9, 0.96)  # of the buckets of probabilities
 MAX_RATE = 0.98
 # Of the logarithms of costs before any pass: the variances of the exponent with which costs grow with the
@@ -38,7 +37,8 @@ MAX_REST = 32  # steps between two drafts of heads that do not pay
 # predicted, and a pass over more tokens may take less time than one over few
 TRIED_SHARE = 0.01
 SURE_PASSES = 4  # of one size, before what they took is trusted
-# What drafting may lose in a call: plain steps, a share of all steps, and how much of what it has gained
+# What drafting may lose in a call: plain steps, and a share of all steps; and how many steps of what it has
+# gained in earlier calls it may lose instead of the first
 LOST_STEPS, LOST_SHARE, KEPT_STEPS = 2.0, 0.03, 8.0
 EXPECTED_EDGES = (0.3, 1.0, 3.0)  # of the buckets of what is accepted per row without heads
 
@@ -230,17 +230,16 @@ class Allowance:
     """The time that drafting may still lose in a call, in plain steps.
 
     Rates and costs are estimates, so drafts may lose time although they are expected to gain some. A call
-    may lose `LOST_STEPS`, `LOST_SHARE` of its steps, what drafting has gained in it, and up to
-    `KEPT_STEPS` of what it had gained before. Once the costs of passes are known, no call loses more than
-    that, whatever was expected; and calls that follow each other lose no more than one together, but for
-    `LOST_STEPS` each.
+    starts with what the last one has left, but with `LOST_STEPS` at least and `KEPT_STEPS` at most. Each of
+    its steps adds `LOST_SHARE` and what drafting gained in it. Once the costs of passes are known, no call
+    loses more than that, whatever was expected.
     """
 
     def __init__(self) -> None:
         self._steps = LOST_STEPS
 
     def begin_call(self) -> None:
-        """Forgive what the last call has lost, and forget most of what it has gained."""
+        """Forgive what earlier calls have lost, and forget most of what they have gained."""
         self._steps = min(max(self._steps, LOST_STEPS), KEPT_STEPS)
 
     def covers(self, cost: float) -> bool:

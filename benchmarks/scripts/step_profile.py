@@ -140,9 +140,8 @@ def profile(
             for name, options in ways.items():
                 clock = StepClock(model)
                 with clock.listening():
-                    decoding_support(
-                        model.backbone, single_row=True
-                    )  # tried again, as its forward is another
+                    # Tried again, as its forward is another
+                    decoding_support(model.backbone, single_row=True)
                     clock.clear()
                     model.generate(
                         prompt,

@@ -18,6 +18,7 @@ from hub_server import TOKEN, Hub, running_hub
 from huggingface_hub.utils import get_session
 from peft import LoraConfig, get_peft_model
 from tiny import tiny_llama, tiny_tokenizer
+from transformers.utils.hub import hf_api
 
 from modeling_lmtp import LMTPForCausalLM
 from modeling_lmtp.conversion.saving import save_checkpoint, write_record
@@ -74,6 +75,7 @@ def hub_in_use(scratch: Path) -> Iterator[Hub]:
     with running_hub() as hub, pytest.MonkeyPatch.context() as patch:
         patch.setattr("huggingface_hub.constants.ENDPOINT", hub.url)
         patch.setattr("huggingface_hub.hf_api.api.endpoint", hub.url)
+        patch.setattr(hf_api(), "endpoint", hub.url)  # that of Transformers, perhaps in use already
         files = f"{hub.url}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
         patch.setattr("huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE", files)
         patch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_XET", True)

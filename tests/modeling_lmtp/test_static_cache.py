@@ -164,7 +164,7 @@ def test_passes_over_drafts_have_the_same_shapes(draft, inputs):
     with Passes(model.backbone) as passes:
         generate(model, inputs, return_dict_in_generate=False, **options, **STATIC)
     drafted = [shapes for shapes in passes.shapes if shapes["input_ids"][1] > 1]
-    assert len(drafted) > 1
+    assert drafted  # planned drafts depend on what earlier texts have shown
     assert all(shapes == drafted[0] for shapes in drafted)
     assert len(set(passes.places)) == 1
     for shapes in passes.shapes:
@@ -293,7 +293,8 @@ def test_a_pass_is_compiled_once(compiler, draft, inputs):
                 model, inputs, use_lmtp=True, compile_config=compile_config(), **options
             )
             assert output.sequences.tolist() == expected.sequences.tolist()
-            assert output.acceptance_lengths == expected.acceptance_lengths
+            if draft == "chain":  # planned drafts depend on what earlier calls have shown
+                assert output.acceptance_lengths == expected.acceptance_lengths
             assert compiler["unique_graphs"] == 1
 
 
