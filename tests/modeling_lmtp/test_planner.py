@@ -84,12 +84,18 @@ def test_what_a_text_shows_of_a_source_holds_for_all_probabilities_that_it_state
     assert 0.9 > better.rate("lookup", 0.7) > 0.8
 
 
-def test_one_long_text_hardly_changes_what_is_expected_of_others():
+def rates_of_wrong_copies(num_texts: int, num_copies: int) -> AcceptanceRates:
+    """Return the rates after texts in each of which that many copies were wrong."""
     rates = AcceptanceRates()
-    for _ in range(20):
+    for _ in range(num_texts):
         text = TextRates(rates)
-        for _ in range(4):
+        for _ in range(num_copies):
             text.observe("lookup", 0.8, is_right=False)
+    return rates
+
+
+def test_one_long_text_hardly_changes_what_is_expected_of_others():
+    rates = rates_of_wrong_copies(num_texts=20, num_copies=4)
     quoting = TextRates(rates)
     for _ in range(300):
         quoting.observe("lookup", 0.8, is_right=True)
@@ -99,12 +105,7 @@ def test_one_long_text_hardly_changes_what_is_expected_of_others():
 
 
 def test_short_texts_count_in_full():
-    rates = AcceptanceRates()
-    for _ in range(30):
-        text = TextRates(rates)
-        for _ in range(8):
-            text.observe("lookup", 0.8, is_right=False)
-    assert rates.rate("lookup", 0.8) < 0.05
+    assert rates_of_wrong_copies(num_texts=30, num_copies=8).rate("lookup", 0.8) < 0.05
 
 
 # Costs of passes

@@ -158,13 +158,14 @@ def test_rows_may_have_to_go_in_step():
 @pytest.mark.parametrize("inputs", INPUTS.values(), ids=INPUTS.keys())
 def test_passes_over_drafts_have_the_same_shapes(draft, inputs):
     model = twelve("llama")
+    model._draft_planner = None  # that of an earlier test has its clock, which stands still
     end = {"eos_token_id": [2, 7]}  # rows end at different times
     options = {**draft, **end, "do_sample": False, "max_new_tokens": 20, "use_lmtp": True}
     generate(model, inputs, **options, **STATIC)
     with Passes(model.backbone) as passes:
         generate(model, inputs, return_dict_in_generate=False, **options, **STATIC)
     drafted = [shapes for shapes in passes.shapes if shapes["input_ids"][1] > 1]
-    assert drafted  # planned drafts depend on what earlier texts have shown
+    assert len(drafted) > 1
     assert all(shapes == drafted[0] for shapes in drafted)
     assert len(set(passes.places)) == 1
     for shapes in passes.shapes:
@@ -285,16 +286,17 @@ def test_a_pass_is_compiled_once(compiler, draft, inputs):
     model = twelve("llama")
     options = {**DRAFTS[draft], **STATIC, "do_sample": False, "max_new_tokens": 20}
     options["eos_token_id"] = [2, 7]
+    model._draft_planner = None  # or it would know more than in the call before
     expected = generate(model, inputs, use_lmtp=True, disable_compile=True, **options)
     assert not compiler
     with torch._dynamo.config.patch(error_on_recompile=True):
         for _ in range(2):
+            model._draft_planner = None
             output = generate(
                 model, inputs, use_lmtp=True, compile_config=compile_config(), **options
             )
             assert output.sequences.tolist() == expected.sequences.tolist()
-            if draft == "chain":  # planned drafts depend on what earlier calls have shown
-                assert output.acceptance_lengths == expected.acceptance_lengths
+            assert output.acceptance_lengths == expected.acceptance_lengths
             assert compiler["unique_graphs"] == 1
 
 
