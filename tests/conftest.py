@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
+from weakref import WeakSet
 
 import pytest
 import transformers
 from pass_count import PassCount
 
-from modeling_lmtp import generation_lmtp
+from modeling_lmtp import LMTPForCausalLM, generation_lmtp
 from modeling_lmtp.planner_lmtp import DraftPlanner
 from modeling_lmtp.static_lmtp import StaticVerifier
 from modeling_lmtp.verification_lmtp import Verifier
@@ -76,4 +77,15 @@ def passes_are_the_clock_of_planned_drafts(monkeypatch: pytest.MonkeyPatch) -> P
     for verifier in (Verifier, StaticVerifier):
         monkeypatch.setattr(verifier, "verify", clock.counting(verifier.verify))
     monkeypatch.setattr(generation_lmtp, "DraftPlanner", lambda: DraftPlanner(clock))
+    met = WeakSet[LMTPForCausalLM]()
+    planner_of = LMTPForCausalLM.draft_planner.fget
+
+    def planner_of_this_test(model: LMTPForCausalLM) -> DraftPlanner:
+        """A model that tests share brings nothing from another one, neither rates nor its clock."""
+        if model not in met:
+            met.add(model)
+            model._draft_planner = None
+        return planner_of(model)
+
+    monkeypatch.setattr(LMTPForCausalLM, "draft_planner", property(planner_of_this_test))
     return clock
