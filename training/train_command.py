@@ -30,7 +30,8 @@ from .training_run import RunOptions, TrainingRun
 def train(options: RunOptions, heads: HeadOptions, args: LeapTrainingArguments) -> None:
     """Train leap heads on answers of their backbone (stage 1: the backbone stays frozen).
 
-    MODEL is a backbone, which gets new heads, or a checkpoint, whose heads are trained further.
+    MODEL is a backbone, which gets new heads, or a checkpoint, whose heads are trained further, with
+    --draft_vocab_size N on a draft vocabulary of the new answers.
 
     Examples:
     lmtp train BASE answers.jsonl OUT --leap_offsets 2 3 4 --head_context path --draft_vocab_size 8192
@@ -38,7 +39,7 @@ def train(options: RunOptions, heads: HeadOptions, args: LeapTrainingArguments) 
     """
     run = TrainingRun("lmtp train", options, args)
     has_heads = has_leap_heads(options.model)
-    if has_heads and heads != HeadOptions():
+    if has_heads and heads != HeadOptions(draft_vocab_size=heads.draft_vocab_size):
         raise ValueError(
             f"{options.model!r} has leap heads already, which the options of heads cannot change. Leave "
             "these options out to train the heads further, or start from the plain backbone."
@@ -51,6 +52,8 @@ def train(options: RunOptions, heads: HeadOptions, args: LeapTrainingArguments) 
     record: dict[str, Any] = {}
     if has_heads:
         record = {"checkpoint": options.model, "checkpoint_revision": commit_of(model.config)}
+        if heads.draft_vocab_size is not None:
+            choose_draft_vocabulary(model, heads.draft_vocab_size, run.examples)
     else:
         set_seed(args.seed)  # every process must initialize the heads alike
         model = add_heads(model, heads, run.examples)
@@ -65,6 +68,21 @@ def train(options: RunOptions, heads: HeadOptions, args: LeapTrainingArguments) 
         if report is not None:
             console.print(f"On {len(run.held_out)} held-out answers: {report.summary()}.")
         console.print(f"Saved in {options.output}.", soft_wrap=True)
+
+
+def choose_draft_vocabulary(model: LMTPForCausalLM, size: int, examples: Sequence[Example]) -> None:
+    """Let trained heads draft the `size` most frequent tokens of other answers.
+
+    Raises:
+        ValueError: the heads have rows of their own for the tokens that they draft.
+    """
+    if not model.config.share_lm_head or model.config.lm_head_rank:
+        raise ValueError(
+            "Only heads that share the backbone's unembedding can be given another draft vocabulary: these "
+            "have trained rows for the tokens that they draft. Leave draft_vocab_size out."
+        )
+    vocab_size, _ = unembedding_size(model.backbone)
+    model.config.draft_token_ids = draft_vocabulary(examples, size, vocab_size)
 
 
 def _load(options: RunOptions, *, on_cpu: bool) -> Any:

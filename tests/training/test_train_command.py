@@ -55,6 +55,34 @@ def test_the_record_names_the_checkpoint_whose_heads_are_trained_further(train, 
     assert (record["checkpoint"], record["checkpoint_revision"]) == (str(first), None)
 
 
+def test_heads_trained_further_can_draft_the_tokens_of_the_new_answers(train, tmp_path):
+    result, first = train("--num_leap_heads", 1, "--draft_vocab_size", 4, "--max_steps", 1)
+    assert result.exit_code == 0, result.output
+    row = {"prompt": "Paris", "response": "zzz yyy xxx zzz yyy zzz", "finished": True}
+    (tmp_path / "new.jsonl").write_text(json.dumps(row) + "\n" + json.dumps(row | {"prompt": "a"}))
+    further = ["train", first, tmp_path / "new.jsonl", tmp_path / "further", "--held_out", 0]
+    result = lmtp(*further, "--draft_vocab_size", 6, "--max_steps", 1)
+    assert result.exit_code == 0, result.output
+    model = LMTPForCausalLM.from_pretrained(tmp_path / "further")
+    assert len(model.config.draft_token_ids) == 6
+    ids = tiny_tokenizer()(row["response"], add_special_tokens=False)["input_ids"]
+    assert set(ids) <= {*model.config.draft_token_ids}
+    prompt = torch.tensor([[5, 6, 7]])
+    options = {"do_sample": False, "max_new_tokens": 12}
+    fast = model.generate(prompt, use_lmtp=True, **options)
+    assert fast.tolist() == model.generate(prompt, **options).tolist()
+
+
+def test_heads_with_rows_of_their_own_keep_their_draft_vocabulary(train, tmp_path):
+    result, first = train("--no_share_lm_head", "--draft_vocab_size", 4, "--max_steps", 1)
+    assert result.exit_code == 0, result.output
+    further = ["train", first, tmp_path / "answers.jsonl", tmp_path / "further"]
+    result = lmtp(*further, "--held_out", 2, "--draft_vocab_size", 6, "--max_steps", 1)
+    assert result.exit_code == 1
+    assert "Leave draft_vocab_size out" in " ".join(result.output.split())
+    assert not (tmp_path / "further").exists()
+
+
 @pytest.mark.parametrize("reporter", ["swanlab", "nonsense"])
 def test_a_reporter_that_is_not_installed_is_refused_before_the_work(train, monkeypatch, reporter):
     monkeypatch.setattr("modeling_lmtp.training.train_command.load_tokenizer", None)
