@@ -24,7 +24,7 @@ class MayChangeOnResume:
 class HeadOptions(Options):
     """The leap heads to add to a backbone, see `LMTPForCausalLM.from_backbone`."""
 
-    title: ClassVar[str] = "heads (only for a backbone without heads)"
+    title: ClassVar[str] = "heads (a checkpoint can change only its draft vocabulary)"
 
     num_leap_heads: int | None = field(
         default=None, metadata={"help": "Number of leap heads; 3 by default."}

@@ -30,8 +30,7 @@ from .training_run import RunOptions, TrainingRun
 def train(options: RunOptions, heads: HeadOptions, args: LeapTrainingArguments) -> None:
     """Train leap heads on answers of their backbone (stage 1: the backbone stays frozen).
 
-    MODEL is a backbone, which gets new heads, or a checkpoint, whose heads are trained further, with
-    --draft_vocab_size N on a draft vocabulary of the new answers.
+    MODEL is a backbone, which gets new heads, or a checkpoint, whose heads are trained further.
 
     Examples:
     lmtp train BASE answers.jsonl OUT --leap_offsets 2 3 4 --head_context path --draft_vocab_size 8192
@@ -41,8 +40,8 @@ def train(options: RunOptions, heads: HeadOptions, args: LeapTrainingArguments) 
     has_heads = has_leap_heads(options.model)
     if has_heads and heads != HeadOptions(draft_vocab_size=heads.draft_vocab_size):
         raise ValueError(
-            f"{options.model!r} has leap heads already, which the options of heads cannot change. Leave "
-            "these options out to train the heads further, or start from the plain backbone."
+            f"{options.model!r} has leap heads already, of which only the draft vocabulary can change. "
+            "Leave their other options out to train the heads further, or start from the plain backbone."
         )
     tokenizer = load_tokenizer(options.model)
     # A backbone to shard is loaded on the CPU, because no device may be able to hold all of it
