@@ -153,7 +153,9 @@ class _ChunkLoss:
             weight = self.objective.weight
             soft = soft_loss(logits, self._teacher_logits(chunk), self.objective.temperature)
             loss = (1 - weight) * hard + weight * soft
-        correct = (logits.detach().argmax(dim=-1) == targets).sum()
+        # Finding the largest logit is several times faster than finding where it is
+        highest = logits.detach().amax(dim=-1)
+        correct = (logits.detach().gather(-1, targets[:, None])[:, 0] == highest).sum()
         counted = [hard.detach(), soft.detach(), correct, torch.ones_like(targets).sum()]
         self.tally[:OUTSIDE] += torch.stack([value.float() for value in counted])
         return loss

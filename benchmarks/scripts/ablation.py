@@ -1,13 +1,15 @@
 """Trains every kind of head on the same answers with the same recipe, and compares them.
 
-    python benchmarks/scripts/ablation.py BACKBONE --answers answers.jsonl --held-out held_out.jsonl \\
-        --state-folder states --output benchmarks/results/ablation.json
+    python benchmarks/scripts/ablation.py BACKBONE --study kinds --answers answers.jsonl \\
+        --held-out held_out.jsonl --state-folder states
 
-For each seed of each row of `ROWS` it trains heads on the same answers in the same order. It evaluates
+For each seed of each row of a study it trains heads on the same answers in the same order. It evaluates
 them on held-out greedy answers in float32: accuracy per draft distance, and the simulated tokens per step
 of the chain and of trees (grown on one half of the held-out answers and evaluated on the other). A
 backbone that is tuned too is evaluated on its own answers to the same prompts. Each result is written as
-soon as it is known, and an interrupted run resumes. `--tables` writes them into `ablation.md`.
+soon as it is known, and an interrupted run resumes. The study `kinds` compares kinds of heads, `data` how
+much heads learn from more answers, more epochs and more parameters. Results are in
+`benchmarks/results/ablation.json` and `ablation_data.json`, tables in `ablation.md`.
 """
 
 import argparse
@@ -21,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from head_trials import TRIALS, AttentionObjective
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
@@ -42,7 +45,7 @@ from modeling_lmtp.training.arguments import (
     LeapTrainingArguments,
 )
 from modeling_lmtp.training.drift import measure_drift
-from modeling_lmtp.training.evaluation import draft_ranks
+from modeling_lmtp.training.evaluation import answer_states, draft_ranks
 from modeling_lmtp.training.examples import Example
 from modeling_lmtp.training.joint_trainer import JointTrainer
 from modeling_lmtp.training.leap_trainer import LeapTrainer
@@ -53,7 +56,8 @@ from modeling_lmtp.tree_lmtp import DraftTree
 NODE_COUNTS = (8, 16, 32)
 MAX_NEW_TOKENS = 256  # of the held-out answers
 PAGE = Path(__file__).parents[1] / "ablation.md"
-MARK = "<!-- tables: written by ablation.py -->"
+RESULTS = Path(__file__).parents[1] / "results"
+FILES = {"kinds": RESULTS / "ablation.json", "data": RESULTS / "ablation_data.json"}
 
 
 @dataclass(frozen=True)
@@ -66,6 +70,9 @@ class Row:
         settings: of training.
         seeds: how many times it is trained.
         joint: the backbone is tuned along (LoRA, whole heads), from heads that know nothing yet.
+        num_answers: how many of the answers it learns, the first ones; all if None.
+        epochs: how often; the command's `--epochs` if None.
+        trial: what is changed about the heads, one of `TRIALS`.
     """
 
     offsets: tuple[int, ...]
@@ -73,9 +80,12 @@ class Row:
     settings: dict[str, Any] = field(default_factory=dict)
     seeds: int = 1
     joint: bool = False
+    num_answers: int | None = None
+    epochs: int | None = None
+    trial: str | None = None
 
 
-ROWS = {
+KINDS = {
     "paper's heads, k = 2": Row((3, 5, 7), seeds=3),
     "paper's heads, k = 1": Row((2, 3, 4), seeds=3),
     "path-grounded, k = 1": Row((2, 3, 4), {"head_context": "path"}, seeds=3),
@@ -98,14 +108,56 @@ ROWS = {
 }
 
 
+def of_data(
+    num_answers: int,
+    epochs: int = 1,
+    trial: str | None = None,
+    offsets: tuple[int, ...] = (2, 3, 4),
+    **shape: Any,
+) -> Row:
+    """Return a row of path-grounded heads with two blocks, but for what is said."""
+    shape = {"head_context": "path", "num_head_layers": 2, **shape}
+    return Row(offsets, shape, num_answers=num_answers, epochs=epochs, trial=trial)
+
+
+DATA = {
+    "path-grounded, 1,250 answers": of_data(1250),
+    "path-grounded, 2,500 answers": of_data(2500),
+    "path-grounded, 5,000 answers": of_data(5000),
+    "path-grounded, 10,000 answers": of_data(10000),
+    "path-grounded, 5,000 answers twice": of_data(5000, 2),
+    "path-grounded, 2,500 answers four times": of_data(2500, 4),
+    "path-grounded, 1,250 answers eight times": of_data(1250, 8),
+    "5,000 answers, attention layer": of_data(5000, trial="attention"),
+    "5,000 answers, one wide block": of_data(5000, trial="wide", num_head_layers=1),
+    "5,000 answers, one block": of_data(5000, num_head_layers=1),
+    "5,000 answers, three blocks": of_data(5000, num_head_layers=3),
+    "5,000 answers, four heads": of_data(5000, offsets=(2, 3, 4, 5)),
+    "5,000 answers, low-rank unembedding": of_data(5000, lm_head_rank=64),
+    "10,000 answers, attention layer": of_data(10000, trial="attention"),
+    "1,250 answers, weighted states": of_data(1250, head_input="weighted"),
+}
+STUDIES = {"kinds": KINDS, "data": DATA}
+
+
+@torch.no_grad()
+def read_states(
+    model: LMTPForCausalLM, example: Example, cache: StateCache | None
+) -> torch.Tensor:
+    """Return the states that heads read of an answer, `(L, K·H)`."""
+    states = answer_states(model, example) if cache is None else cache.load(example)
+    states = states.to(model.device)
+    if not hasattr(model, "attention"):
+        return states
+    input_ids = torch.tensor([example.input_ids], device=model.device)
+    return model.attention(states[None], input_ids)[0]
+
+
 def measure(
     model: LMTPForCausalLM, examples: Sequence[Example], cache: StateCache | None
 ) -> dict[str, Any]:
     """Judge heads on held-out answers."""
-    ranks = [
-        draft_ranks(model, example, None if cache is None else cache.load(example).to(model.device))
-        for example in examples
-    ]
+    ranks = [draft_ranks(model, example, read_states(model, example, cache)) for example in examples]
     chain = simulated_tokens_per_step(ranks, examples, DraftTree.chain(ranks[0].shape[0]))
     drafts = {"chain": chain}
     drafts |= {str(n): cross_validated(ranks, examples, n)[:2] for n in NODE_COUNTS}
@@ -117,9 +169,16 @@ def measure(
     }
 
 
+def trained_weights(model: LMTPForCausalLM) -> dict[str, torch.Tensor]:
+    """Return the weights that are not the backbone's."""
+    weights = model.state_dict()
+    return {name: w for name, w in weights.items() if not name.startswith("backbone.")}
+
+
 def costs(model: LMTPForCausalLM, seconds: float) -> dict[str, Any]:
     """Return what the heads cost."""
-    parameters = sum(p.numel() for p in model.leap_heads.parameters())
+    parts = [model.leap_heads, getattr(model, "attention", torch.nn.Module())]
+    parameters = sum(p.numel() for part in parts for p in part.parameters())
     return {"parameters": parameters, "processor_seconds": seconds}
 
 
@@ -164,24 +223,32 @@ class Laboratory:
 
     def _warm_up(self, row: Row, shape: HeadOptions, seed: int) -> dict[str, Any]:
         """Train heads on the frozen backbone; processor seconds do not count what states took."""
-        model = add_heads(self.backbone, shape, self.examples)
+        examples = self.examples[: row.num_answers]
+        model = add_heads(self.backbone, shape, examples)
+        exact = LMTPForCausalLM(model.config, backbone=self.exact_backbone).eval()
+        torch.manual_seed(seed)
+        if row.trial is not None:
+            TRIALS[row.trial](model)
+            TRIALS[row.trial](exact)
         folder = self._states_of(row)
         settings = {
-            "num_train_epochs": self.arguments.epochs,
+            "num_train_epochs": row.epochs or self.arguments.epochs,
             "seed": seed,
             "save_strategy": "no",
             "state_folder": None if folder is None else str(folder),
             **row.settings,
         }
         if folder is not None:
-            StateCache(folder, model).fill(self.examples)
+            StateCache(folder, model).fill(examples)
         started = time.process_time()
         with tempfile.TemporaryDirectory() as run:
             args = LeapTrainingArguments(output_dir=run, **settings)
-            LeapTrainer(model, args, self.examples).train()
+            trainer = LeapTrainer(model, args, examples)
+            if row.trial == "attention":
+                trainer.objective = AttentionObjective(len(row.offsets))
+            trainer.train()
         seconds = time.process_time() - started
-        exact = LMTPForCausalLM(model.config, backbone=self.exact_backbone).eval()
-        exact.leap_heads.load_state_dict(model.leap_heads.state_dict())
+        exact.load_state_dict(trained_weights(model), strict=False)
         cache = None
         if folder is not None:
             cache = StateCache(folder.with_name(folder.name + "-float32"), exact)
@@ -246,30 +313,31 @@ class Laboratory:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Train and judge what is missing in the output file."""
-    laboratory = Laboratory(arguments)
+    """Train and judge the rows of a study that are missing in its file."""
+    laboratory, rows = Laboratory(arguments), STUDIES[arguments.study]
+    output = FILES[arguments.study]
     record: dict[str, Any] = {
         "command": "python benchmarks/scripts/ablation.py",
         "conditions": laboratory.conditions(),
     }
     record["results"] = []
-    if arguments.output.exists():
-        found = json.loads(arguments.output.read_text())
+    if output.exists():
+        found = json.loads(output.read_text())
         if found["conditions"] != record["conditions"]:
-            raise SystemExit(f"{arguments.output} was made under other conditions.")
+            raise SystemExit(f"{output} was made under other conditions.")
         record = found
     done = {(result["row"], result["seed"]) for result in record["results"]}
-    for seed in range(max(row.seeds for row in ROWS.values())):
-        for name, row in ROWS.items():
+    for seed in range(max(row.seeds for row in rows.values())):
+        for name, row in rows.items():
             if seed >= row.seeds or (name, seed) in done:
                 continue
             print(f"{name}, seed {seed}", flush=True)
             record["results"].append({"row": name, "seed": seed, **laboratory.run(row, seed)})
-            arguments.output.write_text(json.dumps(record, indent=1) + "\n")
+            output.write_text(json.dumps(record, indent=1) + "\n")
 
 
 def table(record: dict[str, Any]) -> str:
-    """Return the results as Markdown, the best tree last; means over seeds, with their spread."""
+    """Return the results as Markdown; means over seeds, with their spread."""
     lines = [
         "| heads | offsets | top-1 at t+2, t+3, … | τ, chain | τ, tree of 8 | of 16 | of 32 | "
         "parameters | processor s | seeds |",
@@ -295,11 +363,13 @@ def table(record: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def write_tables(output: Path) -> None:
-    """Replace what stands below the mark in `ablation.md`."""
-    record = json.loads(output.read_text())
-    above = PAGE.read_text().split(MARK)[0]
-    PAGE.write_text(f"{above}{MARK}\n\n{table(record)}\n")
+def write_table(study: str) -> None:
+    """Replace the table of a study in `ablation.md`, which stands between two marks."""
+    marks = f"<!-- {study}: written by ablation.py -->", f"<!-- end of {study} -->"
+    above, rest = PAGE.read_text().split(marks[0])
+    _, below = rest.split(marks[1])
+    lines = table(json.loads(FILES[study].read_text()))
+    PAGE.write_text(f"{above}{marks[0]}\n\n{lines}\n\n{marks[1]}{below}")
 
 
 def main() -> None:
@@ -315,12 +385,12 @@ def main() -> None:
     parser.add_argument("--epochs", type=float, default=1.0)
     parser.add_argument("--draft-vocab-size", type=int, default=8192)
     parser.add_argument("--dtype", default="bfloat16")
-    parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument("--tables", action="store_true", help="only write ablation.md")
+    parser.add_argument("--study", choices=STUDIES, required=True)
+    parser.add_argument("--table", action="store_true", help="only write ablation.md")
     arguments = parser.parse_args()
-    if not arguments.tables:
+    if not arguments.table:
         run(arguments)
-    write_tables(arguments.output)
+    write_table(arguments.study)
 
 
 if __name__ == "__main__":
