@@ -141,9 +141,7 @@ STUDIES = {"kinds": KINDS, "data": DATA}
 
 
 @torch.no_grad()
-def read_states(
-    model: LMTPForCausalLM, example: Example, cache: StateCache | None
-) -> torch.Tensor:
+def read_states(model: LMTPForCausalLM, example: Example, cache: StateCache | None) -> torch.Tensor:
     """Return the states that heads read of an answer, `(L, K·H)`."""
     states = answer_states(model, example) if cache is None else cache.load(example)
     states = states.to(model.device)
@@ -157,7 +155,9 @@ def measure(
     model: LMTPForCausalLM, examples: Sequence[Example], cache: StateCache | None
 ) -> dict[str, Any]:
     """Judge heads on held-out answers."""
-    ranks = [draft_ranks(model, example, read_states(model, example, cache)) for example in examples]
+    ranks = [
+        draft_ranks(model, example, read_states(model, example, cache)) for example in examples
+    ]
     chain = simulated_tokens_per_step(ranks, examples, DraftTree.chain(ranks[0].shape[0]))
     drafts = {"chain": chain}
     drafts |= {str(n): cross_validated(ranks, examples, n)[:2] for n in NODE_COUNTS}
