@@ -7,9 +7,10 @@ For each seed of each row of a study it trains heads on the same answers in the 
 them on held-out greedy answers in float32: accuracy per draft distance, and the simulated tokens per step
 of the chain and of trees (grown on one half of the held-out answers and evaluated on the other). A
 backbone that is tuned too is evaluated on its own answers to the same prompts. Each result is written as
-soon as it is known, and an interrupted run resumes. The study `kinds` compares kinds of heads, `data` how
-much heads learn from more answers, more epochs and more parameters. Results are in
-`benchmarks/results/ablation.json` and `ablation_data.json`, tables in `ablation.md`.
+soon as it is known, and an interrupted run resumes. The study `kinds` compares kinds of heads; `data` asks
+how much heads learn from more answers, more epochs and more parameters; `joint` trains a checkpoint's heads
+(`--checkpoint`) further with its backbone, which is kept more or less close to the original. Results are in
+`benchmarks/results/ablation*.json`, tables in `ablation.md`.
 """
 
 import argparse
@@ -18,14 +19,16 @@ import statistics
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
+from ablation_rows import STUDIES, Row
 from head_trials import TRIALS, AttentionObjective
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
+from transformers.utils import SAFE_WEIGHTS_NAME
 
 from modeling_lmtp.benchmarks.analysis import (
     cross_validated,
@@ -34,7 +37,7 @@ from modeling_lmtp.benchmarks.analysis import (
 )
 from modeling_lmtp.benchmarks.resampling import ratio
 from modeling_lmtp.conversion.batch_generation import Sampling, generate_ids
-from modeling_lmtp.conversion.loading import load_backbone, load_tokenizer
+from modeling_lmtp.conversion.loading import load_backbone, load_lmtp, load_tokenizer
 from modeling_lmtp.conversion.prompts import answer_end_id
 from modeling_lmtp.conversion.saving import file_sha256, versions
 from modeling_lmtp.modeling_lmtp import LMTPForCausalLM
@@ -54,90 +57,15 @@ from modeling_lmtp.training.train_command import add_heads
 from modeling_lmtp.tree_lmtp import DraftTree
 
 NODE_COUNTS = (8, 16, 32)
-MAX_NEW_TOKENS = 256  # of the held-out answers
+MAX_NEW_TOKENS = 256  # of a tuned backbone's own answers
+OWN_BATCH_SIZE = 16
 PAGE = Path(__file__).parents[1] / "ablation.md"
 RESULTS = Path(__file__).parents[1] / "results"
-FILES = {"kinds": RESULTS / "ablation.json", "data": RESULTS / "ablation_data.json"}
-
-
-@dataclass(frozen=True)
-class Row:
-    """One kind of heads, and what its recipe has of its own.
-
-    Args:
-        offsets: of the heads.
-        shape: other settings of the heads, see `HeadOptions`.
-        settings: of training.
-        seeds: how many times it is trained.
-        joint: the backbone is tuned along (LoRA, whole heads), from heads that know nothing yet.
-        num_answers: how many of the answers it learns, the first ones; all if None.
-        epochs: how often; the command's `--epochs` if None.
-        trial: what is changed about the heads, one of `TRIALS`.
-    """
-
-    offsets: tuple[int, ...]
-    shape: dict[str, Any] = field(default_factory=dict)
-    settings: dict[str, Any] = field(default_factory=dict)
-    seeds: int = 1
-    joint: bool = False
-    num_answers: int | None = None
-    epochs: int | None = None
-    trial: str | None = None
-
-
-KINDS = {
-    "paper's heads, k = 2": Row((3, 5, 7), seeds=3),
-    "paper's heads, k = 1": Row((2, 3, 4), seeds=3),
-    "path-grounded, k = 1": Row((2, 3, 4), {"head_context": "path"}, seeds=3),
-    "grounded by 1, k = 1": Row((2, 3, 4), {"head_context": 1}, seeds=3),
-    "grounded by 2, k = 2": Row((3, 5, 7), {"head_context": 2}),
-    "grounded by 2, mixed": Row((2, 3, 5), {"head_context": 2}),
-    "paper's heads, mixed": Row((2, 3, 5)),
-    "paper's heads, even": Row((2, 4, 6)),
-    "paper's heads, k = 1, 6 heads": Row((2, 3, 4, 5, 6, 7)),
-    "grounded by 1, k = 1, 6 heads": Row((2, 3, 4, 5, 6, 7), {"head_context": 1}),
-    "path-grounded, k = 2": Row((3, 5, 7), {"head_context": "path"}),
-    "path-grounded, 4 heads": Row((2, 3, 4, 5), {"head_context": "path"}),
-    "path-grounded, 2 blocks": Row((2, 3, 4), {"head_context": "path", "num_head_layers": 2}),
-    "path-grounded, soft targets": Row(
-        (2, 3, 4), {"head_context": "path"}, {"distillation_weight": 0.5}
-    ),
-    "paper's heads, k = 1, soft targets": Row((2, 3, 4), {}, {"distillation_weight": 0.5}),
-    "paper's heads, k = 1, weighted states": Row((2, 3, 4), {"head_input": "weighted"}),
-    "paper's heads, k = 1, joint": Row((2, 3, 4), settings={"learning_rate": 2e-4}, joint=True),
+FILES = {
+    "kinds": RESULTS / "ablation.json",
+    "data": RESULTS / "ablation_data.json",
+    "joint": RESULTS / "ablation_joint.json",
 }
-
-
-def of_data(
-    num_answers: int,
-    epochs: int = 1,
-    trial: str | None = None,
-    offsets: tuple[int, ...] = (2, 3, 4),
-    **shape: Any,
-) -> Row:
-    """Return a row of path-grounded heads with two blocks, but for what is said."""
-    shape = {"head_context": "path", "num_head_layers": 2, **shape}
-    return Row(offsets, shape, num_answers=num_answers, epochs=epochs, trial=trial)
-
-
-DATA = {
-    "path-grounded, 1,250 answers": of_data(1250),
-    "path-grounded, 2,500 answers": of_data(2500),
-    "path-grounded, 5,000 answers": of_data(5000),
-    "path-grounded, 10,000 answers": of_data(10000),
-    "path-grounded, 5,000 answers twice": of_data(5000, 2),
-    "path-grounded, 2,500 answers four times": of_data(2500, 4),
-    "path-grounded, 1,250 answers eight times": of_data(1250, 8),
-    "5,000 answers, attention layer": of_data(5000, trial="attention"),
-    "5,000 answers, one wide block": of_data(5000, trial="wide", num_head_layers=1),
-    "5,000 answers, one block": of_data(5000, num_head_layers=1),
-    "5,000 answers, three blocks": of_data(5000, num_head_layers=3),
-    "5,000 answers, four heads": of_data(5000, offsets=(2, 3, 4, 5)),
-    "5,000 answers, low-rank unembedding": of_data(5000, lm_head_rank=64),
-    "10,000 answers, attention layer": of_data(10000, trial="attention"),
-    "1,250 answers, weighted states": of_data(1250, head_input="weighted"),
-}
-STUDIES = {"kinds": KINDS, "data": DATA}
 
 
 @torch.no_grad()
@@ -190,11 +118,12 @@ def own_answers(
     end_id = answer_end_id(model.backbone, tokenizer)
     stop_ids = [] if end_id is None else [end_id]
     prompts = [list(example.input_ids[: example.answer_start]) for example in examples]
-    answers = []
-    for prompt in tqdm(prompts, desc="answer", unit="prompt"):
-        (answer,) = generate_ids(model.backbone, tokenizer, [prompt], sampling, stop_ids=stop_ids)
-        answers.append(Example([*prompt, *answer], len(prompt)))
-    return answers
+    found = []
+    for start in tqdm(range(0, len(prompts), OWN_BATCH_SIZE), desc="answer", unit="batch"):
+        batch = prompts[start : start + OWN_BATCH_SIZE]
+        answers = generate_ids(model.backbone, tokenizer, batch, sampling, stop_ids=stop_ids)
+        found += [Example([*p, *a], len(p)) for p, a in zip(batch, answers, strict=True)]
+    return found
 
 
 class Laboratory:
@@ -221,10 +150,21 @@ class Laboratory:
         how = self._tune_jointly if row.joint else self._warm_up
         return {**asdict(row), **how(row, shape, seed)}
 
+    def _start(
+        self, row: Row, backbone: Any, shape: HeadOptions, examples: Sequence[Example]
+    ) -> LMTPForCausalLM:
+        """Return a backbone with the heads that a row starts from."""
+        if not row.trained:
+            return add_heads(backbone, shape, examples)
+        loaded = load_lmtp(self.arguments.checkpoint, self.arguments.dtype)
+        model = LMTPForCausalLM(loaded.config, backbone=backbone)
+        model.leap_heads.load_state_dict(loaded.leap_heads.state_dict())
+        return model
+
     def _warm_up(self, row: Row, shape: HeadOptions, seed: int) -> dict[str, Any]:
         """Train heads on the frozen backbone; processor seconds do not count what states took."""
         examples = self.examples[: row.num_answers]
-        model = add_heads(self.backbone, shape, examples)
+        model = self._start(row, self.backbone, shape, examples)
         exact = LMTPForCausalLM(model.config, backbone=self.exact_backbone).eval()
         torch.manual_seed(seed)
         if row.trial is not None:
@@ -258,7 +198,7 @@ class Laboratory:
     def _tune_jointly(self, row: Row, shape: HeadOptions, seed: int) -> dict[str, Any]:
         """Train heads and a backbone of their own together, the heads at the rate of warm-up."""
         backbone = load_backbone(self.arguments.backbone, self.arguments.dtype)
-        model = add_heads(backbone, shape, self.examples)
+        model = self._start(row, backbone, shape, self.examples)
         settings = {
             "num_train_epochs": self.arguments.epochs,
             "seed": seed,
@@ -289,6 +229,11 @@ class Laboratory:
         weighted = row.shape.get("head_input") == "weighted"
         return None if weighted else self.arguments.state_folder
 
+    def _of_checkpoint(self) -> dict[str, Any]:
+        """Return which heads rows start from."""
+        weights = Path(self.arguments.checkpoint) / SAFE_WEIGHTS_NAME
+        return {"checkpoint_sha256": file_sha256(weights)}
+
     def conditions(self) -> dict[str, Any]:
         """Return what all rows have in common."""
         arguments = self.arguments
@@ -301,6 +246,7 @@ class Laboratory:
             "batch_size": LeapTrainingArguments.per_device_train_batch_size,
             "learning_rate": LeapTrainingArguments.learning_rate,
             "draft_vocab_size": arguments.draft_vocab_size,
+            **({} if arguments.checkpoint is None else self._of_checkpoint()),
             "training_dtype": arguments.dtype,
             "held_out_sha256": file_sha256(arguments.held_out),
             "held_out_answers": len(self.held_out),
@@ -336,14 +282,22 @@ def run(arguments: argparse.Namespace) -> None:
             output.write_text(json.dumps(record, indent=1) + "\n")
 
 
-def table(record: dict[str, Any]) -> str:
+def drift_cells(result: dict[str, Any]) -> list[str]:
+    """Return how far a tuned backbone is from the original, for the study `joint`."""
+    drift = result.get("drift")
+    if drift is None:
+        return ["0", "0 %", ""]
+    perplexities = (drift[f"perplexity_{name}"] for name in ("original", "tuned"))
+    changed = 1 - drift["top1_agreement"]
+    return [f"{drift['kl']:.4f}", f"{changed:.1%}", " to ".join(f"{p:.3f}" for p in perplexities)]
+
+
+def table(record: dict[str, Any], study: str) -> str:
     """Return the results as Markdown; means over seeds, with their spread."""
-    lines = [
-        "| heads | offsets | top-1 at t+2, t+3, … | τ, chain | τ, tree of 8 | of 16 | of 32 | "
-        "parameters | processor s | seeds |",
-        "|---|---|---|---|---|---|---|---|---|---|",
-        "| none (NTP) | | | 1 | 1 | 1 | 1 | 0 | 0 | |",
-    ]
+    drift = ["KL", "other first choices", "perplexity"] if study == "joint" else []
+    columns = ["heads", "offsets", "top-1 at t+2, t+3, …", *drift, "τ, chain", "τ, tree of 8"]
+    columns += ["of 16", "of 32", "parameters", "processor s", "seeds"]
+    lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
     for name in dict.fromkeys(result["row"] for result in record["results"]):
         of_row = [result for result in record["results"] if result["row"] == name]
         first = of_row[0]
@@ -352,6 +306,7 @@ def table(record: dict[str, Any]) -> str:
         ]
         cells = [name, ", ".join(map(str, first["offsets"]))]
         cells.append(" ".join(f"{value:.2f}" for value in accuracies))
+        cells += drift_cells(first) if drift else []
         for draft in ("chain", *map(str, NODE_COUNTS)):
             values = [result["tokens_per_step"][draft]["value"] for result in of_row]
             spread = f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else ""
@@ -368,7 +323,7 @@ def write_table(study: str) -> None:
     marks = f"<!-- {study}: written by ablation.py -->", f"<!-- end of {study} -->"
     above, rest = PAGE.read_text().split(marks[0])
     _, below = rest.split(marks[1])
-    lines = table(json.loads(FILES[study].read_text()))
+    lines = table(json.loads(FILES[study].read_text()), study)
     PAGE.write_text(f"{above}{marks[0]}\n\n{lines}\n\n{marks[1]}{below}")
 
 
@@ -381,6 +336,7 @@ def main() -> None:
     parser.add_argument("--answers", type=Path, required=True)
     parser.add_argument("--held-out", type=Path, required=True)
     parser.add_argument("--state-folder", type=Path, required=True)
+    parser.add_argument("--checkpoint", help="the heads that the study `joint` starts from")
     parser.add_argument("--num-answers", type=int, default=2000)
     parser.add_argument("--epochs", type=float, default=1.0)
     parser.add_argument("--draft-vocab-size", type=int, default=8192)

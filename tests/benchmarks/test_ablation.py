@@ -16,6 +16,8 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:Fu
 ROWS = {
     "frozen": {},
     "joint": {"joint": True},
+    "trained": {"trained": True},
+    "trained, joint": {"trained": True, "joint": True, "settings": {"kl_weight": 1.0}},
     "few answers": {"num_answers": 8, "epochs": 2},
     "attention": {"trial": "attention"},
     "wide": {"trial": "wide", "shape": {"head_context": "path"}},
@@ -28,21 +30,24 @@ def command(tmp_path, monkeypatch):
     """Run the script with small rows; return what it has written down."""
     ablation = load_script("ablation")
     rows = {name: ablation.Row((2, 3), **options) for name, options in ROWS.items()}
-    monkeypatch.setitem(ablation.STUDIES, "data", rows)
-    monkeypatch.setitem(ablation.FILES, "data", tmp_path / "out.json")
+    monkeypatch.setitem(ablation.STUDIES, "joint", rows)
+    monkeypatch.setitem(ablation.FILES, "joint", tmp_path / "out.json")
     monkeypatch.setattr(load_script("head_trials"), "HEAD_SIZE", 8)
     monkeypatch.setattr(ablation, "PAGE", tmp_path / "page.md")
     monkeypatch.setattr(ablation, "MAX_NEW_TOKENS", 12)
-    marks = "<!-- data: written by ablation.py -->", "<!-- end of data -->"
+    marks = "<!-- joint: written by ablation.py -->", "<!-- end of joint -->"
     ablation.PAGE.write_text(f"About it.\n\n{marks[0]}\n\nolder\n\n{marks[1]}\n\nBelow.\n")
     tiny_llama().save_pretrained(tmp_path / "backbone")
+    heads = LMTPForCausalLM.from_backbone(tiny_llama(), leap_offsets=(2, 3))
+    heads.save_pretrained(tmp_path / "heads")
     tiny_tokenizer().save_pretrained(tmp_path / "backbone")
     rows = [{"prompt": p, "response": "The sea and the wind and the sea."} for p in PROMPTS]
     (tmp_path / "answers.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows * 8))
     (tmp_path / "held_out.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     places = {name: tmp_path / name for name in ("answers.jsonl", "held_out.jsonl")}
     options = ["--answers", places["answers.jsonl"], "--held-out", places["held_out.jsonl"]]
-    options += ["--state-folder", tmp_path / "states", "--study", "data"]
+    options += ["--state-folder", tmp_path / "states", "--study", "joint"]
+    options += ["--checkpoint", tmp_path / "heads"]
     options += ["--draft-vocab-size", 40, "--dtype", "float32"]
     arguments = ["ablation.py", tmp_path / "backbone", *options]
     monkeypatch.setattr(sys, "argv", [str(argument) for argument in arguments])
@@ -58,7 +63,7 @@ def command(tmp_path, monkeypatch):
 def test_rows_stand_side_by_side_and_are_made_once(command, monkeypatch):
     record = command()
     assert [result["row"] for result in record["results"]] == list(ROWS)
-    frozen, joint, few, attention, wide = record["results"]
+    frozen, joint, trained, both, few, attention, wide = record["results"]
     assert frozen["parameters"] == joint["parameters"] == few["parameters"]
     assert wide["parameters"] > frozen["parameters"]
     assert attention["parameters"] > frozen["parameters"]
@@ -66,6 +71,8 @@ def test_rows_stand_side_by_side_and_are_made_once(command, monkeypatch):
         assert len(result["top1"]) == 2
         assert result["tokens_per_step"]["chain"]["value"] >= 1
     assert joint["drift"]["kl"] > 0
+    assert both["drift"]["kl"] > 0
+    assert trained["tokens_per_step"] != frozen["tokens_per_step"]
     # What the tuned backbone says itself, not what the original one said
     assert 0 < joint["own_answer_tokens"] <= 12 * len(PROMPTS)
     page = command.page.read_text()
@@ -73,6 +80,7 @@ def test_rows_stand_side_by_side_and_are_made_once(command, monkeypatch):
     assert page.endswith("\n\nBelow.\n")
     assert "older" not in page
     assert "| joint | 2, 3 |" in page
+    assert f"| {joint['drift']['kl']:.4f} |" in page
     ablation = load_script("ablation")
 
     def train_again(*arguments):
