@@ -53,18 +53,21 @@ def next_token_kl(
     """
     rows, positions = leap_positions(labels, 1)
     total = tuned_logits.new_zeros((), dtype=torch.float32)
-    for chunk in zip(rows.split(CHUNK_SIZE), positions.split(CHUNK_SIZE), strict=True):
-        total = total + checkpoint(_kl, original_logits, tuned_logits, chunk, use_reentrant=False)
+    # Selected once: otherwise each chunk would have a gradient of the size of all logits
+    tuned_chunks = tuned_logits[rows, positions].split(CHUNK_SIZE)
+    chunks = zip(tuned_chunks, rows.split(CHUNK_SIZE), positions.split(CHUNK_SIZE), strict=True)
+    for tuned, *chunk in chunks:
+        total = total + checkpoint(_kl, original_logits, tuned, tuple(chunk), use_reentrant=False)
     return total, rows.numel()
 
 
 def _kl(
     original_logits: torch.Tensor,
-    tuned_logits: torch.Tensor,
+    tuned: torch.Tensor,
     positions: tuple[torch.Tensor, torch.Tensor],
 ) -> torch.Tensor:
     original = original_logits[positions].float().log_softmax(dim=-1)
-    tuned = tuned_logits[positions].float().log_softmax(dim=-1)
+    tuned = tuned.float().log_softmax(dim=-1)
     return nn.functional.kl_div(tuned, original, reduction="sum", log_target=True)
 
 
