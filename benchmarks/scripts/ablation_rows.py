@@ -70,17 +70,14 @@ DATA = {
     "path-grounded, 1,250 answers": of_data(1250),
     "path-grounded, 2,500 answers": of_data(2500),
     "path-grounded, 5,000 answers": of_data(5000),
-    "5,000 answers, attention layer": of_data(5000, trial="attention"),
     "path-grounded, 10,000 answers": of_data(10000),
     "path-grounded, 5,000 answers twice": of_data(5000, 2),
-    "path-grounded, 2,500 answers four times": of_data(2500, 4),
-    "path-grounded, 1,250 answers eight times": of_data(1250, 8),
-    "5,000 answers, one wide block": of_data(5000, trial="wide", num_head_layers=1),
-    "5,000 answers, low-rank unembedding": of_data(5000, lm_head_rank=64),
-    "5,000 answers, one block": of_data(5000, num_head_layers=1),
-    "5,000 answers, four heads": of_data(5000, offsets=(2, 3, 4, 5)),
-    "10,000 answers, attention layer": of_data(10000, trial="attention"),
-    "1,250 answers, weighted states": of_data(1250, head_input="weighted"),
+    "5,000 answers, attention layer": of_data(5000, trial="attention"),
+    "2,500 answers, one wide block": of_data(2500, trial="wide", num_head_layers=1),
+    "2,500 answers, low-rank unembedding": of_data(2500, lm_head_rank=64),
+    "2,500 answers, one block": of_data(2500, num_head_layers=1),
+    "2,500 answers, four heads": of_data(2500, offsets=(2, 3, 4, 5)),
+    "2,500 answers, paper's heads": of_data(2500, head_context=0),
 }
 
 
