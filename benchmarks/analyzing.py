@@ -10,7 +10,7 @@ import torch
 
 from modeling_lmtp.conversion.command_line import console
 from modeling_lmtp.conversion.loading import (
-    has_leap_heads,
+    lmtp_config,
     load_backbone,
     load_lmtp,
     load_tokenizer,
@@ -140,7 +140,7 @@ def _check_sources(sources: Sequence[str], settings: AnalysisSettings) -> bool:
         ValueError: they cannot be analyzed together, or there is nothing to measure.
     """
     names_of(sources)  # refuses a checkpoint given twice
-    have_heads = [has_leap_heads(source) for source in sources]
+    have_heads = [lmtp_config(source) is not None for source in sources]
     if len(sources) > 1 and not all(have_heads):
         plain = sources[have_heads.index(False)]
         raise ValueError(

@@ -14,6 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from transformers.tokenization_utils_base import TOKENIZER_CONFIG_FILE
 from transformers.utils import find_adapter_config_file, has_file
 
+from modeling_lmtp.configuration_lmtp import LMTPConfig
 from modeling_lmtp.modeling_lmtp import LMTPForCausalLM
 from modeling_lmtp.transformers_lmtp import keep_commit
 
@@ -145,11 +146,14 @@ def names_of(sources: Sequence[str]) -> list[str]:
     return short if len(set(short)) == len(short) else list(sources)
 
 
-def has_leap_heads(source: str | Path) -> bool:
-    """Return whether a checkpoint, or the checkpoint that an adapter was trained on, has leap heads."""
+def lmtp_config(source: str | Path) -> LMTPConfig | None:
+    """Return the configuration of a checkpoint with leap heads, or None for other models.
+
+    For an adapter, that of the checkpoint that it was trained on.
+    """
     adapter = adapter_config(source)
-    base = _base_of(source, adapter)
-    return bool(load_config(base, **_revision(adapter)).model_type == "lmtp")
+    config = load_config(_base_of(source, adapter), **_revision(adapter))
+    return config if config.model_type == LMTPConfig.model_type else None
 
 
 def load_lmtp(
@@ -170,7 +174,7 @@ def load_lmtp(
     check_dtype(dtype)
     adapter = adapter_config(source)
     base = _base_of(source, adapter)
-    if not has_leap_heads(source):
+    if lmtp_config(source) is None:
         raise ValueError(
             f"{str(base)!r} has no leap heads. Train some with `lmtp train {base} ANSWERS OUT`, or load "
             "it with LMTPForCausalLM.from_backbone, which adds untrained ones."

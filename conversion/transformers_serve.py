@@ -12,7 +12,7 @@ import transformers
 from modeling_lmtp.modeling_lmtp import LMTPForCausalLM
 
 from .command_line import console
-from .loading import adapter_config, has_leap_heads
+from .loading import adapter_config, lmtp_config
 from .options import Dtype, Options
 
 
@@ -71,7 +71,7 @@ def new_server(options: ServeOptions, **settings: Any) -> Any:
             f"{options.checkpoint!r} is an adapter, which Transformers' server does not load. Merge it "
             f"with `lmtp export {options.checkpoint} OUT --to full`, and serve OUT."
         )
-    if not has_leap_heads(options.checkpoint):
+    if lmtp_config(options.checkpoint) is None:
         raise ValueError(
             f"{options.checkpoint!r} has no leap heads. Serve it with `transformers serve`."
         )

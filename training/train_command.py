@@ -8,10 +8,11 @@ import torch
 from transformers import set_seed
 
 from modeling_lmtp.backbone_lmtp import unembedding_size
+from modeling_lmtp.configuration_lmtp import LMTPConfig
 from modeling_lmtp.conversion.command_line import console
 from modeling_lmtp.conversion.loading import (
     best_device,
-    has_leap_heads,
+    lmtp_config,
     load_backbone,
     load_lmtp,
     load_tokenizer,
@@ -37,19 +38,16 @@ def train(options: RunOptions, heads: HeadOptions, args: LeapTrainingArguments) 
     lmtp train BASE answers.jsonl OUT --num_leap_heads 3 --leap_stride 2   # the heads of the paper
     """
     run = TrainingRun("lmtp train", options, args)
-    has_heads = has_leap_heads(options.model)
-    if has_heads and heads != HeadOptions(draft_vocab_size=heads.draft_vocab_size):
-        raise ValueError(
-            f"{options.model!r} has leap heads already, of which only the draft vocabulary can change. "
-            "Leave their other options out to train the heads further, or start from the plain backbone."
-        )
+    config = lmtp_config(options.model)
+    if config is not None:
+        check_options(options.model, config, heads)
     tokenizer = load_tokenizer(options.model)
     # A backbone to shard is loaded on the CPU, because no device may be able to hold all of it
     model = _load(options, on_cpu=args.shard_backbone)
     check_quantization(getattr(model.config, "backbone_config", model.config))
     run.read_answers(model, tokenizer)
     record: dict[str, Any] = {}
-    if has_heads:
+    if config is not None:
         record = {"checkpoint": options.model, "checkpoint_revision": commit_of(model.config)}
         if heads.draft_vocab_size is not None:
             choose_draft_vocabulary(model, heads.draft_vocab_size, run.examples)
@@ -69,17 +67,23 @@ def train(options: RunOptions, heads: HeadOptions, args: LeapTrainingArguments) 
         console.print(f"Saved in {options.output}.", soft_wrap=True)
 
 
-def choose_draft_vocabulary(model: LMTPForCausalLM, size: int, examples: Sequence[Example]) -> None:
-    """Let trained heads draft the `size` most frequent tokens of other answers.
-
-    Raises:
-        ValueError: the heads have rows of their own for the tokens that they draft.
-    """
-    if not model.config.share_lm_head or model.config.lm_head_rank:
+def check_options(checkpoint: str, config: LMTPConfig, heads: HeadOptions) -> None:
+    """Raise a ValueError if a checkpoint's heads are asked for what they cannot change."""
+    size = heads.draft_vocab_size
+    if heads != HeadOptions(draft_vocab_size=size):
+        raise ValueError(
+            f"{checkpoint!r} has leap heads already, of which only the draft vocabulary can change. "
+            "Leave their other options out to train the heads further, or start from the plain backbone."
+        )
+    if size is not None and (not config.share_lm_head or config.lm_head_rank):
         raise ValueError(
             "Only heads that share the backbone's unembedding can be given another draft vocabulary: these "
             "have trained rows for the tokens that they draft. Leave draft_vocab_size out."
         )
+
+
+def choose_draft_vocabulary(model: LMTPForCausalLM, size: int, examples: Sequence[Example]) -> None:
+    """Let trained heads draft the `size` most frequent tokens of other answers."""
     vocab_size, _ = unembedding_size(model.backbone)
     model.config.draft_token_ids = draft_vocabulary(examples, size, vocab_size)
 
@@ -87,7 +91,7 @@ def choose_draft_vocabulary(model: LMTPForCausalLM, size: int, examples: Sequenc
 def _load(options: RunOptions, *, on_cpu: bool) -> Any:
     """Load a checkpoint with heads, or a plain backbone."""
     device = torch.device("cpu") if on_cpu else best_device()
-    if has_leap_heads(options.model):
+    if lmtp_config(options.model) is not None:
         return load_lmtp(options.model, options.dtype, device, train_backbone=False)
     return load_backbone(options.model, options.dtype, device)
 
