@@ -29,7 +29,7 @@ from .bench_pictures import draw_bench
 from .bench_report import rows, tables
 from .bench_runner import Mode, make_batches, measure
 from .conditions import model_conditions
-from .exactness import SAMPLING
+from .drafts_to_try import SAMPLING
 from .pictures import check_pictures
 from .quiet import Quietness, measure_quietness, quiet_record
 

@@ -10,7 +10,7 @@ from modeling_lmtp.modeling_lmtp import LMTPForCausalLM
 from modeling_lmtp.settings_lmtp import DEFAULT_NODES, STRICT
 from modeling_lmtp.support_lmtp import Tier, decoding_tier
 
-from .exactness import drafts_to_try, saved_shape
+from .drafts_to_try import drafts_to_try, saved_shape
 
 PLAIN = "plain"
 

@@ -13,7 +13,7 @@ from modeling_lmtp.modeling_lmtp import LMTPForCausalLM
 
 from .bench_methods import Method
 from .divergence import Divergence, first_difference, judge
-from .exactness import SAMPLING
+from .drafts_to_try import SAMPLING
 from .figures import Timing
 from .pass_clock import PassClock
 

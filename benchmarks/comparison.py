@@ -10,9 +10,12 @@ import torch
 from tqdm.auto import tqdm
 from transformers.generation.streamers import BaseStreamer
 
+from modeling_lmtp.conversion.batch_generation import pad_id
 from modeling_lmtp.modeling_lmtp import LMTPForCausalLM
 from modeling_lmtp.settings_lmtp import STRICT
 
+from .bench_methods import Method, plain_method
+from .bench_runner import Batch, Run, make_batches, run
 from .divergence import Divergence, divergences, first_divergence
 from .figures import FIGURES, Speed, Timing
 
@@ -155,6 +158,51 @@ def compare(
                 pair = replace(pair, divergences=found)
             pairs[name].append(pair)
     return {name: Comparison(found) for name, found in pairs.items()}
+
+
+def compare_batches(
+    model: LMTPForCausalLM,
+    prompts: Sequence[torch.Tensor],
+    batch_size: int,
+    ways: dict[str, dict[str, Any]],
+    *,
+    max_new_tokens: int,
+    progress: bool = True,
+) -> dict[str, Comparison]:
+    """Generate greedily from several prompts at a time, plainly and then in each L-MTP way.
+
+    Both ways get the same padded batch. A pair has the times of its whole batch. Of texts that differ, only
+    the first difference is judged.
+
+    Args:
+        model, prompts, ways, progress: see `compare`.
+        batch_size: how many prompts are decoded together; the last batch repeats the first prompts.
+        max_new_tokens: how many tokens to generate per prompt, past any end token.
+    """
+    pad = pad_id(model)
+    rows = {"": [input_ids[0].tolist() for input_ids in prompts]}
+    batches = make_batches(rows, batch_size, pad, model.device)
+    options = {"max_new_tokens": max_new_tokens, "pad_token_id": pad, "eos_token_id": None}
+    options["do_sample"] = False
+    methods = [Method(name, model, {"use_lmtp": STRICT, **way}) for name, way in ways.items()]
+    pairs: dict[str, list[Pair]] = {name: [] for name in ways}
+    for batch in tqdm(batches, desc=f"batches of {batch_size}", disable=not progress):
+        plain = run(plain_method(model), batch, 0, options)
+        for method in methods:
+            lmtp = run(method, batch, 0, options)
+            pairs[method.name] += [
+                _pair_of_row(model, batch, row, plain, lmtp) for row in range(batch.size)
+            ]
+    return {name: Comparison(found) for name, found in pairs.items()}
+
+
+def _pair_of_row(model: LMTPForCausalLM, batch: Batch, row: int, plain: Run, lmtp: Run) -> Pair:
+    plain_ids, lmtp_ids = plain.texts[row], lmtp.texts[row]
+    found = []
+    if plain_ids != lmtp_ids:
+        prompt = batch.input_ids[row, batch.attention_mask[row].bool()][None]
+        found = [first_divergence(model, prompt, plain_ids, lmtp_ids)]
+    return Pair(plain_ids, lmtp_ids, plain.seconds, lmtp.seconds, lmtp.passes, found)
 
 
 def _pair(prompt_length: int, plain: tuple[Any, TokenClock], lmtp: tuple[Any, TokenClock]) -> Pair:

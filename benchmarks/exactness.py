@@ -18,20 +18,14 @@ from modeling_lmtp.conversion.loading import (
 )
 from modeling_lmtp.conversion.options import Dtype, Options, Range
 from modeling_lmtp.conversion.saving import check_output_file
-from modeling_lmtp.leaps_lmtp import drafts
 from modeling_lmtp.modeling_lmtp import LMTPForCausalLM
-from modeling_lmtp.settings_lmtp import DEFAULT_NODES, DRAFT_SHAPES
-from modeling_lmtp.support_lmtp import Support, Tier, decoding_support, decoding_tier
+from modeling_lmtp.support_lmtp import Support, Tier, decoding_support
 from modeling_lmtp.transformers_lmtp import attention_implementation
-from modeling_lmtp.tree_lmtp import DraftTree, grow_tree
 
-from .comparison import Comparison, compare
+from .comparison import Comparison, compare, compare_batches
 from .conditions import model_conditions
+from .drafts_to_try import SAMPLING, all_drafts, saved_shape
 
-SAMPLING = {"do_sample": True, "temperature": 0.8, "top_p": 0.95, "top_k": 50}
-# A tree that branches at every depth, for checkpoints whose generation_config has none
-ASSUMED_ACCURACY = 0.5
-NUM_NODES = 12
 SHOWN_DIVERGENCES = 5  # in the table; the result file lists all
 FOOTNOTE = (
     "* The share of tokens that differ. For the first ones: their position and, in brackets, the gap "
@@ -51,6 +45,9 @@ class VerifyOptions(Options):
     )
     max_new_tokens: Annotated[int, Range(ge=2)] = field(
         default=128, metadata={"help": "Generate N tokens per prompt, past any end token."}
+    )
+    batch_size: Annotated[int, Range(ge=1)] = field(
+        default=1, metadata={"help": "Greedily, decode N prompts together as well."}
     )
     seed: int = field(default=0, metadata={"help": "Seed of the sampling."})
     dtype: Dtype = field(
@@ -79,7 +76,9 @@ def verify(options: VerifyOptions) -> int:
     if support.tier is Tier.PLAIN:
         return 1
     prompts = prompt_tensors(load_tokenizer(options.checkpoint), texts, model.device)
-    results = verify_exactness(model, prompts, options.max_new_tokens, seed=options.seed)
+    results = verify_exactness(
+        model, prompts, options.max_new_tokens, batch_size=options.batch_size, seed=options.seed
+    )
     console.print(_table(results))
     console.print(FOOTNOTE)
     if options.output is not None:
@@ -114,49 +113,24 @@ def _table(results: dict[str, Comparison]) -> Table:
     return table
 
 
-def drafts_to_try(model: LMTPForCausalLM) -> dict[str, dict[str, Any]]:
-    """Return drafts by name: a chain, and a tree if the backbone can verify one."""
-    horizon = len(drafts(model.config.leap_offsets))
-    tried: dict[str, dict[str, Any]] = {"chain": {"draft_length": horizon}}
-    if decoding_tier(model.backbone) is Tier.TREE:
-        tried["tree"] = {"draft_tree": [list(path) for path in _tree(model, horizon).paths]}
-    return tried
-
-
-def saved_shape(model: LMTPForCausalLM) -> dict[str, Any]:
-    """Return the settings of the draft's shape in the checkpoint's `generation_config`, if any."""
-    settings = {name: getattr(model.generation_config, name, None) for name in DRAFT_SHAPES}
-    return {name: value for name, value in settings.items() if value is not None}
-
-
-def all_drafts(model: LMTPForCausalLM) -> dict[str, dict[str, Any]]:
-    """Return `drafts_to_try`, planned drafts, and the draft that the `generation_config` pins, if any."""
-    saved: dict[str, dict[str, Any]] = {"as saved": {}} if saved_shape(model) else {}
-    return {**drafts_to_try(model), "planned": {"draft_nodes": DEFAULT_NODES}, **saved}
-
-
-def _tree(model: LMTPForCausalLM, horizon: int) -> DraftTree:
-    saved = DraftTree.from_paths(getattr(model.generation_config, "draft_tree", None) or ())
-    if not saved.is_chain:
-        return saved
-    falling = [ASSUMED_ACCURACY**rank for rank in range(1, 5)]
-    return grow_tree([falling] * horizon, NUM_NODES)
-
-
 def verify_exactness(
     model: LMTPForCausalLM,
     prompts: Sequence[torch.Tensor],
     max_new_tokens: int,
     *,
+    batch_size: int = 1,
     seed: int = 0,
     progress: bool = True,
 ) -> dict[str, Comparison]:
     """Decode each prompt both ways, greedily and sampling: with a chain, a tree, a plan, and as saved.
 
+    Rows of a sampled batch draw other numbers than plain decoding's, so batches are decoded greedily.
+
     Args:
         model: the checkpoint, in evaluation mode; float32 is where equality is promised.
         prompts: token ids, each `(1, L)`.
         max_new_tokens: how many tokens to generate per prompt, past any end token.
+        batch_size: if more than 1, that many prompts are decoded together as well.
         seed: set before each generation.
         progress: show progress bars.
 
@@ -178,6 +152,17 @@ def verify_exactness(
             **options,
         )
         results.update({f"{mode}, {draft}": result for draft, result in comparisons.items()})
+    if batch_size > 1:
+        comparisons = compare_batches(
+            model,
+            prompts,
+            batch_size,
+            all_drafts(model),
+            max_new_tokens=max_new_tokens,
+            progress=progress,
+        )
+        title = f"greedy, batches of {batch_size}"
+        results.update({f"{title}, {draft}": result for draft, result in comparisons.items()})
     return results
 
 
@@ -204,6 +189,6 @@ def exactness_record(
         "seed": options.seed,
         "dtype": options.dtype,
         "sampling": SAMPLING,
-        "batch_size": 1,
+        "batch_size": options.batch_size,
         "results": {name: result.summary() for name, result in results.items()},
     }

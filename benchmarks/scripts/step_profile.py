@@ -24,7 +24,7 @@ import torch
 
 from modeling_lmtp.acceptance_lmtp import GreedyAcceptor
 from modeling_lmtp.benchmarks.conditions import base_name, device_name
-from modeling_lmtp.benchmarks.exactness import drafts_to_try
+from modeling_lmtp.benchmarks.drafts_to_try import drafts_to_try
 from modeling_lmtp.benchmarks.pass_clock import synchronize
 from modeling_lmtp.benchmarks.quiet import measure_quietness, quiet_record
 from modeling_lmtp.cache_lmtp import new_cache

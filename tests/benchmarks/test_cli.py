@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 
 import pytest
 from bench_runs import write_checkpoint
@@ -11,6 +12,7 @@ from tiny import tiny_llama, tiny_tokenizer
 from transformers import AutoModelForCausalLM
 
 from modeling_lmtp import LMTPForCausalLM
+from modeling_lmtp.benchmarks import comparison
 from modeling_lmtp.benchmarks.streaming import split_text
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*pin_memory.*:UserWarning")
@@ -148,6 +150,31 @@ def test_verify_finds_equal_texts_and_writes_the_figures(folder, checkpoint, tmp
     assert set(results) == {f"{mode}, {draft}" for mode in modes for draft in drafts}
     assert all(result["equal"] == result["prompts"] == 3 for result in results.values())
     assert "Tier: tree (trees are exact; float32, cpu, sdpa" in result.output
+
+
+def test_verify_decodes_batches_as_well(folder, checkpoint, tmp_path):
+    figures = tmp_path / "figures.json"
+    arguments = ["--prompts", folder / "prompts.jsonl", "--num_prompts", 3, "--max_new_tokens", 8]
+    result = lmtp("verify", checkpoint, *arguments, "--batch_size", 2, "--output", figures)
+    assert result.exit_code == 0, result.output
+    record = json.loads(figures.read_text())
+    assert record["batch_size"] == 2
+    for draft in ("chain", "tree", "planned"):
+        found = record["results"][f"greedy, batches of 2, {draft}"]
+        assert found["equal"] == found["prompts"] == 4  # the last batch repeats the first prompt
+        assert found["new_tokens"] == 4 * 8
+
+
+def test_verify_fails_where_a_batch_differs(folder, checkpoint, monkeypatch):
+    def swapped(method, batch, seed, options):
+        found = run(method, batch, seed, options)
+        return found if not method.is_ours else replace(found, texts=found.texts[::-1])
+
+    run = comparison.run
+    monkeypatch.setattr(comparison, "run", swapped)
+    arguments = ["--prompts", folder / "prompts.jsonl", "--num_prompts", 2, "--max_new_tokens", 8]
+    assert lmtp("verify", checkpoint, *arguments).exit_code == 0
+    assert lmtp("verify", checkpoint, *arguments, "--batch_size", 2).exit_code == 1
 
 
 def test_verify_tries_what_the_checkpoint_drafts(folder, checkpoint, tmp_path):
