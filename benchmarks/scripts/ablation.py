@@ -144,8 +144,7 @@ class Laboratory:
         """Train heads and judge them."""
         shape = HeadOptions(
             leap_offsets=list(row.offsets),
-            draft_vocab_size=self.arguments.draft_vocab_size,
-            **row.shape,
+            **{"draft_vocab_size": self.arguments.draft_vocab_size, **row.shape},
         )
         how = self._tune_jointly if row.joint else self._warm_up
         return {**asdict(row), **how(row, shape, seed)}
