@@ -57,7 +57,6 @@ from modeling_lmtp.training.train_command import add_heads
 from modeling_lmtp.tree_lmtp import DraftTree
 
 NODE_COUNTS = (8, 16, 32)
-MAX_NEW_TOKENS = 256  # of a tuned backbone's own answers
 OWN_BATCH_SIZE = 16
 PAGE = Path(__file__).parents[1] / "ablation.md"
 RESULTS = Path(__file__).parents[1] / "results"
@@ -113,8 +112,9 @@ def costs(model: LMTPForCausalLM, seconds: float) -> dict[str, Any]:
 def own_answers(
     model: LMTPForCausalLM, tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example]
 ) -> list[Example]:
-    """Let a backbone answer the prompts of `examples` itself, greedily."""
-    sampling = Sampling(max_new_tokens=MAX_NEW_TOKENS, temperature=0.0, top_p=1.0, seed=0)
+    """Let a backbone answer the prompts of `examples` itself, greedily and no longer than these do."""
+    longest = max(len(example.input_ids) - example.answer_start for example in examples)
+    sampling = Sampling(max_new_tokens=longest, temperature=0.0, top_p=1.0, seed=0)
     end_id = answer_end_id(model.backbone, tokenizer)
     stop_ids = [] if end_id is None else [end_id]
     prompts = [list(example.input_ids[: example.answer_start]) for example in examples]

@@ -34,7 +34,6 @@ def command(tmp_path, monkeypatch):
     monkeypatch.setitem(ablation.FILES, "joint", tmp_path / "out.json")
     monkeypatch.setattr(load_script("head_trials"), "HEAD_SIZE", 8)
     monkeypatch.setattr(ablation, "PAGE", tmp_path / "page.md")
-    monkeypatch.setattr(ablation, "MAX_NEW_TOKENS", 12)
     marks = "<!-- joint: written by ablation.py -->", "<!-- end of joint -->"
     ablation.PAGE.write_text(f"About it.\n\n{marks[0]}\n\nolder\n\n{marks[1]}\n\nBelow.\n")
     tiny_llama().save_pretrained(tmp_path / "backbone")
@@ -74,7 +73,7 @@ def test_rows_stand_side_by_side_and_are_made_once(command, monkeypatch):
     assert both["drift"]["kl"] > 0
     assert trained["tokens_per_step"] != frozen["tokens_per_step"]
     # What the tuned backbone says itself, not what the original one said
-    assert 0 < joint["own_answer_tokens"] <= 12 * len(PROMPTS)
+    assert 0 < joint["own_answer_tokens"] <= record["conditions"]["held_out_tokens"]
     page = command.page.read_text()
     assert page.startswith("About it.")
     assert page.endswith("\n\nBelow.\n")
