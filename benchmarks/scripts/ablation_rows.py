@@ -35,13 +35,13 @@ KINDS = {
     "paper's heads, k = 2": Row((3, 5, 7), seeds=3),
     "paper's heads, k = 1": Row((2, 3, 4), seeds=3),
     "path-grounded, k = 1": Row((2, 3, 4), {"head_context": "path"}, seeds=3),
-    "grounded by 1, k = 1": Row((2, 3, 4), {"head_context": 1}, seeds=3),
-    "grounded by 2, k = 2": Row((3, 5, 7), {"head_context": 2}),
-    "grounded by 2, mixed": Row((2, 3, 5), {"head_context": 2}),
+    "grounded by 1, k = 1": Row((2, 3, 4), {"head_context": "1"}, seeds=3),
+    "grounded by 2, k = 2": Row((3, 5, 7), {"head_context": "2"}),
+    "grounded by 2, mixed": Row((2, 3, 5), {"head_context": "2"}),
     "paper's heads, mixed": Row((2, 3, 5)),
     "paper's heads, even": Row((2, 4, 6)),
     "paper's heads, k = 1, 6 heads": Row((2, 3, 4, 5, 6, 7)),
-    "grounded by 1, k = 1, 6 heads": Row((2, 3, 4, 5, 6, 7), {"head_context": 1}),
+    "grounded by 1, k = 1, 6 heads": Row((2, 3, 4, 5, 6, 7), {"head_context": "1"}),
     "path-grounded, k = 2": Row((3, 5, 7), {"head_context": "path"}),
     "path-grounded, 4 heads": Row((2, 3, 4, 5), {"head_context": "path"}),
     "path-grounded, 2 blocks": Row((2, 3, 4), {"head_context": "path", "num_head_layers": 2}),
@@ -80,7 +80,7 @@ DATA = {
     "2,500 answers, low-rank unembedding": of_data(2500, lm_head_rank=64),
     "2,500 answers, one block": of_data(2500, num_head_layers=1),
     "2,500 answers, four heads": of_data(2500, offsets=(2, 3, 4, 5)),
-    "2,500 answers, paper's heads": of_data(2500, head_context=0),
+    "2,500 answers, paper's heads": of_data(2500, head_context="0"),
 }
 
 

@@ -9,6 +9,11 @@ from scripts import load_script
 from tiny import tiny_llama, tiny_tokenizer
 
 from modeling_lmtp.modeling_lmtp import LMTPForCausalLM
+from modeling_lmtp.training.arguments import (
+    HeadOptions,
+    JointTrainingArguments,
+    LeapTrainingArguments,
+)
 from modeling_lmtp.training.examples import Example
 
 # PEFT asks for what Transformers has renamed
@@ -110,3 +115,13 @@ def test_heads_of_trials_start_as_the_same_heads_without_them(monkeypatch):
     # The layer reads the token after each state, so only the last two states may change
     torch.testing.assert_close(changed[:-2], states[:-2])
     assert not torch.allclose(changed[-2], states[-2])
+
+
+def test_every_row_has_settings_that_training_takes():
+    ablation = load_script("ablation")
+    for rows in ablation.STUDIES.values():
+        for name, row in rows.items():
+            shape = HeadOptions(leap_offsets=list(row.offsets), **row.shape)
+            arguments = JointTrainingArguments if row.joint else LeapTrainingArguments
+            assert shape and arguments(output_dir="run", **row.settings), name
+            assert row.trial in (None, *ablation.TRIALS)
