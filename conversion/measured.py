@@ -41,7 +41,8 @@ def read_measured(path: Path, config: Any) -> MeasuredTable:
     """
     record = read_json(path)
     conditions, rows = record.get("conditions", {}), record.get("rows", [])
-    measured = [row for row in rows if row.get("decoding") != "plain"]  # plain is the baseline
+    others = tuple(f"{name}: " for name in conditions.get("against") or ())  # checkpoints
+    measured = [row for row in rows if not _is_of(row, others)]
     if not measured or record.get("command", BENCH) != BENCH:  # scripts write rows of other kinds
         raise ValueError(f"{path} has no rows of figures. Write it with `{BENCH}`.")
     _check_model(path, conditions, config)
@@ -57,6 +58,12 @@ def read_measured(path: Path, config: Any) -> MeasuredTable:
         conditions=f"{conditions['device']}, {threads}, at most {conditions['max_new_tokens']} new "
         f"tokens per prompt, {', '.join(versions)}",
     )
+
+
+def _is_of(row: dict[str, Any], others: tuple[str, ...]) -> bool:
+    """Whether a row is of plain decoding, the baseline, or of another checkpoint."""
+    decoding = str(row.get("decoding", ""))
+    return decoding == "plain" or decoding.startswith(others)
 
 
 def _row(path: Path, number: int, row: dict[str, Any]) -> dict[str, str]:

@@ -218,6 +218,13 @@ def test_rows_of_either_mode_are_told_apart(full, tmp_path):
     assert "| maths | tree of 8 | bfloat16 | sampling | 1 | 1.81 | 1.20 | 1.20 |" in text
 
 
+def test_a_card_leaves_out_other_checkpoints(full, tmp_path):
+    rows = [ROW, {**ROW, "decoding": "former: tree of 8"}, {**ROW, "decoding": "plain"}]
+    path = results(tmp_path, {**CONDITIONS, "against": ["former"]}, rows)
+    (row,) = read_measured(path, AutoConfig.from_pretrained(full)).rows
+    assert row["decoding"] == "tree of 8"
+
+
 @pytest.mark.parametrize("value", ["fast", True, float("nan"), {"max": 2.0}], ids=str)
 def test_a_figure_is_a_number(full, tmp_path, value):
     path = results(tmp_path, rows=[{**ROW, "speed_up": value}])
