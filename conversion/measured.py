@@ -42,7 +42,7 @@ def read_measured(path: Path, config: Any) -> MeasuredTable:
     record = read_json(path)
     conditions, rows = record.get("conditions", {}), record.get("rows", [])
     others = tuple(f"{name}: " for name in conditions.get("against") or ())  # checkpoints
-    measured = [row for row in rows if not _is_of(row, others)]
+    measured = [row for row in rows if not _is_left_out(row, others)]
     if not measured or record.get("command", BENCH) != BENCH:  # scripts write rows of other kinds
         raise ValueError(f"{path} has no rows of figures. Write it with `{BENCH}`.")
     _check_model(path, conditions, config)
@@ -60,7 +60,7 @@ def read_measured(path: Path, config: Any) -> MeasuredTable:
     )
 
 
-def _is_of(row: dict[str, Any], others: tuple[str, ...]) -> bool:
+def _is_left_out(row: dict[str, Any], others: tuple[str, ...]) -> bool:
     """Whether a row is of plain decoding, the baseline, or of another checkpoint."""
     decoding = str(row.get("decoding", ""))
     return decoding == "plain" or decoding.startswith(others)
