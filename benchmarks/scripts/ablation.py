@@ -317,13 +317,13 @@ def table(record: dict[str, Any], study: str) -> str:
     return "\n".join(lines)
 
 
-def write_table(study: str) -> None:
-    """Replace the table of a study in `ablation.md`, which stands between two marks."""
+def with_table(page: str, study: str) -> str:
+    """Return the text of `ablation.md` with the table of a study, which stands between two marks."""
     marks = f"<!-- {study}: written by ablation.py -->", f"<!-- end of {study} -->"
-    above, rest = PAGE.read_text().split(marks[0])
+    above, rest = page.split(marks[0])
     _, below = rest.split(marks[1])
     lines = table(json.loads(FILES[study].read_text()), study)
-    PAGE.write_text(f"{above}{marks[0]}\n\n{lines}\n\n{marks[1]}{below}")
+    return f"{above}{marks[0]}\n\n{lines}\n\n{marks[1]}{below}"
 
 
 def main() -> None:
@@ -345,7 +345,7 @@ def main() -> None:
     arguments = parser.parse_args()
     if not arguments.table:
         run(arguments)
-    write_table(arguments.study)
+    PAGE.write_text(with_table(PAGE.read_text(), arguments.study))
 
 
 if __name__ == "__main__":
