@@ -147,7 +147,14 @@ class Laboratory:
             **{"draft_vocab_size": self.arguments.draft_vocab_size, **row.shape},
         )
         how = self._tune_jointly if row.joint else self._warm_up
-        return {**asdict(row), **how(row, shape, seed)}
+        examples = self.examples[: row.num_answers]
+        settings = {
+            "num_train_epochs": row.epochs or self.arguments.epochs,
+            "seed": seed,
+            "save_strategy": "no",
+            **row.settings,
+        }
+        return {**asdict(row), **how(row, shape, examples, settings)}
 
     def _start(
         self, row: Row, backbone: Any, shape: HeadOptions, examples: Sequence[Example]
@@ -160,23 +167,18 @@ class Laboratory:
         model.leap_heads.load_state_dict(loaded.leap_heads.state_dict())
         return model
 
-    def _warm_up(self, row: Row, shape: HeadOptions, seed: int) -> dict[str, Any]:
+    def _warm_up(
+        self, row: Row, shape: HeadOptions, examples: Sequence[Example], settings: dict[str, Any]
+    ) -> dict[str, Any]:
         """Train heads on the frozen backbone; processor seconds do not count what states took."""
-        examples = self.examples[: row.num_answers]
         model = self._start(row, self.backbone, shape, examples)
         exact = LMTPForCausalLM(model.config, backbone=self.exact_backbone).eval()
-        torch.manual_seed(seed)
+        torch.manual_seed(settings["seed"])
         if row.trial is not None:
             TRIALS[row.trial](model)
             TRIALS[row.trial](exact)
         folder = self._states_of(row)
-        settings = {
-            "num_train_epochs": row.epochs or self.arguments.epochs,
-            "seed": seed,
-            "save_strategy": "no",
-            "state_folder": None if folder is None else str(folder),
-            **row.settings,
-        }
+        settings["state_folder"] = None if folder is None else str(folder)
         if folder is not None:
             StateCache(folder, model).fill(examples)
         started = time.process_time()
@@ -194,22 +196,18 @@ class Laboratory:
             cache.fill(self.held_out)
         return {**costs(model, seconds), **measure(exact, self.held_out, cache)}
 
-    def _tune_jointly(self, row: Row, shape: HeadOptions, seed: int) -> dict[str, Any]:
+    def _tune_jointly(
+        self, row: Row, shape: HeadOptions, examples: Sequence[Example], settings: dict[str, Any]
+    ) -> dict[str, Any]:
         """Train heads and a backbone of their own together, the heads at the rate of warm-up."""
         backbone = load_backbone(self.arguments.backbone, self.arguments.dtype)
-        model = self._start(row, backbone, shape, self.examples)
-        settings = {
-            "num_train_epochs": self.arguments.epochs,
-            "seed": seed,
-            "save_strategy": "no",
-            "head_training": "full",
-            "head_learning_rate": LeapTrainingArguments.learning_rate,
-            **row.settings,
-        }
+        model = self._start(row, backbone, shape, examples)
+        rate = LeapTrainingArguments.learning_rate
+        settings = {"head_training": "full", "head_learning_rate": rate, **settings}
         started = time.process_time()
         with tempfile.TemporaryDirectory() as run:
             args = JointTrainingArguments(output_dir=run, **settings)
-            trainer = JointTrainer(model, args, self.examples)
+            trainer = JointTrainer(model, args, examples)
             trainer.train()
         tuned = trainer.model
         seconds = time.process_time() - started
