@@ -25,7 +25,7 @@ from typing import Any
 
 import torch
 from ablation_rows import STUDIES, Row
-from head_trials import TRIALS, AttentionObjective
+from head_trials import TRIALS
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import SAFE_WEIGHTS_NAME
@@ -175,8 +175,8 @@ class Laboratory:
         exact = LMTPForCausalLM(model.config, backbone=self.exact_backbone).eval()
         torch.manual_seed(settings["seed"])
         if row.trial is not None:
-            TRIALS[row.trial](model)
-            TRIALS[row.trial](exact)
+            TRIALS[row.trial].change(model)
+            TRIALS[row.trial].change(exact)
         folder = self._states_of(row)
         settings["state_folder"] = None if folder is None else str(folder)
         if folder is not None:
@@ -185,8 +185,8 @@ class Laboratory:
         with tempfile.TemporaryDirectory() as run:
             args = LeapTrainingArguments(output_dir=run, **settings)
             trainer = LeapTrainer(model, args, examples)
-            if row.trial == "attention":
-                trainer.objective = AttentionObjective(len(row.offsets))
+            if row.trial is not None:
+                trainer.objective = TRIALS[row.trial].objective(len(row.offsets))
             trainer.train()
         seconds = time.process_time() - started
         exact.load_state_dict(trained_weights(model), strict=False)

@@ -6,6 +6,7 @@ Shapes: `B` batch, `L` length, `H` hidden size, `E` embedding size.
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -100,7 +101,12 @@ def add_attention(model: LMTPForCausalLM) -> None:
     model.attention = AttentionLayer(model.backbone.get_input_embeddings(), hidden_size)
 
 
-TRIALS: dict[str, Callable[[LMTPForCausalLM], None]] = {
-    "wide": widen_blocks,
-    "attention": add_attention,
-}
+@dataclass(frozen=True)
+class Trial:
+    """What is changed about a model's heads, and the loss that they learn with."""
+
+    change: Callable[[LMTPForCausalLM], None]
+    objective: type[HeadObjective] = HeadObjective
+
+
+TRIALS = {"wide": Trial(widen_blocks), "attention": Trial(add_attention, AttentionObjective)}
